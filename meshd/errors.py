@@ -1,0 +1,39 @@
+"""Every error that meshd raises on purpose.
+
+    MeshdError
+    ├── InputError           what a person typed or a file holds is wrong; nothing was changed
+    ├── MissingError         a program, kernel feature or service that meshd needs is not there
+    ├── ConflictError        something that is not meshd's is in the way
+    ├── SerfError            the Serf agent did not answer, or said no
+    └── ApplyError           the kernel or an engine refused a read or a change
+
+Each message names the action, its object and, for a person, what to do next.
+"""
+
+
+class MeshdError(Exception):
+    """The root: `meshd` prints it as `Error: …` and exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class InputError(MeshdError):
+    """What was typed, or what a file or an invitation holds, is wrong."""
+
+    exit_code = 2
+
+
+class MissingError(MeshdError):
+    """Something that meshd needs from the machine is missing or stopped."""
+
+
+class ConflictError(MeshdError):
+    """Something that is not meshd's occupies a name, a port or a prefix."""
+
+
+class SerfError(MeshdError):
+    """The Serf agent is unreachable, or it refused a command."""
+
+
+class ApplyError(MeshdError):
+    """Reading or changing the machine's network failed."""

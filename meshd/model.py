@@ -1,0 +1,340 @@
+"""The nouns of meshd, as frozen dataclasses.
+
+Two groups. What the mesh says: `Member` (Serf's view), `Record` (what a host publishes), `Host` (an admitted
+member). What a machine has: the resources (`Link`, `Route`, `Peer`, …), each with a `key` that names it; the
+difference between the resources that should be and those that are is a list of `Change`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, ip_address
+from typing import ClassVar, Protocol
+
+IPAddress = IPv4Address | IPv6Address
+
+
+class Status(StrEnum):
+    """A member's state, in Serf's words."""
+
+    ALIVE = "alive"
+    LEAVING = "leaving"
+    LEFT = "left"
+    FAILED = "failed"
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """An underlay address and a UDP or TCP port."""
+
+    address: IPAddress
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.address}]:{self.port}" if self.address.version == 6 else f"{self.address}:{self.port}"
+
+    @classmethod
+    def parse(cls, text: str, default_port: int | None = None) -> "Endpoint":
+        """Read `1.2.3.4:5`, `[::1]:5`, or (with a default port) a bare address. Raises ValueError."""
+        host, port = text.strip(), ""
+        if host.startswith("["):
+            host, closing, rest = host[1:].partition("]")
+            if not closing or (rest and not rest.startswith(":")):
+                raise ValueError(f"not an address: {text!r}")
+            port = rest[1:]
+        elif host.count(":") == 1:
+            host, _, port = host.partition(":")
+        if not port and default_port is None:
+            raise ValueError(f"no port in {text!r}")
+        number = int(port) if port.isascii() and port.isdigit() else (default_port if not port else None)
+        if number is None or not 0 < number < 65536:
+            raise ValueError(f"not a port: {port!r}")
+        return cls(ip_address(host), number)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A member as Serf lists it; everything in it was written by somebody else."""
+
+    name: str
+    address: IPAddress
+    port: int
+    status: Status
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What a host publishes about itself: the tags, parsed and validated (docs/record.md)."""
+
+    public_key: str
+    subnet: IPv4Network
+    endpoint: Endpoint
+    seq: int
+    leaving: bool = False
+
+    @property
+    def address(self) -> IPv4Address:
+        """The host's own overlay address: the first of its subnet, as Docker gives it to the bridge."""
+        return self.subnet.network_address
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """A member that the mesh has admitted, with the record that is in force for it."""
+
+    name: str
+    record: Record
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """The Docker engine: its version, and what it writes its firewall rules with."""
+
+    version: str
+    firewall: str = "iptables"
+
+
+# --- what a machine has --------------------------------------------------------------------------------------------
+
+
+class Resource(Protocol):
+    """One thing on the machine. Equal resources need no change; equal keys with other fields are set."""
+
+    kind: ClassVar[str]
+
+    @property
+    def key(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Sysctl:
+    """A kernel parameter: its path below /proc/sys and its value."""
+
+    kind: ClassVar[str] = "sysctl"
+    path: str
+    value: str
+
+    @property
+    def key(self) -> str:
+        return self.path
+
+    def __str__(self) -> str:
+        return f"sysctl {self.path} = {self.value}"
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A network interface: `bridge` is made by `links`, `wireguard` by the WireGuard adapter."""
+
+    kind: ClassVar[str] = "link"
+    name: str
+    type: str
+    mtu: int
+    up: bool = True
+
+    @property
+    def key(self) -> str:
+        return self.name
+
+    def __str__(self) -> str:
+        return f"link {self.name} ({self.type}, mtu {self.mtu}, {'up' if self.up else 'down'})"
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """An IPv4 address with its prefix length on a link."""
+
+    kind: ClassVar[str] = "address"
+    link: str
+    interface: IPv4Interface
+
+    @property
+    def key(self) -> str:
+        return f"{self.interface} dev {self.link}"
+
+    def __str__(self) -> str:
+        return f"address {self.key}"
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A WireGuard device. The private key stays with the adapter: resources are printed and logged."""
+
+    kind: ClassVar[str] = "device"
+    name: str
+    public_key: str
+    port: int
+
+    @property
+    def key(self) -> str:
+        return self.name
+
+    def __str__(self) -> str:
+        return f"wireguard {self.name} (key {self.public_key}, port {self.port})"
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A WireGuard peer. `handshake` (Unix seconds, 0 = never) and the byte counters are only observed."""
+
+    kind: ClassVar[str] = "peer"
+    public_key: str
+    endpoint: Endpoint | None
+    allowed_ips: tuple[IPv4Network, ...]
+    keepalive: int = 0
+    handshake: float = field(default=0.0, compare=False)
+    received: int = field(default=0, compare=False)
+    sent: int = field(default=0, compare=False)
+
+    @property
+    def key(self) -> str:
+        return self.public_key
+
+    def __str__(self) -> str:
+        prefixes = ", ".join(map(str, self.allowed_ips))
+        return f"peer {self.public_key} (endpoint {self.endpoint}, allowed ips {prefixes})"
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """An IPv4 route in the main table with meshd's protocol number. `link` None means `unreachable`."""
+
+    kind: ClassVar[str] = "route"
+    prefix: IPv4Network
+    link: str | None
+    source: IPv4Address | None = None
+    metric: int = 0
+
+    @property
+    def key(self) -> str:
+        return f"{self.prefix} metric {self.metric}"
+
+    def __str__(self) -> str:
+        if self.link is None:
+            return f"route unreachable {self.key}"
+        return f"route {self.prefix} via {self.link}" + (f" from {self.source}" if self.source else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One nftables rule. It is compared by the digest that its comment carries in the kernel: what nft lists
+    back differs from what it was given, the comment does not."""
+
+    digest: str
+    text: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A base chain of an nftables table."""
+
+    name: str
+    type: str
+    hook: str
+    priority: int
+    rules: tuple[Rule, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """meshd's own nftables table (family ip), replaced as a whole and atomically."""
+
+    kind: ClassVar[str] = "table"
+    name: str
+    chains: tuple[Chain, ...]
+
+    @property
+    def key(self) -> str:
+        return self.name
+
+    def __str__(self) -> str:
+        return f"nftables table {self.name} ({sum(len(c.rules) for c in self.chains)} rules)"
+
+
+@dataclass(frozen=True, slots=True)
+class IptablesRule:
+    """A rule at the top of a chain that Docker reads (DOCKER-USER, raw PREROUTING), marked by `owner`."""
+
+    kind: ClassVar[str] = "iptables"
+    table: str
+    chain: str
+    match: tuple[str, ...]
+    owner: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.table} {self.chain} {' '.join(self.match)}"
+
+    def __str__(self) -> str:
+        return f"iptables rule {self.key}"
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """The Docker network on the bridge."""
+
+    kind: ClassVar[str] = "network"
+    name: str
+    bridge: str
+    subnet: IPv4Network
+    ip_range: IPv4Network
+    gateway: IPv4Address
+    mtu: int
+    options: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def key(self) -> str:
+        return self.name
+
+    def __str__(self) -> str:
+        return f"docker network {self.name} ({self.subnet}, range {self.ip_range}, gateway {self.gateway})"
+
+
+@dataclass(frozen=True, slots=True)
+class Tags:
+    """This host's own Serf tags (those that meshd publishes)."""
+
+    kind: ClassVar[str] = "tags"
+    tags: tuple[tuple[str, str], ...]
+
+    @property
+    def key(self) -> str:
+        return "own"
+
+    def __str__(self) -> str:
+        return "tags " + " ".join(f"{name}={value}" for name, value in self.tags)
+
+
+class Action(StrEnum):
+    """What a change does to its resource."""
+
+    ADD = "add"
+    SET = "set"
+    REMOVE = "remove"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One idempotent step: `resource` is what should be (for REMOVE, what is), `old` what SET replaces."""
+
+    action: Action
+    resource: Resource
+    old: Resource | None = None
+
+    def __str__(self) -> str:
+        return f"{self.action} {self.resource}"
+
+
+class Adapter(Protocol):
+    """One outside system. `read` lists what is there of meshd's own; `apply` makes one change.
+
+    Both raise ApplyError, MissingError or SerfError; applying a change twice is harmless.
+    """
+
+    kinds: ClassVar[frozenset[str]]
+
+    def read(self) -> list[Resource]: ...
+
+    def apply(self, change: Change) -> None: ...
