@@ -1,0 +1,256 @@
+"""The daemon: keeps Serf running, collects hints from everywhere, and makes a pass for them.
+
+It decides nothing by itself. Killing it changes no peer, no route and no packet: Serf and WireGuard go on, and the
+next daemon adopts them.
+"""
+
+import logging
+import os
+import queue
+import signal
+import socket
+import time
+from collections.abc import Callable
+from functools import partial
+from threading import Event, Lock, Thread
+
+from meshd import bridge, files, gossip, links, plan, routes, serf
+from meshd.errors import MeshdError, SerfError
+from meshd.queries import APPLIED, Question
+from meshd.reconcile import MEMBERSHIP, Report, reconcile
+from meshd.state import State
+
+log = logging.getLogger("meshd")
+
+# A full pass at least this often: what the kernel does not notify (a flushed rule, a sysctl) is found by it.
+INTERVAL = 10.0
+# Hints of one cause come in bursts; this is what the first one waits for the others.
+SETTLE = 0.02
+RETRY = 1.0
+# How long a question waits for the pass that lets it be answered; the asker asks again after its own time-out.
+PATIENCE = 5.0
+LONGEST_SEARCH = 60.0
+LOG_LIMIT = 4 * 2**20
+
+
+class Agent:
+    """One daemon for one state directory. `run` returns after `stop`, or raises MeshdError if one runs already."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self.hints: queue.Queue[str] = queue.Queue()
+        self.stopping = Event()
+        self.questions: dict[Question, tuple[Callable[[bytes], None], float]] = {}
+        self.asking = Lock()
+        self.search = Event()
+        self.applied: dict[str, int] = {}
+        self.complaints: set[str] = set()
+        self.report = Report()
+
+    def run(self) -> None:
+        settings = self.state.settings
+        with self.state.agent_lock():
+            log.info("meshd of mesh %s on %s starts", settings.mesh, settings.name)
+            self._start_threads()
+            self._loop()
+            log.info("meshd stops; tunnels, routes and Serf go on without it")
+
+    def stop(self) -> None:
+        self.stopping.set()
+        self.search.set()
+        self.hints.put("stop")
+
+    def hint(self, text: str) -> None:
+        self.hints.put(text)
+
+    def _start_threads(self) -> None:
+        settings = self.state.settings
+        names = {settings.wireguard, settings.bridge} if settings.docker else {settings.wireguard}
+        watches: list[Callable[[], None]] = [
+            self._listen,
+            self._follow(self._watch_log),
+            self._follow(self._watch_queries),
+            self._rejoin,
+            lambda: links.watch(names, routes.PROTOCOL, self.hint, self.stopping),
+        ]
+        if settings.docker:
+            watches.append(lambda: bridge.watch(settings.bridge, self.hint, self.stopping))
+        for watch in watches:
+            Thread(target=watch, daemon=True).start()
+
+    # --- the loop --------------------------------------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        full_pass_due, hints = 0.0, ["start"]
+        while not self.stopping.is_set():
+            full = time.monotonic() >= full_pass_due or not all(hint.startswith("serf:") for hint in hints)
+            ok = self._keep_serf() and self._pass(hints, full=full)
+            if full:
+                full_pass_due = time.monotonic() + INTERVAL
+                _notify_service_manager()
+                _trim(self.state)
+            hints = self._wait(min(INTERVAL, max(0.0, full_pass_due - time.monotonic())) if ok else RETRY)
+
+    def _wait(self, timeout: float) -> list[str]:
+        """Give the hints that came, an empty list if none did for `timeout` seconds."""
+        try:
+            hints = [self.hints.get(timeout=timeout)]
+        except queue.Empty:
+            return []
+        self.stopping.wait(SETTLE)
+        while not self.hints.empty():
+            hints.append(self.hints.get())
+        return sorted(set(hints))
+
+    def _keep_serf(self) -> bool:
+        if serf.running(self.state.serf_config) is not None:
+            return True
+        try:
+            with gossip.start(self.state):
+                log.info("serf started")
+                self.search.set()
+        except MeshdError as error:
+            self._complain({f"serf: {error}"})
+            return False
+        return True
+
+    def _pass(self, hints: list[str], *, full: bool) -> bool:
+        """Make a pass; what went wrong is logged once, not in each pass. True unless something failed."""
+        claim = self.state.claim()
+        if claim is None or not claim.settled:
+            return True  # `meshd join` is still asking the mesh
+        try:
+            self.report = reconcile(self.state, kinds=plan.ORDER if full else MEMBERSHIP)
+        except MeshdError as error:
+            self._complain({str(error)})
+            return False
+        report = self.report
+        for change in report.changes:
+            log.info("%s (seen by %s)", change, ", ".join(hints) or "timer")
+        reasons = {f"refused {name}: {reason}" for name, reason in report.roster.refused.items()}
+        held = {f"withheld without evidence: {change} (meshd sync --force does it)" for change in report.withheld}
+        self._complain({str(failure) for failure in report.failures} | reasons | held)
+        self.applied = report.applied
+        self._answer()
+        return not report.failures
+
+    def _complain(self, complaints: set[str]) -> None:
+        for text in sorted(complaints - self.complaints):
+            log.warning("%s", text)
+        for text in sorted(self.complaints - complaints):
+            log.info("no longer: %s", text)
+        self.complaints = complaints
+
+    def _answer(self) -> None:
+        """Say yes to those who asked for records that are applied now; the others wait for a later pass."""
+        with self.asking:
+            waiting = {
+                q: (respond, until) for q, (respond, until) in self.questions.items() if until > time.monotonic()
+            }
+            for question in [q for q in waiting if q.answered_by(self.applied)]:
+                respond, _ = waiting.pop(question)
+                try:
+                    respond(Question.YES)
+                except SerfError as error:
+                    log.debug("answering %s: %s", question.name, error)
+            self.questions = waiting
+
+    # --- where hints come from -------------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        """Take hints from the handler scripts: a datagram each, never answered."""
+        path = self.state.socket
+        path.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server:
+            before = os.umask(0o177)
+            server.bind(str(path))
+            os.umask(before)
+            server.settimeout(0.5)
+            while not self.stopping.is_set():
+                try:
+                    text = server.recv(512)
+                except TimeoutError:
+                    continue
+                self.hint("".join(c if c.isprintable() else "?" for c in text.decode(errors="replace")))
+        path.unlink(missing_ok=True)
+
+    def _follow(self, watch: Callable[[], None]) -> Callable[[], None]:
+        """Give a loop that watches Serf again after Serf went away."""
+
+        def loop() -> None:
+            while not self.stopping.is_set():
+                try:
+                    watch()
+                except MeshdError as error:
+                    log.debug("serf: %s", error)
+                self.stopping.wait(RETRY / 2)
+
+        return loop
+
+    def _connect(self) -> serf.Serf:
+        return serf.Serf.connect(self.state.settings.rpc_port, self.state.rpc_key)
+
+    def _watch_log(self) -> None:
+        """Hint at member events as Serf logs them: 1 to 3 s before its handlers and streams hear of them."""
+        with self._connect() as client:
+            self.hint("serf: connected")
+            for line in client.monitor("INFO"):
+                if "serf: EventMember" in line:
+                    self.hint("serf: " + line.partition("serf: ")[2][:80])
+        self.hint("serf: connection lost")
+
+    def _watch_queries(self) -> None:
+        with self._connect() as client:
+            for event in client.stream("query"):
+                question = Question.parse(event["Payload"]) if event.get("Name") == APPLIED else None
+                if question is None or question.name == self.state.settings.name:
+                    continue
+                with self.asking:
+                    self.questions[question] = (partial(client.respond, event["ID"]), time.monotonic() + PATIENCE)
+                self._answer()
+                if not question.answered_by(self.applied):
+                    self.hint("serf: asked for readiness")
+
+    def _rejoin(self) -> None:
+        """Look for the hosts that Serf has lost, more and more rarely while the same ones stay lost."""
+        pause, before = RETRY, set[str]()
+        while not self.stopping.is_set():
+            if self.search.wait(pause):
+                self.search.clear()
+                pause = RETRY
+            try:
+                with self._connect() as client:
+                    lost = gossip.lost(self.state, client.members())
+                joined = gossip.rejoin(self.state, lost)
+            except MeshdError as error:
+                log.debug("rejoin: %s", error)
+                continue
+            pause = RETRY if joined or set(lost) != before else min(pause * 2, LONGEST_SEARCH)
+            before = set(lost)
+
+
+def run(state: State) -> None:
+    """Run the daemon in the foreground until SIGTERM or SIGINT."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    agent = Agent(state)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: agent.stop())
+    agent.run()
+
+
+def _notify_service_manager() -> None:
+    """Tell systemd that the first pass is over, so that dockerd starts after the bridge is there (sd_notify(3))."""
+    address = os.environ.pop("NOTIFY_SOCKET", "")
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as client:
+            client.sendto(b"READY=1", "\0" + address[1:] if address.startswith("@") else address)
+
+
+def _trim(state: State) -> None:
+    """Keep the logs that Serf and a detached daemon append to from filling the disk."""
+    for path in (state.serf_log, state.agent_log):
+        if path.exists() and path.stat().st_size > LOG_LIMIT:
+            content = files.read(path, 2 * path.stat().st_size) or b""
+            with path.open("r+b") as file:
+                file.write(content[-LOG_LIMIT // 4 :])
+                file.truncate()

@@ -1,0 +1,99 @@
+"""This host's own Serf agent: its configuration from the state directory, its start, and finding the others."""
+
+import sys
+import time
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from meshd import files, serf
+from meshd.errors import SerfError
+from meshd.model import Endpoint, Member, Status
+from meshd.queries import APPLIED
+from meshd.state import State
+from meshd.tags import encode
+
+MEMBER_EVENTS = "member-join,member-leave,member-failed,member-update,member-reap"
+
+
+def handler_command(state: State) -> str:
+    """Give the shell command by which Serf runs the handler: isolated and without site-packages, so it starts fast."""
+    return f"{sys.executable} -I -S {handlers() / 'meshd_event.py'} {state.directory}"
+
+
+def handlers() -> Path:
+    """Give the folder of the handler scripts: inside of the installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "handlers"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "handlers"
+
+
+def configure(state: State) -> Path:
+    """Write the Serf agent's configuration (it holds the gossip key: 0600) and give its path.
+
+    With a daemon the claim is among the tags from the first packet on, since setting tags later costs 0.5 s. Without
+    one, the handler publishes them at the agent's first event.
+    """
+    settings, claim = state.settings, state.claim()
+    command = handler_command(state)
+    config = serf.agent_config(
+        name=settings.name,
+        bind=Endpoint(settings.bind, settings.gossip_port),
+        advertise=Endpoint(settings.advertised, settings.gossip_port),
+        encrypt_key=state.gossip_key,
+        rpc_port=settings.rpc_port,
+        rpc_auth=state.rpc_key,
+        tags=encode(claim.record) if claim is not None and settings.daemon else {},
+        event_handlers=[f"{MEMBER_EVENTS}={command}"] + ([] if settings.daemon else [f"query:{APPLIED}={command}"]),
+        retry_join=[] if settings.daemon else sorted(map(str, state.contacts().values())),
+    )
+    files.write_json(state.serf_config, config)
+    return state.serf_config
+
+
+def start(state: State) -> serf.Serf:
+    """Start the Serf agent, or adopt the one that runs; give a connection to it.
+
+    Raises ConflictError for a taken port, MissingError without Serf, SerfError with what the agent's log says.
+    """
+    pid = serf.running(state.serf_config)
+    if pid is None:
+        pid = serf.start(configure(state), state.serf_log)
+    return serf.wait_ready(state.settings.rpc_port, state.rpc_key, pid, state.serf_log)
+
+
+def connect(state: State, timeout: float = 10.0) -> serf.Serf:
+    """Give a connection to the Serf agent that the daemon is starting. Raises SerfError when there is none in time."""
+    deadline = time.monotonic() + timeout
+    while (pid := serf.running(state.serf_config)) is None:
+        if time.monotonic() > deadline:
+            raise SerfError(f"the Serf agent does not start; its log is {state.serf_log}")
+        time.sleep(0.02)
+    return serf.wait_ready(state.settings.rpc_port, state.rpc_key, pid, state.serf_log)
+
+
+def stop(state: State) -> None:
+    """End the Serf agent without a goodbye: the others keep this host's peer."""
+    pid = serf.running(state.serf_config)
+    if pid is not None:
+        serf.stop(pid)
+
+
+def lost(state: State, members: Collection[Member]) -> dict[str, str]:
+    """Give the known hosts that Serf does not see alive: name -> gossip address."""
+    alive = {member.name for member in members if member.status is Status.ALIVE}
+    return {name: str(endpoint) for name, endpoint in sorted(state.contacts().items()) if name not in alive}
+
+
+def rejoin(state: State, lost: Mapping[str, str]) -> int:
+    """Join lost hosts by their addresses; give the number that answered.
+
+    Serf itself remembers too little of whom it knew: after a restart or a long partition only this brings it back.
+    """
+    joined = 0
+    if lost:
+        with serf.Serf.connect(state.settings.rpc_port, state.rpc_key, timeout=30) as client:
+            # One at a time: a dead address must not hold up the others for longer than one time-out.
+            for address in lost.values():
+                with suppress(SerfError):
+                    joined += client.join([address])
+    return joined

@@ -1,0 +1,43 @@
+"""A Serf event without a daemon: make a pass here and now, or answer the query whether one has been made.
+
+Started by handlers/meshd_event.py under anybody's plain `serf agent`, for a host that was set up with `--no-daemon`.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from meshd.errors import MeshdError
+from meshd.queries import APPLIED, Question
+from meshd.state import DEFAULT, State
+
+
+def main() -> None:
+    """Handle the event in Serf's environment. Serf logs what goes to stderr; stdout is the answer to a query."""
+    state = State(Path(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT)
+    try:
+        handle(state, os.environ, sys.stdin.buffer.read(4096))
+    except MeshdError as error:
+        sys.exit(f"meshd: {error}")
+
+
+def handle(state: State, environment: "os._Environ[str]", payload: bytes) -> None:
+    """Make a pass, unless there is a daemon (it reads everything again when it is back) or nothing is set up."""
+    if not state.exists or state.settings.daemon:
+        return
+    question = None
+    if environment.get("SERF_EVENT") == "query":
+        question = Question.parse(payload) if environment.get("SERF_QUERY_NAME") == APPLIED else None
+        if question is None:
+            return
+    from meshd.reconcile import reconcile  # noqa: PLC0415  300 ms of imports that the cases above do without
+
+    report = reconcile(state)
+    for failure in report.failures:
+        print(f"meshd: {failure}", file=sys.stderr)  # noqa: T201  Serf's log
+    if question is not None and question.answered_by(report.applied):
+        sys.stdout.write(Question.YES.decode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""What happens to a host: it begins a mesh, joins one, goes up and down, and leaves. All or nothing."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from ipaddress import IPv4Network
+
+from meshd import addressing, files, gossip, links, membership, preflight, serf, service
+from meshd.bridge import Bridge
+from meshd.config import Settings
+from meshd.errors import ConflictError, InputError, MeshdError, SerfError
+from meshd.identity import Invitation
+from meshd.model import Endpoint, Host, Member, Record, Status
+from meshd.queries import APPLIED, Question
+from meshd.reconcile import Report, dismantle, endpoint, members, reconcile
+from meshd.state import Claim, State
+from meshd.tags import encode
+
+# An asker hears within this time from everybody who is ready; who is not is asked again.
+ASK = 1.0
+GOODBYE_TIMEOUT = 5.0
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """The outcome of waiting for the others: those who configured this host, and those who did not say so."""
+
+    ready: frozenset[str]
+    missing: frozenset[str]
+
+
+def init(state: State, settings: Settings) -> Invitation:
+    """Make a mesh with this host as its first. On any error the host is as it was before."""
+    _not_set_up(state)
+    with _all_or_nothing(state):
+        _settle_in(state, settings)
+        subnet = settings.subnet or addressing.choose(
+            settings.overlay, settings.subnet_length, (), settings.advertised, settings.name
+        )
+        state.publish(subnet=subnet, endpoint=endpoint(settings), settled=True)
+        _begin(state)
+    return invitation(state)
+
+
+def invitation(state: State) -> Invitation:
+    """Give what another host needs to join this one's mesh."""
+    settings = state.settings
+    return Invitation(
+        settings.mesh,
+        settings.overlay,
+        settings.subnet_length,
+        state.gossip_key,
+        settings.gossip_port,
+        (Endpoint(settings.advertised, settings.gossip_port),),
+    )
+
+
+def join(state: State, settings: Settings, gossip_key: bytes, member: Endpoint) -> None:
+    """Join the mesh of the member at `member`. On any error the host is as it was before."""
+    _not_set_up(state)
+    preflight.reachable(member)
+    with _all_or_nothing(state):
+        _settle_in(state, settings, gossip_key)
+        state.save_contacts({"": member})
+        subnet = settings.subnet or addressing.choose(
+            settings.overlay, settings.subnet_length, (), settings.advertised, settings.name
+        )
+        # Without a daemon nobody can be asked before the agent is started by hand.
+        state.publish(subnet=subnet, endpoint=endpoint(settings), settled=not settings.daemon)
+        if settings.daemon:
+            service.start(state)
+            _enter(state, member)
+        _begin(state)
+
+
+def _enter(state: State, member: Endpoint) -> None:
+    """Join the gossip, and settle the claim against those of all members."""
+    settings = state.settings
+    with gossip.connect(state) as client:
+        try:
+            client.join([str(member)])
+        except SerfError as error:
+            raise InputError(
+                f"{member} answers, but not as a member of the mesh {settings.mesh!r}: the invitation is of another "
+                f"mesh, or another program uses that port ({error})"
+            ) from None
+        if holder := serf.name_conflict(state.serf_log):
+            raise ConflictError(f"the name {settings.name} is already in the mesh ({holder}): pass --name")
+        claim = _settled(state, client.members())
+        state.publish(subnet=claim, endpoint=endpoint(settings), settled=True)
+
+
+def _settled(state: State, listed: list[Member]) -> IPv4Network:
+    """Give the subnet to take: the one claimed already unless another member claims it too."""
+    settings, claim = state.settings, state.claim()
+    taken = membership.claimed(listed, settings.name, settings.overlay, settings.subnet_length)
+    if settings.subnet is not None and settings.subnet in taken:
+        rivals = membership.subnet_rivals(
+            Host(settings.name, _record(claim)), listed, settings.overlay, settings.subnet_length
+        )
+        raise ConflictError(f"the subnet {settings.subnet} is taken by {', '.join(rivals)}: pass another --subnet")
+    return addressing.choose(
+        settings.overlay,
+        settings.subnet_length,
+        taken,
+        settings.advertised,
+        settings.name,
+        persisted=_record(claim).subnet,
+    )
+
+
+def up(state: State) -> Report:
+    """Start what `down` stopped: the same keys, the same subnet."""
+    preflight.root()
+    claim = state.claim()
+    if claim is None or not claim.settled:
+        raise InputError("this host has not finished joining: run 'meshd leave --force', then 'meshd join' again")
+    return _begin(state)
+
+
+def down(state: State, *, force: bool = False) -> Report:
+    """Stop everything and leave the host as it was found; keep the identity and the subnet; say no goodbye."""
+    preflight.root()
+    settings = state.settings
+    if not _is_up(state):
+        raise InputError(f"the mesh {settings.mesh} is not up on this host")
+    return _take_down(state, force=force)
+
+
+def leave(state: State, *, force: bool = False) -> Report:
+    """Say goodbye, so that the others remove this host and free its subnet; then remove everything here."""
+    preflight.root()
+    settings = state.settings
+    _release_containers(settings, force=force)
+    claim = state.claim()
+    if settings.daemon:
+        service.stop(state)
+        if claim is not None:
+            _say_goodbye(state, claim)
+    report = _take_down(state, force=force)
+    if not report.failures or force:
+        state.forget_everything()
+    return report
+
+
+def _say_goodbye(state: State, claim: Claim) -> None:
+    """Publish the record once more as leaving, wait until the others have applied that, then leave Serf."""
+    # The others must all have heard it before Serf's own leave: what Serf says of a left member is no evidence.
+    claim = state.publish(subnet=claim.record.subnet, endpoint=claim.record.endpoint, settled=True, leaving=True)
+    adopted = serf.running(state.serf_config) is not None
+    with suppress(SerfError), gossip.start(state) as client:
+        if adopted:
+            client.tags(encode(claim.record), [])
+        else:
+            gossip.rejoin(state, gossip.lost(state, client.members()))
+        wait_ready(state, claim.record.seq, GOODBYE_TIMEOUT)
+        client.leave()
+
+
+def wait_ready(state: State, seq: int, timeout: float, progress: Progress = lambda *_: None) -> Readiness:
+    """Ask the others until all alive, admitted hosts have applied this host's record `seq`, or time is over.
+
+    `progress` gets the number that is ready and the number of all, this host included.
+    """
+    settings = state.settings
+    question = Question(settings.name, seq)
+    ready: set[str] = set()
+    deadline = time.monotonic() + timeout
+
+    def heard(name: str, payload: bytes) -> None:
+        if payload == Question.YES and name in expected:
+            ready.add(name)
+            progress(len(ready) + 1, len(expected) + 1)
+
+    while True:
+        expected = _expected(state)
+        progress(len(ready & expected) + 1, len(expected) + 1)
+        missing = expected - ready
+        if not missing or time.monotonic() >= deadline:
+            return Readiness(frozenset(ready & expected), frozenset(missing))
+        # The names travel in the query: only a few fit.
+        nodes = sorted(missing) if len(missing) <= 5 else ()
+        with serf.Serf.connect(settings.rpc_port, state.rpc_key) as client:
+            client.query(APPLIED, question.payload(), timeout=ASK, nodes=nodes, on_response=heard)
+
+
+def _expected(state: State) -> set[str]:
+    admitted = state.roster().hosts
+    return {m.name for m in members(state) if m.status is Status.ALIVE and m.name in admitted}
+
+
+def _not_set_up(state: State) -> None:
+    preflight.root()
+    if state.exists:
+        settings = state.settings
+        raise ConflictError(
+            f"this host is already in the mesh {settings.mesh!r} as {settings.name}: "
+            "'meshd up' starts it, 'meshd leave' ends it"
+        )
+
+
+def _settle_in(state: State, settings: Settings, gossip_key: bytes | None = None) -> None:
+    """Check the machine, then write everything that starting needs."""
+    files.private_directory(state.directory)
+    preflight.check(settings, state.wireguard_key)
+    if gossip_key is not None:
+        state.save_gossip_key(gossip_key)
+    _ = state.gossip_key, state.rpc_key
+    state.save_settings(settings)
+
+
+def _begin(state: State) -> Report:
+    """Start the daemon and make the first pass here, so that what fails is said to the person who asked."""
+    if state.settings.daemon:
+        service.start(state)
+        gossip.connect(state).close()
+    report = reconcile(state)
+    # Without a daemon the agent is not there yet to take the tags; the handler publishes them.
+    ignored = set() if state.settings.daemon else {"members", "tags"}
+    failures = [f for f in report.failures if f.what not in ignored and not f.what.startswith("add tags")]
+    if failures:
+        raise failures[0].error if len(failures) == 1 else MeshdError("\n".join(map(str, failures)))
+    state.hint("cli: configured")
+    return report
+
+
+@contextmanager
+def _all_or_nothing(state: State) -> Iterator[None]:
+    """Undo everything when the block fails or is interrupted."""
+    existed = state.directory.exists()
+    try:
+        yield
+    except BaseException:
+        if state.exists:
+            with suppress(MeshdError):
+                _take_down(state, force=True)
+        state.forget_everything()
+        if existed and not state.directory.exists():
+            state.directory.mkdir(mode=0o700)
+        raise
+
+
+def _take_down(state: State, *, force: bool) -> Report:
+    _release_containers(state.settings, force=force)
+    service.stop(state)
+    if state.settings.daemon:
+        gossip.stop(state)
+    return dismantle(state)
+
+
+def _release_containers(settings: Settings, *, force: bool) -> None:
+    """Refuse while containers are attached, or with `force` disconnect them."""
+    if not settings.docker:
+        return
+    bridge = Bridge(settings.mesh, settings.bridge)
+    try:
+        attached = bridge.containers()
+    except MeshdError:
+        return  # no engine, no running containers
+    if attached and not force:
+        raise ConflictError(
+            f"containers are attached to {settings.bridge}: {', '.join(attached)}; "
+            "stop them, or pass --force to disconnect them"
+        )
+    if attached:
+        bridge.disconnect_all()
+
+
+def _is_up(state: State) -> bool:
+    return (
+        state.agent_pid() is not None
+        or serf.running(state.serf_config) is not None
+        or state.settings.wireguard in links.link_names()
+    )
+
+
+def _record(claim: Claim | None) -> Record:
+    if claim is None:
+        raise InputError("the claim of this host is missing from its state directory")
+    return claim.record

@@ -1,0 +1,255 @@
+"""One pass: lock, observe, plan, guard, apply, report. The daemon, `meshd sync` and a lone handler all call it."""
+
+import time
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from meshd import links, membership, plan
+from meshd.bridge import Bridge
+from meshd.config import Settings
+from meshd.errors import InputError, MeshdError, SerfError
+from meshd.firewall import Iptables, Nftables
+from meshd.membership import Roster
+from meshd.model import Action, Adapter, Change, Endpoint, Engine, Host, Member, Peer, Resource, Sysctl
+from meshd.routes import Routes
+from meshd.rules import table_name
+from meshd.serf import Serf, SerfTags
+from meshd.state import Claim, State
+from meshd.tags import NAMES
+from meshd.wireguard import WireGuard, find
+
+# WireGuard's own overhead over IPv6: 40 bytes of IP, 8 of UDP, 32 of its own. Over IPv4 it is 20 less.
+OVERHEAD = 80
+# What a change of members alone can change; a pass after Serf's hint reads nothing else.
+MEMBERSHIP = frozenset({"device", "peer", "route", "tags"})
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Something that could not be read or done; the pass went on without it."""
+
+    what: str
+    error: MeshdError
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.error}"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a pass saw and did. `withheld` are removals for which there is no evidence (see plan.guard)."""
+
+    roster: Roster = field(default_factory=Roster)
+    members: tuple[Member, ...] = ()
+    changes: tuple[Change, ...] = ()
+    withheld: tuple[Change, ...] = ()
+    failures: tuple[Failure, ...] = ()
+    peers: tuple[Peer, ...] = ()
+
+    @property
+    def applied(self) -> dict[str, int]:
+        """The sequence number of each record, goodbyes too, that this host has in its kernel now."""
+        failed = {failure.what for failure in self.failures}
+        if failed & {"peer", "route", "device"}:
+            return {}
+        broken = {
+            change.resource.public_key
+            for change in self.changes
+            if isinstance(change.resource, Peer) and str(change) in failed
+        }
+        hosts = {n: r.seq for n, r in self.roster.hosts.items() if r.public_key not in broken}
+        return hosts | {n: g.seq for n, g in self.roster.gone.items() if g.public_key not in broken}
+
+
+class Machine:
+    """All adapters of one mesh on this host."""
+
+    def __init__(self, state: State) -> None:
+        settings = state.settings
+        self.settings = settings
+        self.wireguard: WireGuard = find(settings.wireguard, state.wireguard_key, settings.wireguard_backend)
+        names = (settings.wireguard, settings.bridge) if settings.docker else (settings.wireguard,)
+        bridge = settings.bridge
+        sysctls = (plan.IP_FORWARD, f"net/ipv4/conf/{bridge}/proxy_arp", f"net/ipv4/neigh/{bridge}/proxy_delay")
+        self.bridge = Bridge(settings.mesh, bridge) if settings.docker else None
+        self.adapters: list[Adapter] = [
+            links.Links(names, sysctls if settings.docker else ()),
+            Routes(settings.wireguard, settings.overlay),
+            Nftables(table_name(settings.wireguard)),
+            self.wireguard,
+            SerfTags(settings.rpc_port, state.rpc_key, settings.name, NAMES),
+        ]
+        if self.bridge is not None:
+            self.adapters += [Iptables(settings.owner), self.bridge]
+
+    def observe(self, kinds: Collection[str]) -> tuple[list[Resource], set[str], list[Failure]]:
+        """Read every adapter that knows one of `kinds`: the resources, the kinds that were read, the failures."""
+        resources: list[Resource] = []
+        read: set[str] = set()
+        failures: list[Failure] = []
+        for adapter in self.adapters:
+            if adapter.kinds.isdisjoint(kinds):
+                continue
+            try:
+                resources += adapter.read()
+                read |= adapter.kinds
+            except MeshdError as error:
+                failures += [Failure(kind, error) for kind in sorted(adapter.kinds)]
+        return resources, read, failures
+
+    def apply(self, changes: Iterable[Change]) -> list[Failure]:
+        """Make the changes one by one; one that fails is reported and does not stop the others."""
+        by_kind = {kind: adapter for adapter in self.adapters for kind in adapter.kinds}
+        failures = []
+        for change in changes:
+            try:
+                by_kind[change.resource.kind].apply(change)
+            except MeshdError as error:
+                failures.append(Failure(str(change), error))
+        return failures
+
+    def engine(self) -> Engine | None:
+        return self.bridge.engine() if self.bridge is not None else None
+
+
+def members(state: State) -> list[Member]:
+    """Ask this host's own Serf for all members. Raises SerfError."""
+    with Serf.connect(state.settings.rpc_port, state.rpc_key) as serf:
+        return serf.members()
+
+
+def reconcile(state: State, *, dry: bool = False, force: bool = False, kinds: Collection[str] = plan.ORDER) -> Report:
+    """Make one pass. With `dry` nothing is changed or written; with `force` the guard lets everything through.
+
+    Raises InputError for damaged state; whatever else fails is in the report.
+    """
+    with state.lock():
+        machine = Machine(state)
+        settings, known = state.settings, state.roster()
+        failures: list[Failure] = []
+        claim = state.claim()
+        if claim is None or not claim.settled:
+            raise InputError("this host has not claimed its subnet yet: 'meshd join' has not finished")
+        claim = claim if dry or claim.record.leaving else renewed(state, claim)
+        own = Host(settings.name, claim.record)
+        roster, listed = known, []
+        try:
+            listed = members(state)
+            roster = _admit(settings, own, listed, known)
+        except SerfError as error:
+            failures.append(Failure("members", error))
+        observed, readable, unread = machine.observe(kinds)
+        failures += unread
+        wanted = plan.desired(local(settings, own, _engine(machine, kinds, readable, failures)), roster.sorted_hosts())
+        moved = {
+            r.public_key for n, r in roster.hosts.items() if n in known.hosts and r.endpoint != known.hosts[n].endpoint
+        }
+        changes = plan.diff(wanted, observed, now=time.time(), moved=moved, kinds=readable & set(kinds))
+        changes, withheld = (changes, ()) if force else plan.guard(changes, observed, _departed(known, roster))
+        if not dry:
+            _remember(state, known, roster, listed, changes)
+            failures += machine.apply(changes)
+        return Report(
+            roster, tuple(listed), changes, withheld, tuple(failures), tuple(r for r in observed if isinstance(r, Peer))
+        )
+
+
+def _admit(settings: Settings, own: Host, listed: Sequence[Member], known: Roster) -> Roster:
+    return membership.admit(
+        own,
+        settings.overlay,
+        settings.subnet_length,
+        listed,
+        known,
+        left_is_goodbye=not settings.daemon,
+    )
+
+
+def _engine(machine: Machine, kinds: Collection[str], readable: set[str], failures: list[Failure]) -> Engine | None:
+    """Ask Docker what it is; without an answer its rules and its network are left as they are in this pass."""
+    if "network" not in kinds or "network" not in readable:
+        readable -= {"network", "iptables"}
+        return None
+    try:
+        return machine.engine()
+    except MeshdError as error:
+        readable -= {"network", "iptables"}
+        failures.append(Failure("docker", error))
+        return None
+
+
+def _departed(known: Roster, roster: Roster) -> set[str]:
+    replaced = {r.public_key for n, r in known.hosts.items() if n in roster.hosts and r != roster.hosts[n]}
+    return replaced | {goodbye.public_key for goodbye in roster.gone.values()}
+
+
+def _remember(state: State, known: Roster, roster: Roster, listed: Sequence[Member], changes: Sequence[Change]) -> None:
+    """Put on disk what must be known before the changes are made: the hosts, and the sysctls to put back."""
+    if (roster.hosts, roster.gone) != (known.hosts, known.gone):
+        state.save_roster(roster)
+    contacts = state.contacts()
+    kept = {n: e for n, e in contacts.items() if n not in roster.gone}
+    # The address that was joined through has no name yet; it goes when the first host is known by its own.
+    named = {m.name: Endpoint(m.address, m.port) for m in listed if m.name in roster.hosts}
+    if named:
+        kept.pop("", None)
+    if (now_known := kept | named) != contacts:
+        state.save_contacts(now_known)
+    originals = state.originals()
+    found = {
+        c.resource.path: c.old.value
+        for c in changes
+        if isinstance(c.resource, Sysctl) and isinstance(c.old, Sysctl) and c.resource.path == plan.IP_FORWARD
+    }
+    if found.keys() - originals.keys():
+        state.save_originals(found | originals)
+
+
+def renewed(state: State, claim: Claim) -> Claim:
+    """Give the claim with today's key and endpoint; a changed one gets a new sequence number and is kept first."""
+    return state.publish(subnet=claim.record.subnet, endpoint=endpoint(state.settings), settled=claim.settled)
+
+
+def endpoint(settings: Settings) -> Endpoint:
+    """Where the others' WireGuard reaches this host."""
+    return Endpoint(settings.advertised, settings.wireguard_port)
+
+
+def local(settings: Settings, own: Host, engine: Engine | None) -> plan.Local:
+    """Put together what the desired state depends on."""
+    return plan.Local(
+        host=own,
+        overlay=settings.overlay,
+        wireguard=settings.wireguard,
+        port=settings.wireguard_port,
+        mtu=settings.mtu or links.underlay_mtu(settings.bind) - OVERHEAD,
+        keepalive=settings.keepalive,
+        owner=settings.owner,
+        bridge=settings.bridge if settings.docker else None,
+        engine=engine,
+    )
+
+
+def dismantle(state: State) -> Report:
+    """Take away everything that meshd put on this host, and put back what it changed.
+
+    ip_forward goes back only where no Docker engine runs: its containers need it now, whoever turned it on.
+    """
+    with state.lock():
+        machine = Machine(state)
+        observed, readable, failures = machine.observe(plan.ORDER)
+        # Serf ends with the host's part in the mesh, and with it its tags.
+        changes = plan.diff((), observed, now=time.time(), kinds=readable - {"tags"})
+        failures = [f for f in failures if f.what != "tags"] + machine.apply(changes)
+        if not _docker_runs(machine):
+            undo = [Change(Action.SET, sysctl) for sysctl in plan.restored(state.originals())]
+            failures += machine.apply(undo)
+            changes = (*changes, *undo)
+        return Report(changes=changes, failures=tuple(failures))
+
+
+def _docker_runs(machine: Machine) -> bool:
+    try:
+        return machine.engine() is not None
+    except MeshdError:
+        return False

@@ -1,0 +1,110 @@
+"""Who runs the daemon: systemd where there is systemd, otherwise a detached process with a log."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from meshd.errors import MeshdError
+from meshd.state import DEFAULT, State
+
+UNITS = Path("/etc/systemd/system")
+START_TIMEOUT = 15.0
+
+# Before docker.service: dockerd finds the bridge with its address, and forwarding on. KillMode=process: a restart or
+# an upgrade ends the daemon alone; Serf and wireguard-go carry traffic and are adopted by the next one.
+UNIT = """\
+[Unit]
+Description=meshd, the {mesh} mesh between Docker hosts
+Documentation=man:serf(1)
+Wants=network-online.target
+After=network-online.target nftables.service
+Before=docker.service
+
+[Service]
+Type=notify
+ExecStart={python} -I -m meshd --state-dir {directory} agent
+Restart=always
+RestartSec=1
+KillMode=process
+# The first pass may wait for an underlay that is late, and Docker waits for the first pass.
+TimeoutStartSec=60
+Environment=PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+UMask=0077
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def unit_name(state: State) -> str:
+    """Give the unit's name: one for each state directory."""
+    if state.directory == DEFAULT:
+        return "meshd.service"
+    return f"meshd-{re.sub(r'[^A-Za-z0-9]+', '-', str(state.directory)).strip('-')}.service"
+
+
+def has_systemd() -> bool:
+    """Tell whether systemd is this host's service manager (sd_booted(3))."""
+    return Path("/run/systemd/system").is_dir()
+
+
+def unit(state: State) -> str:
+    """Give the text of the unit."""
+    return UNIT.format(mesh=state.settings.mesh, python=sys.executable, directory=state.directory)
+
+
+def start(state: State) -> None:
+    """Start the daemon, now and at each boot, unless it runs. Raises MeshdError with what its log says."""
+    if state.agent_pid() is not None:
+        return
+    if has_systemd():
+        (UNITS / unit_name(state)).write_text(unit(state))
+        _systemctl("daemon-reload")
+        _systemctl("enable", "--now", unit_name(state))
+        return
+    arguments = [sys.executable, "-I", "-m", "meshd", "--state-dir", str(state.directory), "agent"]
+    descriptor = os.open(state.agent_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        process = subprocess.Popen(
+            arguments, stdin=subprocess.DEVNULL, stdout=descriptor, stderr=descriptor, start_new_session=True, cwd="/"
+        )
+    finally:
+        os.close(descriptor)
+    deadline = time.monotonic() + START_TIMEOUT
+    while state.agent_pid() is None:
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise MeshdError(f"the daemon did not start: {_last_line(state.agent_log)}")
+        time.sleep(0.02)
+
+
+def stop(state: State) -> None:
+    """Stop the daemon, and no longer start it at boot. Serf and the tunnels go on."""
+    if has_systemd() and (UNITS / unit_name(state)).exists():
+        _systemctl("disable", "--now", unit_name(state))
+        (UNITS / unit_name(state)).unlink()
+        _systemctl("daemon-reload")
+    deadline = time.monotonic() + START_TIMEOUT
+    number = signal.SIGTERM
+    while (pid := state.agent_pid()) is not None:
+        if time.monotonic() > deadline:
+            number = signal.SIGKILL
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+
+
+def _systemctl(*arguments: str) -> None:
+    done = subprocess.run(["systemctl", *arguments], capture_output=True, text=True, check=False, timeout=120)
+    if done.returncode != 0:
+        raise MeshdError(f"systemctl {' '.join(arguments)}: {done.stderr.strip() or done.returncode}")
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    return lines[-1] if lines else "it wrote no log"
