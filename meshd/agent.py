@@ -202,11 +202,14 @@ class Agent:
     def _watch_queries(self) -> None:
         with self._connect() as client:
             for event in client.stream("query"):
-                question = Question.parse(event["Payload"]) if event.get("Name") == APPLIED else None
+                payload, identity = event.get("Payload"), event.get("ID")
+                if event["Name"] != APPLIED or not isinstance(payload, bytes) or not isinstance(identity, int):
+                    continue
+                question = Question.parse(payload)
                 if question is None or question.name == self.state.settings.name:
                     continue
                 with self.asking:
-                    self.questions[question] = (partial(client.respond, event["ID"]), time.monotonic() + PATIENCE)
+                    self.questions[question] = (partial(client.respond, identity), time.monotonic() + PATIENCE)
                 self._answer()
                 if not question.answered_by(self.applied):
                     self.hint("serf: asked for readiness")

@@ -114,7 +114,7 @@ def from_json(values: dict[str, Any]) -> Settings:
 
 
 def _typed(name: str, value: Any, kind: str) -> Any:
-    readers: dict[str, Callable[[str], Any]] = {"IPv4Network": IPv4Network, "IPAddress": ip_address}
+    readers: dict[str, Callable[[str], Any]] = {"IPv4Network": IPv4Network, "IPv4Address": ip_address}
     if value is None and "None" in kind:
         return None
     for text, reader in readers.items():

@@ -169,11 +169,6 @@ def wait_ready(state: State, seq: int, timeout: float, progress: Progress = lamb
     ready: set[str] = set()
     deadline = time.monotonic() + timeout
 
-    def heard(name: str, payload: bytes) -> None:
-        if payload == Question.YES and name in expected:
-            ready.add(name)
-            progress(len(ready) + 1, len(expected) + 1)
-
     while True:
         expected = _expected(state)
         progress(len(ready & expected) + 1, len(expected) + 1)
@@ -183,7 +178,12 @@ def wait_ready(state: State, seq: int, timeout: float, progress: Progress = lamb
         # The names travel in the query: only a few fit.
         nodes = sorted(missing) if len(missing) <= 5 else ()
         with serf.Serf.connect(settings.rpc_port, state.rpc_key) as client:
-            client.query(APPLIED, question.payload(), timeout=ASK, nodes=nodes, on_response=heard)
+            for name, answer in client.query(APPLIED, question.payload(), timeout=ASK, nodes=nodes):
+                if answer == Question.YES and name in expected:
+                    ready.add(name)
+                    progress(len(ready & expected) + 1, len(expected) + 1)
+                if expected <= ready:
+                    break
 
 
 def _expected(state: State) -> set[str]:

@@ -50,6 +50,9 @@ class Endpoint:
         number = int(port) if port.isascii() and port.isdigit() else (default_port if not port else None)
         if number is None or not 0 < number < 65536:
             raise ValueError(f"not a port: {port!r}")
+        if "%" in host:
+            # A zone means something on one host only, and may hold any character.
+            raise ValueError(f"an address with a zone: {host!r}")
         return cls(ip_address(host), number)
 
 

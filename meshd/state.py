@@ -127,7 +127,8 @@ class State:
 
     def originals(self) -> dict[str, str]:
         """Give the sysctls as they were before meshd changed them: path below /proc/sys -> value."""
-        return {str(k): str(v) for k, v in (self._json("originals.json") or {}).items()}
+        values = self._json("originals.json") or {}
+        return self._guard("originals.json", lambda: {path: str.strip(value) for path, value in values.items()})
 
     def save_originals(self, originals: dict[str, str]) -> None:
         files.write_json(self.directory / "originals.json", originals)
@@ -210,10 +211,10 @@ class State:
 
 
 # Every file that this class, or what it starts, writes here.
-_OURS = frozenset(
-    "settings.json claim.json contacts.json hosts.json originals.json serf.json "
-    "wireguard.key gossip.key rpc.key serf.log agent.log agent.pid agent.sock lock".split()
-)
+_OURS = {
+    *("settings.json", "claim.json", "contacts.json", "hosts.json", "originals.json", "serf.json"),
+    *("wireguard.key", "gossip.key", "rpc.key", "serf.log", "agent.log", "agent.pid", "agent.sock", "lock"),
+}
 
 
 def _record_json(record: Record) -> dict[str, Any]:

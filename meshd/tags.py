@@ -9,7 +9,7 @@ because Serf prints tags with commas and escapes neither commas nor `=`:
 import base64
 import binascii
 from collections.abc import Mapping
-from ipaddress import IPv4Network, IPv6Address
+from ipaddress import IPv4Network
 
 from meshd.addressing import is_usable
 from meshd.errors import InputError
@@ -116,7 +116,7 @@ def _endpoint(text: str, overlay: IPv4Network) -> Endpoint:
 
 def unusable(address: IPAddress, overlay: IPv4Network) -> str:
     """Say why no other host can reach a host at this address, or the empty string."""
-    if isinstance(address, IPv6Address) and address.scope_id:
+    if address.version == 6 and address.is_link_local:
         return "local to one link"
     if address.is_unspecified or address.is_multicast or address.is_loopback:
         return "no address of a host"

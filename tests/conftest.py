@@ -37,9 +37,7 @@ def host(number: int) -> Host:
 
 
 def member(number: int, status: Status = Status.ALIVE, of: Record | None = None) -> Member:
-    return Member(
-        f"barge{number}", IPv4Address(f"10.10.10.{100 + number}"), 7946, status, encode(of or record(number))
-    )
+    return Member(f"barge{number}", IPv4Address(f"10.10.10.{100 + number}"), 7946, status, encode(of or record(number)))
 
 
 @pytest.fixture

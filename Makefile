@@ -1,0 +1,54 @@
+# Everything a person or CI runs. `make demo` and `make test` need nothing but Debian and root.
+PYTHON ?= python3
+BIN := .venv/bin
+PACKAGES := python3 python3-venv serf wireguard-go nftables iptables docker.io iproute2 util-linux \
+	busybox-static wireguard-tools tcpdump
+
+.PHONY: setup demo demo-down test test-unit check format clean
+
+setup: .make/packages .make/wheel
+
+# dpkg first: a machine that has everything needs no network. Newer Debians split the client off docker.io.
+.make/packages: Makefile
+	@mkdir -p .make
+	dpkg -s $(PACKAGES) >/dev/null 2>&1 || .ci/install-packages $(PACKAGES)
+	@touch $@
+
+.make/venv: pyproject.toml
+	@mkdir -p .make
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --group dev
+	@touch $@
+
+# What runs is the built wheel, in the demo as in the tests: a file that the wheel lacks is found here.
+.make/wheel: .make/venv $(shell find meshd handlers images -type f -not -name '*.pyc') README.md
+	rm -rf dist && $(BIN)/python -m build --wheel --no-isolation --outdir dist . >/dev/null
+	$(BIN)/python -m pip uninstall --quiet --yes meshd
+	$(BIN)/python -m pip install --quiet dist/*.whl
+	@touch $@
+
+demo: setup
+	$(BIN)/meshd lab demo
+
+demo-down: setup
+	$(BIN)/meshd lab down
+
+# A copy of the tests away from the sources, so that they import the installed wheel and not the checkout.
+test: setup
+	rm -rf .make/tests && mkdir -p .make/tests && cp -r tests pyproject.toml .make/tests/
+	cd .make/tests && ../../$(BIN)/python -m pytest $(PYTEST)
+
+test-unit: setup
+	$(BIN)/python -m pytest tests/unit $(PYTEST)
+
+check: .make/venv
+	$(BIN)/ruff check && $(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .make/venv
+	$(BIN)/ruff check --fix && $(BIN)/ruff format
+
+clean:
+	rm -rf .make .venv dist

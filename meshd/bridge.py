@@ -1,0 +1,244 @@
+"""The Docker network on the bridge, by Docker's SDK.
+
+Docker adopts the bridge that `links` has made, with its address and MTU, and leaves it in place when the network is
+removed. Facts of the API: https://docs.docker.com/reference/api/engine/.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from ipaddress import IPv4Address, IPv4Network
+from threading import Event
+from typing import Any, ClassVar
+
+from meshd.errors import ApplyError, ConflictError, MeshdError, MissingError
+from meshd.model import Action, Change, Engine, Network, Resource
+
+LABEL = "meshd.mesh"
+TIMEOUT = 20
+PAUSE = 1.0
+_BRIDGE_NAME = "com.docker.network.bridge.name"
+_MTU = "com.docker.network.driver.mtu"
+_ADVICE = "start it (systemctl start docker), install it (apt install docker.io), or pass --no-docker"
+
+
+class Bridge:
+    """The adapter of the mesh's Docker network, which has the name of its bridge."""
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"network"})
+
+    def __init__(self, mesh: str, name: str, base_url: str | None = None) -> None:
+        self.mesh = mesh
+        self.name = name
+        self._base_url = base_url
+
+    def engine(self) -> Engine:
+        """Give the engine's version and firewall backend. Raises MissingError if Docker is absent or stopped."""
+        with _client("asking Docker for its version", self._base_url) as client:
+            # FirewallBackend came with API 1.49; before, Docker knew iptables only.
+            backend = client.info().get("FirewallBackend") or {}
+            return Engine(str(client.version()["Version"]), str(backend.get("Driver", "iptables")))
+
+    def read(self) -> list[Resource]:
+        with _client("listing Docker networks", self._base_url) as client:
+            attributes = self._find(client)
+            return [_network(attributes)] if attributes is not None and self._is_ours(attributes) else []
+
+    def apply(self, change: Change) -> None:
+        network = change.resource
+        assert isinstance(network, Network)  # noqa: S101  what the dispatch by kind guarantees, for the type checker
+        with _client(f"{change.action} {network}", self._base_url) as client:
+            attributes = self._find(client)
+            if change.action is Action.REMOVE:
+                self._remove(client, attributes)
+            elif attributes is None:
+                self._create(client, network)
+            elif not self._is_ours(attributes):
+                raise ConflictError(self._foreign(attributes, network))
+            elif (found := _network(attributes)) != network:
+                self._replace(client, attributes, found, network)
+
+    def containers(self) -> list[str]:
+        """Name the containers that are attached to the network."""
+        with _client(f"listing the containers on {self.name}", self._base_url) as client:
+            attributes = self._find(client)
+            return _attached(attributes) if attributes is not None and self._is_ours(attributes) else []
+
+    def disconnect_all(self) -> None:
+        """Detach all containers; they go on running without the overlay."""
+        with _client(f"disconnecting the containers on {self.name}", self._base_url) as client:
+            attributes = self._find(client)
+            if attributes is not None and self._is_ours(attributes):
+                network = client.networks.get(attributes["Id"])
+                for container in attributes.get("Containers") or {}:
+                    network.disconnect(container, force=True)
+
+    def overlapping(self, overlay: IPv4Network) -> list[tuple[str, IPv4Network]]:
+        """Give the name and subnet of each other Docker network that overlaps the overlay."""
+        with _client("listing Docker networks", self._base_url) as client:
+            return sorted(
+                (network.name, subnet)
+                for network in client.networks.list()
+                if not self._is_ours(network.attrs)
+                for subnet in _subnets(network.attrs)
+                if subnet.overlaps(overlay)
+            )
+
+    def _find(self, client: Any) -> dict[str, Any] | None:
+        """Give what `docker network inspect` says of the network; the API's filter by name matches parts of names."""
+        found = [n for n in client.networks.list(names=[self.name]) if n.name == self.name]
+        return dict(client.networks.get(found[0].id).attrs) if found else None
+
+    def _is_ours(self, attributes: dict[str, Any]) -> bool:
+        return (attributes.get("Labels") or {}).get(LABEL) == self.mesh and attributes.get("Name") == self.name
+
+    def _create(self, client: Any, network: Network) -> None:
+        from docker.types import IPAMConfig, IPAMPool  # noqa: PLC0415  160 ms of imports
+
+        pool = IPAMPool(str(network.subnet), str(network.ip_range), str(network.gateway))
+        client.networks.create(
+            network.name,
+            driver="bridge",
+            ipam=IPAMConfig(pool_configs=[pool]),
+            options={_BRIDGE_NAME: network.bridge, _MTU: str(network.mtu), **dict(network.options)},
+            labels={LABEL: self.mesh},
+        )
+
+    def _remove(self, client: Any, attributes: dict[str, Any] | None) -> None:
+        if attributes is None or not self._is_ours(attributes):
+            return
+        if attached := _attached(attributes):
+            raise ConflictError(f"containers are attached to the Docker network {self.name}: {', '.join(attached)}")
+        client.networks.get(attributes["Id"]).remove()
+
+    def _replace(self, client: Any, attributes: dict[str, Any], found: Network, network: Network) -> None:
+        """Make the network anew with other settings: Docker cannot change one in place."""
+        if attached := _attached(attributes):
+            raise ApplyError(
+                f"the Docker network {self.name} is {_differences(found, network)}, but containers are attached "
+                f"({', '.join(attached)}): stop them, and the next pass makes it anew"
+            )
+        client.networks.get(attributes["Id"]).remove()
+        self._create(client, network)
+
+    def _foreign(self, attributes: dict[str, Any], network: Network) -> str:
+        subnets = ", ".join(map(str, _subnets(attributes))) or "no subnet"
+        return (
+            f"the Docker network {self.name} ({subnets}) exists already and is not this mesh's, which wants "
+            f"{network.subnet}: remove it (docker network rm {self.name}) or pass --bridge with another name"
+        )
+
+
+def watch(name: str, hint: Callable[[str], None], stop: Event, base_url: str | None = None) -> None:
+    """Hint when the network `name` changes and when the engine comes back, until `stop` is set. Never raises."""
+    away = False
+    while not stop.is_set():
+        try:
+            # Without a time-out: a quiet engine has no events for hours.
+            with _client("following Docker's events", base_url, timeout=None) as client:
+                if away:
+                    hint("docker: the engine is back")
+                away = False
+                _follow(client, name, hint, stop)
+        except MeshdError:
+            pass  # no engine, or it went away: the stream ends in one way or another
+        if not stop.is_set():
+            if not away:
+                hint("docker: the engine went away")
+            away = True
+            stop.wait(PAUSE)
+
+
+def _follow(client: Any, name: str, hint: Callable[[str], None], stop: Event) -> None:
+    events = client.events(decode=True, filters={"type": "network"})
+    # The read blocks beyond any stop.
+    with _ended_by(stop, events.close):
+        for event in events:
+            attributes = (event.get("Actor") or {}).get("Attributes") or {}
+            if attributes.get("name") == name and event.get("Action") in {"create", "destroy"}:
+                hint(f"docker: network {name} {event['Action']}")
+
+
+@contextmanager
+def _ended_by(stop: Event, end: Callable[[], None]) -> Iterator[None]:
+    from threading import Thread  # noqa: PLC0415
+
+    over = Event()
+
+    def wait() -> None:
+        while not over.is_set():
+            if stop.wait(0.5):
+                end()
+                return
+
+    Thread(target=wait, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+@contextmanager
+def _client(doing: str, base_url: str | None, timeout: int | None = TIMEOUT) -> Iterator[Any]:
+    """Give a client of the engine; what goes wrong inside is told as meshd's own errors."""
+    import docker  # noqa: PLC0415  160 ms of imports that a host without Docker does without
+    from docker.errors import APIError, DockerException  # noqa: PLC0415
+    from requests.exceptions import RequestException  # noqa: PLC0415
+
+    try:
+        client = (
+            docker.DockerClient(base_url=base_url, timeout=timeout) if base_url else docker.from_env(timeout=timeout)
+        )
+    except (DockerException, RequestException) as error:
+        raise MissingError(f"the Docker engine does not answer ({_short(error)}): {_ADVICE}") from error
+    try:
+        yield client
+    except APIError as error:
+        raise ApplyError(f"{doing}: {error.explanation or error}") from error
+    except (DockerException, RequestException) as error:
+        raise MissingError(f"{doing}: the Docker engine does not answer ({_short(error)}): {_ADVICE}") from error
+    finally:
+        client.close()
+
+
+def _short(error: Exception) -> str:
+    """Give the innermost reason of requests' nested exceptions."""
+    text = str(error)
+    for reason in ("No such file or directory", "Connection refused", "Permission denied", "timed out"):
+        if reason in text:
+            return reason.lower()
+    return text[:200]
+
+
+def _network(attributes: dict[str, Any]) -> Network:
+    pool = ((attributes.get("IPAM") or {}).get("Config") or [{}])[0]
+    options = dict(attributes.get("Options") or {})
+    mtu = options.pop(_MTU, "0")
+    subnet = IPv4Network(pool.get("Subnet", "0.0.0.0/0"))
+    return Network(
+        name=str(attributes["Name"]),
+        bridge=options.pop(_BRIDGE_NAME, ""),
+        subnet=subnet,
+        ip_range=IPv4Network(pool.get("IPRange") or subnet),
+        gateway=IPv4Address(pool.get("Gateway", "0.0.0.0")),  # noqa: S104  "none", nobody binds to it
+        mtu=int(mtu) if mtu.isdigit() else 0,
+        options=tuple(sorted(options.items())),
+    )
+
+
+def _subnets(attributes: dict[str, Any]) -> list[IPv4Network]:
+    """Give a network's IPv4 subnets."""
+    pools = (attributes.get("IPAM") or {}).get("Config") or []
+    return [IPv4Network(pool["Subnet"]) for pool in pools if ":" not in pool.get("Subnet", ":")]
+
+
+def _attached(attributes: dict[str, Any]) -> list[str]:
+    return sorted(str(container.get("Name")) for container in (attributes.get("Containers") or {}).values())
+
+
+def _differences(found: Network, wanted: Network) -> str:
+    fields = ("subnet", "ip_range", "gateway", "mtu", "bridge", "options")
+    return ", ".join(
+        f"{field} {getattr(found, field)} instead of {getattr(wanted, field)}"
+        for field in fields
+        if getattr(found, field) != getattr(wanted, field)
+    )

@@ -1,0 +1,85 @@
+"""The firewall rules of a mesh, as data. Pure; `firewall.py` puts them into the kernel.
+
+The nftables table is meshd's own: no other program's flush of its own rules, and no rule that others insert later,
+undoes what it does. Docker's chains get only what nothing but a rule inside of them can say.
+"""
+
+import re
+from hashlib import sha256
+from ipaddress import IPv4Network
+
+from meshd.model import Chain, Engine, IptablesRule, Rule, Table
+
+# Just before where Docker masquerades (srcnat, 100): a packet that has got its source here keeps it.
+BEFORE_SRCNAT = 99
+# Before the filter chains of others, so that what is dropped here is not accepted there first.
+BEFORE_FILTER = -10
+
+
+def table_name(wireguard: str) -> str:
+    """Give the name of the mesh's nftables table."""
+    return "meshd_" + re.sub(r"[^A-Za-z0-9_]", "_", wireguard)
+
+
+def rule(text: str) -> Rule:
+    """Make a rule that is recognised by a digest of its text."""
+    return Rule(sha256(text.encode()).hexdigest()[:16], text)
+
+
+def table(*, wireguard: str, bridge: str | None, overlay: IPv4Network, subnet: IPv4Network) -> Table:
+    """Give the mesh's table: sources are kept, nothing leaves in clear, nothing but the overlay enters the bridge."""
+    inside = ", ".join(f'"{name}"' for name in (wireguard, bridge, "lo") if name)
+    in_clear = f"ip daddr {overlay} oifname != {{ {inside} }} drop"
+    # With the path's ICMP lost, only a segment size that fits gets large answers through (RFC 2923).
+    clamp = "tcp flags syn / syn,rst tcp option maxseg size set rt mtu"
+    forward = [in_clear]
+    if bridge is not None:
+        forward += [f'oifname "{wireguard}" {clamp}', f'iifname "{wireguard}" {clamp}', *_guard(wireguard, bridge)]
+    return Table(
+        table_name(wireguard),
+        (
+            # A plain accept would not stop a later MASQUERADE: each nat chain is asked until one has decided.
+            _chain("postrouting", "nat", BEFORE_SRCNAT, f'ip saddr {subnet} oifname "{wireguard}" snat to ip saddr'),
+            _chain("forward", "filter", BEFORE_FILTER, *forward),
+            _chain("output", "filter", BEFORE_FILTER, in_clear),
+        ),
+    )
+
+
+def _guard(wireguard: str, bridge: str) -> list[str]:
+    """Keep everybody but the overlay away from containers, except through published ports and for replies.
+
+    Docker drops by its FORWARD policy only if it turned forwarding on itself, which meshd has done before.
+    """
+    return [
+        f'oifname "{bridge}" iifname {{ "{bridge}", "{wireguard}" }} accept',
+        f'oifname "{bridge}" ct state established,related accept',
+        f'oifname "{bridge}" ct status dnat accept',
+        f'oifname "{bridge}" drop',
+    ]
+
+
+def _chain(name: str, kind: str, priority: int, *texts: str) -> Chain:
+    return Chain(name, kind, name, priority, tuple(rule(text) for text in texts))
+
+
+def iptables(
+    *, wireguard: str, bridge: str, subnet: IPv4Network, engine: Engine, owner: str
+) -> tuple[IptablesRule, ...]:
+    """Give the rules inside of Docker's own chains that admit the overlay's packets to containers.
+
+    Docker's FORWARD policy is DROP; from version 28 on it also drops, in raw, what is routed to a container's address.
+    Its nftables backend has neither chain.
+    """
+    if not engine.firewall.startswith("iptables"):
+        return ()
+    admit = IptablesRule("filter", "DOCKER-USER", ("-i", wireguard, "-o", bridge, "-j", "ACCEPT"), owner)
+    if _major(engine.version) < 28:
+        return (admit,)
+    return admit, IptablesRule("raw", "PREROUTING", ("-d", str(subnet), "-i", wireguard, "-j", "ACCEPT"), owner)
+
+
+def _major(version: str) -> int:
+    """Read the major version; one that cannot be read is taken for a new one, whose rules do no harm on an old one."""
+    number = version.partition(".")[0]
+    return int(number) if number.isascii() and number.isdigit() else 9999

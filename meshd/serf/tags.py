@@ -1,0 +1,32 @@
+"""This host's own Serf tags as a resource like any other: read, compared, set."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from meshd.model import Action, Change, Resource, Tags
+from meshd.serf.client import Serf
+
+
+class SerfTags:
+    """The adapter of the tags `names` of the member `name`, which is this host."""
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"tags"})
+
+    def __init__(self, port: int, auth_key: str, name: str, names: Sequence[str]) -> None:
+        self._port = port
+        self._auth_key = auth_key
+        self._name = name
+        self._names = tuple(names)
+
+    def read(self) -> list[Resource]:
+        with Serf.connect(self._port, self._auth_key) as serf:
+            own = next((member for member in serf.members() if member.name == self._name), None)
+        tags = {} if own is None else {n: own.tags[n] for n in sorted(self._names) if n in own.tags}
+        return [Tags(tuple(tags.items()))] if tags else []
+
+    def apply(self, change: Change) -> None:
+        resource = change.resource
+        assert isinstance(resource, Tags)  # noqa: S101  what the dispatch by kind guarantees, for the type checker
+        wanted = {} if change.action is Action.REMOVE else dict(resource.tags)
+        with Serf.connect(self._port, self._auth_key) as serf:
+            serf.tags(wanted, [name for name in self._names if name not in wanted])

@@ -1,0 +1,285 @@
+"""Links, addresses and sysctls in a real namespace, checked from outside with `ip`."""
+
+import gc
+import json
+import os
+import queue
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from ipaddress import IPv4Interface, ip_address
+from typing import Any
+
+import pytest
+
+from meshd import links
+from meshd.errors import ApplyError, ConflictError, InputError
+from meshd.model import Action, Address, Change, Link, Sysctl
+from tests.netns.conftest import Namespace
+
+pytestmark = [pytest.mark.root, pytest.mark.usefixtures("netns")]
+
+BRIDGE = Link("ovl0", "bridge", 1420)
+ADDRESS = Address("ovl0", IPv4Interface("172.20.101.0/16"))
+PROXY_ARP = Sysctl("net/ipv4/conf/ovl0/proxy_arp", "1")
+PROTOCOL = 77
+
+
+def ip(*words: str) -> Any:
+    out = subprocess.run(["ip", "-json", "-details", *words], check=True, capture_output=True, text=True).stdout
+    return json.loads(out or "[]")
+
+
+def add(adapter: links.Links, *resources: Any) -> None:
+    for resource in resources:
+        adapter.apply(Change(Action.ADD, resource))
+
+
+def remove(adapter: links.Links, *resources: Any) -> None:
+    for resource in resources:
+        adapter.apply(Change(Action.REMOVE, resource))
+
+
+@pytest.fixture
+def adapter() -> links.Links:
+    return links.Links(["ovl0", "wg0"], [PROXY_ARP.path, "net/ipv4/ip_forward"])
+
+
+def test_what_is_added_is_read_back_and_seen_from_outside(adapter: links.Links) -> None:
+    assert adapter.read() == [Sysctl("net/ipv4/ip_forward", "0")]
+    add(adapter, BRIDGE, ADDRESS, PROXY_ARP, Sysctl("net/ipv4/ip_forward", "1"))
+    assert adapter.read() == [BRIDGE, ADDRESS, PROXY_ARP, Sysctl("net/ipv4/ip_forward", "1")]
+    link = ip("link", "show", "ovl0")[0]
+    assert link["linkinfo"]["info_kind"] == "bridge"
+    assert link["mtu"] == 1420
+    assert "UP" in link["flags"]
+    assert [(a["local"], a["prefixlen"], a["scope"]) for a in ip("-4", "addr", "show", "ovl0")[0]["addr_info"]] == [
+        ("172.20.101.0", 16, "global")
+    ]
+
+
+def test_the_connected_route_of_the_bridge_is_kept(adapter: links.Links) -> None:
+    add(adapter, BRIDGE, ADDRESS)
+    assert [route["dst"] for route in ip("route", "show", "dev", "ovl0")] == ["172.20.0.0/16"]
+
+
+def test_everything_twice_is_harmless(adapter: links.Links) -> None:
+    for _ in range(2):
+        add(adapter, BRIDGE, ADDRESS, PROXY_ARP)
+    assert len(adapter.read()) == 4
+    for _ in range(2):
+        remove(adapter, PROXY_ARP, ADDRESS, BRIDGE, ADDRESS)
+    assert adapter.read() == [Sysctl("net/ipv4/ip_forward", "0")]
+
+
+def test_set_brings_a_drifted_link_back(adapter: links.Links) -> None:
+    add(adapter, BRIDGE)
+    ip("link", "set", "ovl0", "down", "mtu", "1300")
+    old = Link("ovl0", "bridge", 1300, up=False)
+    assert old in adapter.read()
+    adapter.apply(Change(Action.SET, BRIDGE, old))
+    assert BRIDGE in adapter.read()
+
+
+def test_a_link_of_another_type_is_a_conflict_that_names_both(adapter: links.Links) -> None:
+    ip("link", "add", "ovl0", "type", "veth", "peer", "name", "other")
+    with pytest.raises(ConflictError, match=r"ovl0 .*veth.* bridge"):
+        add(adapter, BRIDGE)
+    with pytest.raises(ConflictError, match="veth"):
+        remove(adapter, BRIDGE)
+    assert ip("link", "show", "ovl0")
+
+
+def test_a_tun_link_reads_as_wireguard(adapter: links.Links) -> None:
+    ip("tuntap", "add", "wg0", "mode", "tun")
+    add(adapter, Link("wg0", "wireguard", 1380))
+    assert Link("wg0", "wireguard", 1380) in adapter.read()
+    remove(adapter, Link("wg0", "wireguard", 1380))
+    assert "wg0" not in links.link_names()
+
+
+def test_what_needs_a_missing_link_says_so(adapter: links.Links) -> None:
+    with pytest.raises(ApplyError, match=r"setting link wg0 .*there is no link wg0"):
+        add(adapter, Link("wg0", "wireguard", 1420))
+    with pytest.raises(ApplyError, match=r"adding address 172\.20\.101\.0/16 dev ovl0: there is no link ovl0"):
+        add(adapter, ADDRESS)
+    with pytest.raises(ApplyError, match=r"setting sysctl net/ipv4/conf/ovl0/proxy_arp = 1: No such file"):
+        add(adapter, PROXY_ARP)
+
+
+@pytest.mark.parametrize("path", ["../etc/passwd", "/etc/passwd", "net//ipv4", "net/./x", ""])
+def test_a_sysctl_stays_below_proc_sys(adapter: links.Links, path: str) -> None:
+    with pytest.raises(ApplyError, match="not a path below"):
+        add(adapter, Sysctl(path, "1"))
+
+
+def test_a_refused_sysctl_value_is_an_error(adapter: links.Links) -> None:
+    with pytest.raises(ApplyError, match="Invalid argument"):
+        add(adapter, Sysctl("net/ipv4/ip_forward", "perhaps"))
+
+
+def test_no_descriptor_is_left_open(adapter: links.Links) -> None:
+    def descriptors() -> int:
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))  # noqa: PTH208  # each entry only counts
+
+    add(adapter, BRIDGE, ADDRESS)
+    before = descriptors()
+    for _ in range(20):
+        adapter.read()
+        add(adapter, BRIDGE, ADDRESS)
+        with pytest.raises(ApplyError):
+            add(adapter, Link("wg0", "wireguard", 1420))
+    assert descriptors() == before
+
+
+# --- the machine ---------------------------------------------------------------------------------------------------
+
+
+def underlay() -> None:
+    ip("link", "add", "u0", "mtu", "1480", "type", "veth", "peer", "name", "u1")
+    ip("link", "set", "u0", "up")
+    ip("link", "set", "u1", "up")
+    ip("addr", "add", "10.10.10.101/24", "dev", "u0")
+    ip("addr", "add", "10.10.11.101/24", "dev", "u0")
+
+
+def test_the_underlay_source_is_what_the_kernel_would_use() -> None:
+    underlay()
+    assert links.underlay_source(ip_address("10.10.10.7")) == ip_address("10.10.10.101")
+    assert links.underlay_source(ip_address("10.10.11.7")) == ip_address("10.10.11.101")
+    assert links.underlay_mtu(ip_address("10.10.11.101")) == 1480
+    assert links.holder(ip_address("10.10.10.101")) == "u0"
+    assert links.holder(ip_address("10.10.10.102")) is None
+    assert links.link_names() == {"lo": "device", "u0": "veth", "u1": "veth"} | {
+        name: kind for name, kind in links.link_names().items() if name not in ("lo", "u0", "u1")
+    }
+
+
+@pytest.mark.parametrize(
+    ("route", "source"),
+    [
+        (("default", "via", "10.10.11.1"), "10.10.11.101"),
+        (("default", "dev", "u0"), "10.10.10.101"),
+        (("default", "dev", "u0", "src", "10.10.11.101"), "10.10.11.101"),
+        (("default", "nexthop", "via", "10.10.11.1", "nexthop", "via", "10.10.10.1"), "10.10.11.101"),
+    ],
+)
+def test_without_a_target_the_default_route_decides(route: tuple[str, ...], source: str) -> None:
+    underlay()
+    ip("route", "add", *route)
+    assert links.underlay_source(None) == ip_address(source)
+
+
+def test_the_default_route_of_lowest_metric_decides() -> None:
+    underlay()
+    ip("route", "add", "default", "via", "10.10.11.1", "metric", "200")
+    ip("route", "add", "default", "via", "10.10.10.1", "metric", "100")
+    assert links.underlay_source(None) == ip_address("10.10.10.101")
+
+
+def test_ipv6_works_too() -> None:
+    underlay()
+    ip("-6", "addr", "add", "fd00::5/64", "dev", "u0", "nodad")
+    assert links.underlay_source(ip_address("fd00::9")) == ip_address("fd00::5")
+    assert links.holder(ip_address("fd00::5")) == "u0"
+    ip("-6", "route", "add", "default", "via", "fd00::1")
+    assert links.underlay_source(None) == ip_address("fd00::5")
+
+
+@pytest.mark.parametrize("towards", [None, "192.0.2.1", "2001:db8::1"])
+def test_no_route_asks_for_bind(towards: str | None) -> None:
+    with pytest.raises(InputError, match=r"no route .*--bind"):
+        links.underlay_source(ip_address(towards) if towards else None)
+
+
+def test_an_unreachable_route_is_no_route() -> None:
+    for kind in ("unreachable", "prohibit", "blackhole"):
+        ip("route", "replace", kind, "192.0.2.0/24")
+        with pytest.raises(InputError, match="no route"):
+            links.underlay_source(ip_address("192.0.2.1"))
+
+
+def test_the_mtu_of_a_foreign_address_asks_for_bind() -> None:
+    with pytest.raises(InputError, match="--bind"):
+        links.underlay_mtu(ip_address("192.0.2.1"))
+
+
+# --- changes by others ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def watching(*names: str) -> Iterator[Callable[[], str]]:
+    """The next hint, by a call, while `watch` runs in a thread of this namespace."""
+    hints: queue.Queue[str] = queue.Queue()
+    stop = threading.Event()
+    thread = threading.Thread(target=links.watch, args=(names, PROTOCOL, hints.put, stop))
+    thread.start()
+    time.sleep(0.4)  # until it listens
+    try:
+        yield lambda: hints.get(timeout=3)
+    finally:
+        stop.set()
+        started = time.monotonic()
+        thread.join(3)
+        assert not thread.is_alive()
+        assert time.monotonic() - started < 1
+
+
+def test_watch_tells_of_our_links_and_routes_only() -> None:
+    underlay()
+    ip("link", "add", "ovl0", "type", "bridge")
+    with watching("ovl0") as hint:
+        ip("link", "set", "u1", "mtu", "1400")
+        ip("route", "add", "192.0.2.0/24", "dev", "u0")
+        ip("addr", "add", "10.10.12.101/24", "dev", "u0")
+        ip("route", "add", "198.51.100.0/24", "dev", "u0", "proto", "77")
+        assert hint() == "netlink: route 198.51.100.0/24 changed"
+        ip("route", "del", "198.51.100.0/24")
+        assert hint() == "netlink: route 198.51.100.0/24 removed"
+        ip("link", "set", "ovl0", "up")
+        assert hint() == "netlink: link ovl0 changed"
+        ip("addr", "add", "172.20.101.0/16", "dev", "ovl0")
+        seen = [hint()]
+        while seen[-1] != "netlink: route 172.20.0.0/16 changed":
+            seen.append(hint())
+        assert "netlink: address 172.20.101.0 of ovl0 changed" in seen
+        ip("link", "del", "ovl0")
+        while hint() != "netlink: link ovl0 removed":
+            pass
+        ip("link", "add", "ovl0", "type", "bridge")
+        assert hint() == "netlink: link ovl0 changed"
+
+
+def test_an_overrun_is_a_hint(monkeypatch: pytest.MonkeyPatch, netns: Namespace) -> None:
+    monkeypatch.setattr(links, "_WATCH_BUFFER", 1)  # the kernel makes that 2304 bytes
+    release = threading.Event()
+    hints: list[str] = []
+    stop = threading.Event()
+
+    def hint(text: str) -> None:
+        hints.append(text)
+        release.wait(5)
+
+    thread = threading.Thread(target=links.watch, args=(["ovl0"], PROTOCOL, hint, stop))
+    thread.start()
+    time.sleep(0.4)  # until it listens
+    for number in range(20):
+        ip("route", "add", f"198.51.{number}.0/24", "dev", "lo", "proto", "77")
+    release.set()
+    time.sleep(0.7)
+    stop.set()
+    thread.join(2)
+    assert netns
+    assert "netlink: messages were lost" in hints
+
+
+def test_watch_does_not_spin_or_leak() -> None:
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208  # each entry only counts
+    started = time.process_time()
+    with watching("ovl0"):
+        time.sleep(1)
+    assert time.process_time() - started < 0.2
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208  # each entry only counts

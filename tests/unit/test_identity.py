@@ -1,0 +1,91 @@
+"""Invitations survive copying, say what is wrong with them, and keep their secret."""
+
+from base64 import b64decode
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshd import identity
+from meshd.errors import InputError
+from meshd.identity import Invitation
+from meshd.model import Endpoint
+
+INVITATION = Invitation(
+    "meshd", IPv4Network("172.20.0.0/16"), 24, bytes(range(32)), 7946, (Endpoint(IPv4Address("10.10.10.101"), 7946),)
+)
+
+
+def test_round_trip_also_when_a_mail_program_wrapped_it() -> None:
+    text = identity.encode(INVITATION)
+    assert identity.decode(text) == INVITATION
+    assert identity.decode(f"  {text[:40]}\n{text[40:]}\r\n") == INVITATION
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not an invitation"),
+        ("hello", "not an invitation"),
+        ("meshd9.AAAA", "another version"),
+        ("meshd1.", "damaged"),
+        ("meshd1.!!!", "damaged"),
+    ],
+)
+def test_what_is_no_invitation_says_so(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        identity.decode(text)
+
+
+@given(st.integers(7, len(identity.encode(INVITATION)) - 1), st.characters(codec="ascii"))
+def test_any_changed_character_is_noticed(position: int, character: str) -> None:
+    text = identity.encode(INVITATION)
+    spoiled = text[:position] + character + text[position + 1 :]
+    try:
+        result = identity.decode(spoiled)
+    except InputError:
+        return
+    # The last base64 character has bits that mean nothing.
+    assert result == INVITATION
+
+
+@given(st.integers(7, len(identity.encode(INVITATION)) - 1))
+def test_a_cut_invitation_is_noticed(length: int) -> None:
+    with pytest.raises(InputError, match="damaged"):
+        identity.decode(identity.encode(INVITATION)[:length])
+
+
+@given(st.text())
+def test_any_text_gives_an_input_error_that_does_not_repeat_it_at_length(text: str) -> None:
+    with pytest.raises(InputError) as error:
+        identity.decode("meshd1." + text)
+    assert len(str(error.value)) < 200
+
+
+def test_an_invitation_does_not_print_its_key() -> None:
+    assert repr(INVITATION) == "Invitation(mesh='meshd', overlay=172.20.0.0/16)"
+
+
+def test_a_key_is_made_once_and_is_private(tmp_path: Path) -> None:
+    path = tmp_path / "wireguard.key"
+    first = identity.key(path)
+    assert len(first) == 32
+    assert identity.key(path) == first
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_damaged_key_is_an_error_and_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "wireguard.key"
+    path.write_text("AAAA\n")
+    with pytest.raises(InputError, match=r"wireguard\.key is damaged"):
+        identity.key(path)
+    assert path.read_text() == "AAAA\n"
+
+
+def test_the_public_key_is_the_one_of_rfc_7748() -> None:
+    # Section 6.1, Alice's pair.
+    private = bytes.fromhex("77076d0a7318a57d3c16c17251b26645df4c2f87ebc0992ab177fba51db92c2a")
+    expected = bytes.fromhex("8520f0098930a754748b7ddcb43ef75a0dbf3a0d26381af4eba4a98eaa9b4e6a")
+    assert b64decode(identity.public_key(private)) == expected

@@ -1,0 +1,116 @@
+"""What must survive a reboot survives it, whole; what is damaged is named and left alone."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from meshd import files
+from meshd.errors import InputError, MeshdError
+from meshd.membership import Goodbye, Roster
+from meshd.model import Endpoint
+from meshd.state import Claim, State
+from tests.conftest import public_key, record
+
+
+def test_the_roster_round_trips(state: State) -> None:
+    roster = Roster({"barge2": record(2, seq=7)}, {"barge3": Goodbye(4, public_key("barge3"))})
+    state.save_roster(roster)
+    assert State(state.directory).roster() == roster
+
+
+def test_a_sequence_number_grows_exactly_with_the_record(state: State) -> None:
+    subnet, endpoint = record(1).subnet, record(1).endpoint
+    first = state.publish(subnet=subnet, endpoint=endpoint, settled=False)
+    again = State(state.directory).publish(subnet=subnet, endpoint=endpoint, settled=True)
+    assert again == Claim(first.record, settled=True)
+    moved = state.publish(subnet=subnet, endpoint=Endpoint(endpoint.address, 51821), settled=True)
+    assert moved.record.seq > first.record.seq
+    goodbye = state.publish(subnet=subnet, endpoint=Endpoint(endpoint.address, 51821), settled=True, leaving=True)
+    assert goodbye.record.seq > moved.record.seq
+    assert goodbye.record.leaving
+
+
+def test_a_sequence_number_survives_a_clock_that_went_back(state: State) -> None:
+    far = Claim(record(1, seq=2**40), settled=True)
+    state.save_claim(far)
+    assert state.publish(subnet=record(1).subnet, endpoint=record(1).endpoint, settled=True).record.seq == 2**40 + 1
+
+
+def test_everything_is_private(state: State) -> None:
+    state.save_roster(Roster())
+    _ = state.wireguard_key, state.gossip_key, state.rpc_key
+    modes = {path.name: path.stat().st_mode & 0o777 for path in state.directory.iterdir()}
+    assert set(modes.values()) == {0o600}, modes
+
+
+DAMAGE = {
+    "settings.json": lambda s: s.settings,
+    "hosts.json": lambda s: s.roster(),
+    "claim.json": lambda s: s.claim(),
+    "contacts.json": lambda s: s.contacts(),
+    "originals.json": lambda s: s.originals(),
+    "wireguard.key": lambda s: s.wireguard_key,
+}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"x": 1}', b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_file_is_named_and_left_alone(state: State, name: str, content: bytes) -> None:
+    path = state.directory / name
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=name):
+        DAMAGE[name](State(state.directory))
+    assert path.read_bytes() == content
+
+
+def test_a_full_disk_leaves_the_old_file_whole(state: State) -> None:
+    state.save_roster(Roster())
+    before = (state.directory / "hosts.json").read_bytes()
+    # /dev/full cannot stand in for a directory, a file size limit of the process can: the write fails half way.
+    script = (
+        "import resource, signal, sys; from pathlib import Path; from meshd import files; from meshd.errors import *\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        "try: files.write(Path(sys.argv[1]), b'x' * 1000)\n"
+        "except MeshdError as error: sys.exit(str(error))"
+    )
+    path = state.directory / "hosts.json"
+    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"writing {path}: File too large" in done.stderr
+    assert path.read_bytes() == before
+    assert not [p for p in state.directory.iterdir() if p.name.startswith(".")]
+
+
+def test_no_state_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="run 'meshd init' or 'meshd join ADDRESS' first"):
+        _ = State(tmp_path).settings
+
+
+def test_the_lock_excludes_and_says_so(state: State) -> None:
+    with state.lock(), pytest.raises(MeshdError, match="another meshd"), State(state.directory).lock(timeout=0.05):
+        pass
+
+
+def test_the_daemon_is_known_by_its_lock_not_by_its_file(state: State) -> None:
+    assert state.agent_pid() is None
+    with state.agent_lock():
+        assert state.agent_pid() == os.getpid()
+        with pytest.raises(MeshdError, match="already running"), state.agent_lock():
+            pass
+    assert (state.directory / "agent.pid").exists()
+    assert state.agent_pid() is None
+
+
+def test_forgetting_leaves_other_peoples_files(state: State) -> None:
+    (state.directory / "notes.txt").write_text("mine")
+    state.forget_everything()
+    assert [path.name for path in state.directory.iterdir()] == ["notes.txt"]
+
+
+def test_files_are_readable_json(state: State) -> None:
+    files.write_json(state.directory / "hosts.json", {"b": 1, "a": 2})
+    assert list(json.loads((state.directory / "hosts.json").read_bytes())) == ["a", "b"]
