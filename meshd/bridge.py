@@ -4,6 +4,7 @@ Docker adopts the bridge that `links` has made, with its address and MTU, and le
 removed. Facts of the API: https://docs.docker.com/reference/api/engine/.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ipaddress import IPv4Address, IPv4Network
@@ -185,9 +186,8 @@ def _client(doing: str, base_url: str | None, timeout: int | None = TIMEOUT) -> 
     from requests.exceptions import RequestException  # noqa: PLC0415
 
     try:
-        client = (
-            docker.DockerClient(base_url=base_url, timeout=timeout) if base_url else docker.from_env(timeout=timeout)
-        )
+        # Never a fixed API version: engines from 20.10 to 29 have no common one. The stubs lack a time-out of None.
+        client = docker.DockerClient(base_url or os.environ.get("DOCKER_HOST"), timeout=timeout)  # type: ignore[arg-type]
     except (DockerException, RequestException) as error:
         raise MissingError(f"the Docker engine does not answer ({_short(error)}): {_ADVICE}") from error
     try:

@@ -42,10 +42,10 @@ def save_key(path: Path, raw: bytes) -> None:
 
 
 def public_key(private: bytes) -> str:
-    """Give the WireGuard public key (base64) of a private key (32 bytes)."""
-    from nacl.public import PrivateKey  # noqa: PLC0415  as above
+    """Give the WireGuard public key (base64) of a private key (32 bytes): X25519 with the base point (RFC 7748)."""
+    from nacl.bindings import crypto_scalarmult_base  # noqa: PLC0415  as above
 
-    return base64.b64encode(bytes(PrivateKey(private).public_key)).decode()
+    return base64.b64encode(crypto_scalarmult_base(private)).decode()
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,9 +114,11 @@ def _settled(state: State, listed: list[Member]) -> IPv4Network:
 def up(state: State) -> Report:
     """Start what `down` stopped: the same keys, the same subnet."""
     preflight.root()
-    claim = state.claim()
+    settings, claim = state.settings, state.claim()
     if claim is None or not claim.settled:
-        raise InputError("this host has not finished joining: run 'meshd leave --force', then 'meshd join' again")
+        raise InputError(
+            f"this host has not finished joining {settings.mesh!r}: run 'meshd leave --force', then 'meshd join' again"
+        )
     return _begin(state)
 
 

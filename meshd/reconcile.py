@@ -123,9 +123,10 @@ def reconcile(state: State, *, dry: bool = False, force: bool = False, kinds: Co
 
     Raises InputError for damaged state; whatever else fails is in the report.
     """
+    settings = state.settings
     with state.lock():
         machine = Machine(state)
-        settings, known = state.settings, state.roster()
+        known = state.roster()
         failures: list[Failure] = []
         claim = state.claim()
         if claim is None or not claim.settled:

@@ -20,7 +20,7 @@ PORT = 8080
 # Answers each request with the address it came from: what the server sees is what has to be preserved.
 SERVER = (
     "mkdir -p /www/cgi-bin && printf '#!/bin/sh\\necho; echo $REMOTE_ADDR\\n' > /www/cgi-bin/peer && "
-    f"chmod +x /www/cgi-bin/peer && httpd -p {PORT} -h /www"
+    f"chmod +x /www/cgi-bin/peer && httpd -p 0.0.0.0:{PORT} -h /www"
 )
 
 

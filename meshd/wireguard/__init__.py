@@ -11,6 +11,7 @@ from ipaddress import IPv4Network
 from typing import NamedTuple, Protocol
 
 from meshd.errors import ApplyError, InputError, MissingError
+from meshd.identity import public_key
 from meshd.model import Action, Adapter, Change, Device, Endpoint, Peer
 
 PROGRAM = "wireguard-go"
@@ -69,13 +70,6 @@ def _advice(prefer: str) -> str:
 
 
 # --- keys ----------------------------------------------------------------------------------------------------------
-
-
-def public_key(private_key: bytes) -> str:
-    """The base64 public key of a 32-byte private key: X25519 with the base point (RFC 7748)."""
-    from nacl.bindings import crypto_scalarmult_base  # noqa: PLC0415  # see find
-
-    return encode_key(crypto_scalarmult_base(private_key))
 
 
 def encode_key(raw: bytes) -> str:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from meshd.errors import ApplyError, MissingError
+from meshd.identity import public_key
 from meshd.model import Action, Change, Device, Peer, Resource
-from meshd.wireguard import PROGRAM, check_key, peer_update, public_key
+from meshd.wireguard import PROGRAM, check_key, peer_update
 from meshd.wireguard.uapi import State, format_device, format_peer, format_removal, not_understood, parse
 
 SOCKETS = Path("/var/run/wireguard")  # compiled into wireguard-go

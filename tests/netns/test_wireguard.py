@@ -19,10 +19,11 @@ from pyroute2.netlink.generic.wireguard import wgmsg
 
 from meshd import wireguard
 from meshd.errors import ApplyError, ConflictError, InputError, MissingError
+from meshd.identity import public_key
 from meshd.links import Links, link_names
 from meshd.model import Action, Address, Change, Device, Endpoint, Link, Peer, Route
 from meshd.routes import Routes
-from meshd.wireguard import encode_key, kernel, public_key, userspace
+from meshd.wireguard import encode_key, kernel, userspace
 from tests.netns.conftest import Namespace
 
 pytestmark = pytest.mark.root

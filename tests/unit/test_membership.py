@@ -83,7 +83,7 @@ def test_a_worse_record_is_refused_and_the_last_good_one_stays(seq: int, reason:
 
 def test_bad_tags_leave_the_last_good_record_in_force_and_harm_nobody_else() -> None:
     known = admitted([member(2)])
-    spoiled = replace(member(2), tags=member(2).tags | {"subnet": "0.0.0.0/0"})
+    spoiled = replace(member(2), tags={**member(2).tags, "subnet": "0.0.0.0/0"})
     roster = admitted([spoiled, member(3)], known)
     assert roster.hosts["barge2"] == record(2)
     assert roster.hosts["barge3"] == record(3)
