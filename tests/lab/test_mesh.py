@@ -1,0 +1,283 @@
+"""Three hosts with Docker, assembled by init and join alone: what a user was promised."""
+
+import json
+import re
+import statistics
+import time
+from collections.abc import Iterator
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+
+from meshd.lab import images, network
+from meshd.lab.hosts import Lab, LabHost
+from tests.lab.conftest import eventually, init, join, rtt, snapshot
+
+pytestmark = [pytest.mark.root, pytest.mark.lab]
+
+SERVER = (
+    "mkdir -p /www/cgi-bin && printf '#!/bin/sh\\necho; echo $REMOTE_ADDR\\n' > /www/cgi-bin/peer && "
+    "chmod +x /www/cgi-bin/peer && exec httpd -f -p 0.0.0.0:80 -h /www"
+)
+
+
+class Mesh:
+    """The three hosts, and what was there before they joined."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+        self.hosts = lab.hosts()
+        self.before = {host.name: snapshot(host) for host in self.hosts}
+        self.invitation = init(self.hosts[0])
+        self.joined = [join(self.hosts[1], self.hosts[0], self.invitation)]
+        self.joined.append(join(self.hosts[2], self.hosts[1], self.invitation))
+
+    def members(self, host: LabHost) -> list[dict[str, str]]:
+        rows: list[dict[str, str]] = json.loads(host.run(["meshd", "members", "--json"]).stdout)
+        return rows
+
+
+@pytest.fixture(scope="module")
+def mesh(lab: Lab) -> Iterator[Mesh]:
+    lab.up(3, docker=True)
+    mesh = Mesh(lab)
+    for host in mesh.hosts:
+        images.build(host)
+        for name in ("serf0", "serf1"):
+            run_container(host, name, "meshd/serf", "sleep", "100000")
+    yield mesh
+
+
+def run_container(host: LabHost, name: str, *arguments: str) -> None:
+    options = ["--init", "--network", "ovl0", "--name", name, "--hostname", f"{host.name}-{name}"]
+    host.run(["docker", "run", "-d", *options, *arguments])
+
+
+def overlay(host: LabHost, last: int) -> str:
+    return f"172.20.{str(host.address).rpartition('.')[2]}.{last}"
+
+
+def test_join_prints_the_members(mesh: Mesh) -> None:
+    lines = mesh.joined[1].splitlines()
+    assert [line.split()[:4] for line in lines] == [
+        [h.name, f"{overlay(h, 0)}/24", f"{h.address}:51820", "alive"] for h in mesh.hosts
+    ]
+
+
+def test_members_is_one_sorted_line_a_host_and_agrees_everywhere(mesh: Mesh) -> None:
+    for host in mesh.hosts:
+        rows = mesh.members(host)
+        assert [(r["name"], r["state"], r["reason"]) for r in rows] == [(h.name, "alive", "") for h in mesh.hosts]
+        text = host.run(["meshd", "members"]).stdout
+        assert len(text.splitlines()) == 3
+        assert re.search(rf"^{host.name} .* this-host$", text, re.MULTILINE)
+
+
+def test_the_record_is_readable_in_serf_members(mesh: Mesh) -> None:
+    state = "/var/lib/meshd"
+    key = f"$(base64 -d {state}/rpc.key | od -An -tx1 | tr -d ' \\n')"
+    text = mesh.hosts[0].run(["sh", "-c", f"SERF_RPC_AUTH={key} serf members"]).stdout
+    for host in mesh.hosts:
+        assert re.search(rf"^{host.name} .*subnet={re.escape(overlay(host, 0))}/24", text, re.MULTILINE)
+    assert len(re.findall(r"\bwg=[A-Za-z0-9+/]{43}=", text)) == 3
+
+
+def test_a_settled_mesh_has_nothing_to_change(mesh: Mesh) -> None:
+    for host in mesh.hosts:
+        assert host.run(["meshd", "plan"]).stdout == "no changes\n"
+        assert host.run(["meshd", "sync"]).stdout == "no changes\n"
+        assert json.loads(host.run(["meshd", "sync", "--json"]).stdout) == {
+            "changes": [],
+            "withheld": [],
+            "failures": [],
+        }
+
+
+def test_status_says_what_runs(mesh: Mesh) -> None:
+    facts = json.loads(mesh.hosts[1].run(["meshd", "status", "--json"]).stdout)
+    assert facts["wireguard"] in {"wg0 (userspace), udp port 51820", "wg0 (kernel), udp port 51820"}
+    assert facts["serf"] == "3 of 3 members alive"
+    assert facts["daemon"].startswith("running (pid ")
+    assert facts["docker"].endswith("(iptables)")
+    assert facts["problems"] == facts["refused"] == facts["pending"] == []
+
+
+def test_a_container_sees_one_flat_network(mesh: Mesh) -> None:
+    for host in mesh.hosts:
+        routes = host.run(["docker", "exec", "serf0", "ip", "route"]).stdout
+        assert f"default via {overlay(host, 0)} dev eth0" in routes
+        assert re.search(rf"172\.20\.0\.0/16 dev eth0 scope link +src {re.escape(overlay(host, 1))}", routes)
+
+
+def test_every_container_reaches_every_other_and_the_hosts(mesh: Mesh) -> None:
+    for source in mesh.hosts:
+        for target in mesh.hosts:
+            for last in (0, 1, 2):
+                assert rtt(source, "serf0", overlay(target, last)), f"{source.name} -> {overlay(target, last)}"
+
+
+def test_sources_are_preserved_between_containers(mesh: Mesh) -> None:
+    server, client = mesh.hosts[0], mesh.hosts[2]
+    run_container(server, "web", "meshd/serf", "sh", "-c", SERVER)
+    url = f"http://{overlay(server, 3)}/cgi-bin/peer"
+
+    def answer() -> str:
+        return client.run(["docker", "exec", "serf1", "wget", "-q", "-O", "-", url], check=False).stdout.strip()
+
+    eventually(lambda: answer() == overlay(client, 2), 5, f"the server saw {answer()!r}")
+    server.run(["docker", "rm", "-f", "web"])
+
+
+def test_the_rest_of_the_world_sees_the_hosts_address(mesh: Mesh) -> None:
+    host, switch = mesh.hosts[1], mesh.lab.switch_pid
+    assert switch is not None
+    world = LabHost("switch", network.GATEWAY, switch, mesh.lab.directory / "switch")
+    server = world.popen(["sh", "-c", "exec busybox nc -ll -p 8000 -e sh -c 'echo hello'"])
+    capture = world.popen(
+        ["timeout", "20", "tcpdump", "-lnc", "1", "-i", "underlay", "tcp[13] = 2 and dst port 8000"], stdout=-1
+    )
+    try:
+        time.sleep(1)
+        reply = host.run(["docker", "exec", "serf0", "nc", "-w", "3", str(network.WORLD), "8000"], check=False).stdout
+        assert reply == "hello\n"
+        line, _ = capture.communicate(timeout=20)
+        assert f"IP {host.address}." in line
+    finally:
+        server.kill()
+        capture.kill()
+
+
+def test_published_ports_work_and_others_are_closed_to_the_underlay(mesh: Mesh) -> None:
+    host, other = mesh.hosts[0], mesh.hosts[1]
+    run_container(host, "published", "-p", "8080:80", "meshd/serf", "sh", "-c", SERVER)
+    container = overlay(host, 3)
+    try:
+        fetch = ["busybox", "wget", "-q", "-T", "3", "-O", "-"]
+
+        def published() -> str:
+            return other.run([*fetch, f"http://{host.address}:8080/cgi-bin/peer"], check=False).stdout.strip()
+
+        eventually(lambda: published() == str(other.address), 5, "the published port answers")
+        # A neighbour on the underlay that routes to the container's address past WireGuard gets nowhere.
+        switch = mesh.lab.switch_pid
+        assert switch is not None
+        neighbour = LabHost("switch", network.GATEWAY, switch, mesh.lab.directory / "switch")
+        neighbour.run(["ip", "route", "add", container, "via", str(host.address)])
+        done = neighbour.run([*fetch, f"http://{container}/cgi-bin/peer"], check=False)
+        assert done.returncode != 0
+        assert done.stdout == ""
+        neighbour.run(["ip", "route", "del", container])
+    finally:
+        host.run(["docker", "rm", "-f", "published"])
+
+
+def test_the_first_packet_between_containers_is_not_late(mesh: Mesh) -> None:
+    """Over a tunnel that is up, a first ping between containers that never spoke is not slower than the next."""
+    source, target = mesh.hosts[1], mesh.hosts[2]
+    assert rtt(source, "serf0", overlay(target, 1))
+    differences = []
+    for number in range(20):
+        # A fresh address on each side: no neighbour entry, no connection, nothing known.
+        client, server = f"c{number}", f"s{number}"
+        run_container(target, server, "--ip", overlay(target, 100 + number), "meshd/serf", "sleep", "1000")
+        run_container(source, client, "--ip", overlay(source, 100 + number), "meshd/serf", "sleep", "1000")
+        times = rtt(source, client, overlay(target, 100 + number), count=2)
+        assert len(times) == 2
+        differences.append(times[0] - times[1])
+        source.run(["docker", "rm", "-f", client])
+        target.run(["docker", "rm", "-f", server])
+    print(f"first ping less second ping over 20 pairs: median {statistics.median(differences):.2f} ms")  # noqa: T201
+    assert statistics.median(differences) <= 5
+
+
+@pytest.mark.parametrize("via", [0, 1, 2])
+def test_a_fourth_host_joins_through_any_and_leaves_without_a_trace(mesh: Mesh, via: int) -> None:
+    fourth = mesh.lab.power_on("barge4")
+    try:
+        before, others = snapshot(fourth), [snapshot(host) for host in mesh.hosts]
+        join(fourth, mesh.hosts[via], mesh.invitation, "--no-docker")
+        for host in mesh.hosts:
+            assert rtt(host, "serf0", overlay(fourth, 0)), f"{host.name} does not reach barge4"
+            assert fourth.run(["ping", "-c", "1", "-W", "2", overlay(host, 1)], check=False).returncode == 0
+        began = time.monotonic()
+        fourth.run(["meshd", "leave"])
+        eventually(lambda: [snapshot(host) for host in mesh.hosts] == others, 5, "the others are as before barge4")
+        assert time.monotonic() - began < 6
+        for host in mesh.hosts:
+            key_count = len(json.loads(host.run(["meshd", "members", "--json"]).stdout))
+            assert key_count >= 3
+            assert "172.20.104.0/24" not in host.run(["ip", "route"]).stdout
+        assert snapshot(fourth) == before
+        assert not list((mesh.lab.directory / "barge4" / "meshd").iterdir())
+    finally:
+        mesh.lab.power_off(fourth)
+
+
+def test_the_network_outlives_dockerd(mesh: Mesh) -> None:
+    host, other = mesh.hosts[2], mesh.hosts[0]
+    pid = host.run(["cat", "/run/docker.pid"]).stdout.strip()
+    host.run(["kill", pid])
+    eventually(lambda: not Path(f"/proc/{host.pid}/root/run/docker.pid").exists(), 20, "dockerd has stopped")
+    # The host itself is reached all the while.
+    assert rtt(other, "serf0", overlay(host, 0))
+    mesh.lab.start_docker(host)
+    host.run(["docker", "start", "serf0", "serf1"])
+    assert rtt(other, "serf0", overlay(host, 1))
+    assert rtt(host, "serf0", overlay(other, 1))
+    assert host.run(["meshd", "plan"]).stdout == "no changes\n"
+
+
+def test_a_restart_of_daemon_and_serf_loses_no_packet(mesh: Mesh) -> None:
+    source, target = mesh.hosts[0], mesh.hosts[1]
+    ping = source.popen(["docker", "exec", "serf0", "ping", "-c", "400", "-i", "0.02", overlay(target, 1)], stdout=-1)
+    for pattern in ("meshd.* agent", "serf agent"):
+        time.sleep(1)
+        target.run(["pkill", "-KILL", "-f", f"^[^ ]*(python[0-9.]*|serf) .*{pattern}|^[^ ]*{pattern}"], check=False)
+    output, _ = ping.communicate(timeout=60)
+    assert "400 packets transmitted, 400 packets received" in output
+    target.run(["meshd", "up"])
+    eventually(
+        lambda: json.loads(source.run(["meshd", "status", "--json"]).stdout)["serf"] == "3 of 3 members alive",
+        30,
+        "the restarted host is seen alive again",
+    )
+
+
+def test_down_leaves_the_host_as_it_was_found_and_up_brings_it_back(mesh: Mesh) -> None:
+    host, other = mesh.hosts[2], mesh.hosts[0]
+    done = host.run(["meshd", "down"], check=False)
+    assert done.returncode == 1
+    assert "containers are attached to ovl0: serf0, serf1" in done.stderr
+    assert rtt(other, "serf0", overlay(host, 1)), "a refused down changes nothing"
+
+    host.run(["docker", "rm", "-f", "serf0", "serf1"])
+    host.run(["meshd", "down"])
+    assert snapshot(host) == mesh.before[host.name]
+    assert "172.20.103.0/24" in other.run(["ip", "route"]).stdout, "down says no goodbye"
+    again = host.run(["meshd", "down"], check=False)
+    assert again.returncode == 2
+    assert "is not up on this host" in again.stderr
+
+    host.run(["meshd", "up"])
+    run_container(host, "serf0", "meshd/serf", "sleep", "100000")
+    assert rtt(other, "serf0", overlay(host, 1))
+    assert ip_address(overlay(host, 0)) in {ip_address(r["subnet"].split("/")[0]) for r in mesh.members(other)}
+
+
+def test_joining_again_is_harmless(mesh: Mesh) -> None:
+    before = snapshot(mesh.hosts[1])
+    output = join(mesh.hosts[1], mesh.hosts[0], mesh.invitation)
+    assert len(output.splitlines()) >= 3
+    assert snapshot(mesh.hosts[1]) == before
+
+
+def test_every_host_leaves_and_is_as_it_was_before(mesh: Mesh) -> None:
+    for host in reversed(mesh.hosts):
+        done = host.run(["meshd", "leave", "--force"])
+        assert "has left the mesh" in done.stdout
+        assert snapshot(host) == mesh.before[host.name]
+        assert host.run(["sh", "-c", "pgrep -f 'serf agent|wireguard-go|meshd.* agent' | wc -l"]).stdout == "0\n"
+        again = host.run(["meshd", "leave"], check=False)
+        assert again.returncode == 2
+        assert "no mesh is set up" in again.stderr
