@@ -15,7 +15,7 @@ from functools import partial
 from threading import Event, Lock, Thread
 
 from meshd import bridge, files, gossip, links, plan, routes, serf
-from meshd.errors import MeshdError, SerfError
+from meshd.errors import InputError, MeshdError, SerfError
 from meshd.queries import APPLIED, Question
 from meshd.reconcile import MEMBERSHIP, Report, reconcile
 from meshd.state import State
@@ -49,6 +49,8 @@ class Agent:
 
     def run(self) -> None:
         settings = self.state.settings
+        if self.state.is_down:
+            raise InputError(f"the mesh {settings.mesh} is down on this host: run 'meshd up'")
         with self.state.agent_lock():
             log.info("meshd of mesh %s on %s starts", settings.mesh, settings.name)
             self._start_threads()
@@ -187,12 +189,9 @@ class Agent:
 
         return loop
 
-    def _connect(self) -> serf.Serf:
-        return serf.Serf.connect(self.state.settings.rpc_port, self.state.rpc_key)
-
     def _watch_log(self) -> None:
         """Hint at member events as Serf logs them: 1 to 3 s before its handlers and streams hear of them."""
-        with self._connect() as client:
+        with gossip.rpc(self.state) as client:
             self.hint("serf: connected")
             for line in client.monitor("INFO"):
                 if "serf: EventMember" in line:
@@ -200,7 +199,7 @@ class Agent:
         self.hint("serf: connection lost")
 
     def _watch_queries(self) -> None:
-        with self._connect() as client:
+        with gossip.rpc(self.state) as client:
             for event in client.stream("query"):
                 payload, identity = event.get("Payload"), event.get("ID")
                 if event["Name"] != APPLIED or not isinstance(payload, bytes) or not isinstance(identity, int):
@@ -222,7 +221,7 @@ class Agent:
                 self.search.clear()
                 pause = RETRY
             try:
-                with self._connect() as client:
+                with gossip.rpc(self.state) as client:
                     lost = gossip.lost(self.state, client.members())
                 joined = gossip.rejoin(self.state, lost)
             except MeshdError as error:

@@ -202,10 +202,7 @@ def join(
             towards=member.address,
         )  # fmt: skip
         lifecycle.join(state, settings, invitation.gossip_key, member)
-    if state.settings.daemon:
-        _wait(state, timeout, strict=strict)
-    else:
-        _print_no_daemon(state)
+    _wait(state, timeout, strict=strict)
 
 
 @main.command()
@@ -395,6 +392,9 @@ def _wait(state: State, timeout: float, *, strict: bool) -> None:
     """Wait for the others with a progress line on a terminal, then print the members."""
     from meshd import lifecycle, views  # noqa: PLC0415
 
+    if not state.settings.daemon:
+        _print_no_daemon(state)
+        return
     claim = state.claim()
     terminal = sys.stderr.isatty()
 
@@ -451,8 +451,12 @@ def _print_invitation(state: State, invitation: Any) -> None:
 def _print_no_daemon(state: State) -> None:
     from meshd import gossip  # noqa: PLC0415
 
-    command = f"serf agent -config-file={gossip.configure(state)}"
-    click.echo(f"Without a daemon, you start the Serf agent yourself; its handlers do the rest:\n\n    {command}\n")
+    click.echo(
+        "Without a daemon, you start the Serf agent yourself; its handlers do the rest:\n\n"
+        f"    serf agent -config-file={gossip.configure(state)}\n\n"
+        "A Serf agent of your own does as well, with the same name, key and RPC port, and with\n\n"
+        + "".join(f"    -event-handler '{handler}'\n" for handler in gossip.event_handlers(state))
+    )
 
 
 def _json(value: Any) -> str:

@@ -1,10 +1,11 @@
 """This host's own Serf agent: its configuration from the state directory, its start, and finding the others."""
 
 import sys
-import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
+
+from tenacity import Retrying, stop_after_delay, wait_fixed
 
 from meshd import files, serf
 from meshd.errors import SerfError
@@ -21,6 +22,12 @@ def handler_command(state: State) -> str:
     return f"{sys.executable} -I -S {handlers() / 'meshd_event.py'} {state.directory}"
 
 
+def event_handlers(state: State) -> list[str]:
+    """Give what Serf's `-event-handler` takes. With a daemon, that answers the queries itself."""
+    command = handler_command(state)
+    return [f"{MEMBER_EVENTS}={command}"] + ([] if state.settings.daemon else [f"query:{APPLIED}={command}"])
+
+
 def handlers() -> Path:
     """Give the folder of the handler scripts: inside of the installed package, or beside it in a checkout."""
     inside = Path(__file__).parent / "handlers"
@@ -34,7 +41,6 @@ def configure(state: State) -> Path:
     one, the handler publishes them at the agent's first event.
     """
     settings, claim = state.settings, state.claim()
-    command = handler_command(state)
     config = serf.agent_config(
         name=settings.name,
         bind=Endpoint(settings.bind, settings.gossip_port),
@@ -43,7 +49,7 @@ def configure(state: State) -> Path:
         rpc_port=settings.rpc_port,
         rpc_auth=state.rpc_key,
         tags=encode(claim.record) if claim is not None and settings.daemon else {},
-        event_handlers=[f"{MEMBER_EVENTS}={command}"] + ([] if settings.daemon else [f"query:{APPLIED}={command}"]),
+        event_handlers=event_handlers(state),
         retry_join=[] if settings.daemon else sorted(map(str, state.contacts().values())),
     )
     files.write_json(state.serf_config, config)
@@ -55,19 +61,28 @@ def start(state: State) -> serf.Serf:
 
     Raises ConflictError for a taken port, MissingError without Serf, SerfError with what the agent's log says.
     """
-    pid = serf.running(state.serf_config)
-    if pid is None:
-        pid = serf.start(configure(state), state.serf_log)
+    with state.serf_lock():
+        pid = serf.running(state.serf_config)
+        if pid is None:
+            pid = serf.start(configure(state), state.serf_log)
     return serf.wait_ready(state.settings.rpc_port, state.rpc_key, pid, state.serf_log)
+
+
+def rpc(state: State, timeout: float = 5.0) -> serf.Serf:
+    """Give a connection to the Serf agent that runs now, whoever started it. Raises SerfError."""
+    return serf.Serf.connect(state.settings.rpc_port, state.rpc_key, timeout)
 
 
 def connect(state: State, timeout: float = 10.0) -> serf.Serf:
     """Give a connection to the Serf agent that the daemon is starting. Raises SerfError when there is none in time."""
-    deadline = time.monotonic() + timeout
-    while (pid := serf.running(state.serf_config)) is None:
-        if time.monotonic() > deadline:
+
+    def find() -> int:
+        pid = serf.running(state.serf_config)
+        if pid is None:
             raise SerfError(f"the Serf agent does not start; its log is {state.serf_log}")
-        time.sleep(0.02)
+        return pid
+
+    pid = Retrying(stop=stop_after_delay(timeout), wait=wait_fixed(0.02), reraise=True)(find)
     return serf.wait_ready(state.settings.rpc_port, state.rpc_key, pid, state.serf_log)
 
 
@@ -91,7 +106,7 @@ def rejoin(state: State, lost: Mapping[str, str]) -> int:
     """
     joined = 0
     if lost:
-        with serf.Serf.connect(state.settings.rpc_port, state.rpc_key, timeout=30) as client:
+        with rpc(state, timeout=30) as client:
             # One at a time: a dead address must not hold up the others for longer than one time-out.
             for address in lost.values():
                 with suppress(SerfError):

@@ -23,16 +23,17 @@ def main() -> None:
 
 def handle(state: State, environment: "os._Environ[str]", payload: bytes) -> None:
     """Make a pass, unless there is a daemon (it reads everything again when it is back) or nothing is set up."""
-    if not state.exists or state.settings.daemon:
+    if not state.exists or state.settings.daemon or state.is_down:
         return
     question = None
     if environment.get("SERF_EVENT") == "query":
         question = Question.parse(payload) if environment.get("SERF_QUERY_NAME") == APPLIED else None
         if question is None:
             return
-    from meshd.reconcile import reconcile  # noqa: PLC0415  300 ms of imports that the cases above do without
+    from meshd.reconcile import WITHOUT_DOCKER, reconcile  # noqa: PLC0415  imports that the cases above do without
 
-    report = reconcile(state)
+    # Serf runs handlers one after the other. `meshd init/join/up` have asked Docker, and nothing here changes that.
+    report = reconcile(state, kinds=WITHOUT_DOCKER)
     for failure in report.failures:
         print(f"meshd: {failure}", file=sys.stderr)  # noqa: T201  Serf's log
     if question is not None and question.answered_by(report.applied):

@@ -119,6 +119,9 @@ def up(state: State) -> Report:
         raise InputError(
             f"this host has not finished joining {settings.mesh!r}: run 'meshd leave --force', then 'meshd join' again"
         )
+    if claim.record.leaving:
+        raise InputError(f"this host has begun to leave {settings.mesh!r}: run 'meshd leave' again to finish that")
+    state.mark_up()
     return _begin(state)
 
 
@@ -137,10 +140,9 @@ def leave(state: State, *, force: bool = False) -> Report:
     settings = state.settings
     _release_containers(settings, force=force)
     claim = state.claim()
-    if settings.daemon:
-        service.stop(state)
-        if claim is not None:
-            _say_goodbye(state, claim)
+    service.stop(state)
+    if claim is not None:
+        _say_goodbye(state, claim)
     report = _take_down(state, force=force)
     if not report.failures or force:
         state.forget_everything()
@@ -151,8 +153,10 @@ def _say_goodbye(state: State, claim: Claim) -> None:
     """Publish the record once more as leaving, wait until the others have applied that, then leave Serf."""
     # The others must all have heard it before Serf's own leave: what Serf says of a left member is no evidence.
     claim = state.publish(subnet=claim.record.subnet, endpoint=claim.record.endpoint, settled=True, leaving=True)
-    adopted = serf.running(state.serf_config) is not None
-    with suppress(SerfError), gossip.start(state) as client:
+    adopted = serf.running(state.serf_config) is not None or not state.settings.daemon
+    # An agent that somebody runs by hand is not ours to start; without one there is nobody to tell.
+    connect = gossip.start if state.settings.daemon else gossip.rpc
+    with suppress(SerfError), connect(state) as client:
         if adopted:
             client.tags(encode(claim.record), [])
         else:
@@ -179,7 +183,7 @@ def wait_ready(state: State, seq: int, timeout: float, progress: Progress = lamb
             return Readiness(frozenset(ready & expected), frozenset(missing))
         # The names travel in the query: only a few fit.
         nodes = sorted(missing) if len(missing) <= 5 else ()
-        with serf.Serf.connect(settings.rpc_port, state.rpc_key) as client:
+        with gossip.rpc(state) as client:
             for name, answer in client.query(APPLIED, question.payload(), timeout=ASK, nodes=nodes):
                 if answer == Question.YES and name in expected:
                     ready.add(name)
@@ -246,6 +250,7 @@ def _all_or_nothing(state: State) -> Iterator[None]:
 
 def _take_down(state: State, *, force: bool) -> Report:
     _release_containers(state.settings, force=force)
+    state.mark_down()
     service.stop(state)
     if state.settings.daemon:
         gossip.stop(state)

@@ -22,6 +22,8 @@ from meshd.wireguard import WireGuard, find
 OVERHEAD = 80
 # What a change of members alone can change; a pass after Serf's hint reads nothing else.
 MEMBERSHIP = frozenset({"device", "peer", "route", "tags"})
+# All that does not ask Docker, which takes longer than everything else together.
+WITHOUT_DOCKER = frozenset(plan.ORDER) - {"network", "iptables"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,10 @@ def reconcile(state: State, *, dry: bool = False, force: bool = False, kinds: Co
         claim = state.claim()
         if claim is None or not claim.settled:
             raise InputError("this host has not claimed its subnet yet: 'meshd join' has not finished")
-        claim = claim if dry or claim.record.leaving else renewed(state, claim)
+        if not dry:
+            if state.is_down or claim.record.leaving:
+                raise InputError(f"the mesh {settings.mesh} is down on this host: 'meshd up' starts it")
+            claim = renewed(state, claim)
         own = Host(settings.name, claim.record)
         roster, listed = known, []
         try:

@@ -56,6 +56,17 @@ class State:
         except InputError as error:
             raise InputError(f"{path} is damaged: {error}") from None
 
+    @property
+    def is_down(self) -> bool:
+        """Whether a person took the mesh down here: nobody but `meshd up` brings it back, no event and no boot."""
+        return (self.directory / "down").exists()
+
+    def mark_down(self) -> None:
+        files.write(self.directory / "down", b"'meshd up' starts it\n")
+
+    def mark_up(self) -> None:
+        (self.directory / "down").unlink(missing_ok=True)
+
     def save_settings(self, settings: Settings) -> None:
         files.write_json(self.directory / "settings.json", config.to_json(settings))
         self.__dict__.pop("settings", None)
@@ -140,6 +151,12 @@ class State:
             yield
 
     @contextmanager
+    def serf_lock(self) -> Iterator[None]:
+        """Hold the lock of whoever starts Serf, so that daemon and command never start two."""
+        with self._locked("serf.lock", 20, "another meshd is starting the Serf agent for more than 20 s"):
+            yield
+
+    @contextmanager
     def agent_lock(self) -> Iterator[None]:
         """Hold the lock of the one daemon, its process id inside of the file. Raises MeshdError if one runs."""
         with self._locked("agent.pid", 0, "meshd agent is already running for this state directory") as descriptor:
@@ -213,7 +230,18 @@ class State:
 # Every file that this class, or what it starts, writes here.
 _OURS = {
     *("settings.json", "claim.json", "contacts.json", "hosts.json", "originals.json", "serf.json"),
-    *("wireguard.key", "gossip.key", "rpc.key", "serf.log", "agent.log", "agent.pid", "agent.sock", "lock"),
+    *(
+        "wireguard.key",
+        "gossip.key",
+        "rpc.key",
+        "serf.log",
+        "agent.log",
+        "agent.pid",
+        "agent.sock",
+        "lock",
+        "serf.lock",
+        "down",
+    ),
 }
 
 

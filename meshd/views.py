@@ -124,7 +124,8 @@ def status(state: State) -> dict[str, Any]:
     machine = Machine(state)
     claim = state.claim()
     pid = state.agent_pid()
-    alive = sum(member.status is Status.ALIVE for member in report.members)
+    present = [member for member in report.members if member.status is not Status.LEFT]
+    alive = sum(member.status is Status.ALIVE for member in present)
     engine = next((f"not answering ({f.error})" for f in report.failures if f.what in {"network", "docker"}), "")
     if machine.bridge is not None and not engine:
         docker = machine.bridge.engine()
@@ -137,7 +138,7 @@ def status(state: State) -> dict[str, Any]:
         "address": str(claim.record.address) if claim else None,
         "endpoint": str(claim.record.endpoint) if claim else None,
         "daemon": (f"running (pid {pid})" if pid else "not running") if settings.daemon else "none (Serf's handlers)",
-        "serf": f"{alive} of {len(report.members)} members alive" if report.members else "not answering",
+        "serf": f"{alive} of {len(present)} members alive" if report.members else "not answering",
         "wireguard": f"{settings.wireguard} ({machine.wireguard.backend}), udp port {settings.wireguard_port}",
         "docker": engine if settings.docker else "not used",
         "peers": f"{len(report.peers)}, {_fresh(report.peers)} with a handshake in the last 3 minutes",

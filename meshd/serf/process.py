@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
+
 from meshd.errors import ConflictError, MissingError, SerfError
 from meshd.model import Endpoint
 from meshd.serf.client import Serf
@@ -98,17 +100,14 @@ def wait_ready(port: int, auth_key: str, pid: int, log_path: Path, timeout: floa
 
     Raises ConflictError for a port that is taken, SerfError with what the log says when the agent has ended.
     """
-    deadline = time.monotonic() + timeout
-    while True:
-        try:
-            return Serf.connect(port, auth_key)
-        except SerfError as error:
-            last = error
+    alive = retry_if_exception(lambda error: isinstance(error, SerfError) and _alive(pid))
+    try:
+        retrying = Retrying(retry=alive, stop=stop_after_delay(timeout), wait=wait_fixed(POLL), reraise=True)
+        return retrying(Serf.connect, port, auth_key)
+    except SerfError:
         if not _alive(pid):
-            raise _reason(log_path)
-        if time.monotonic() > deadline:
-            raise last
-        time.sleep(POLL)
+            raise _reason(log_path) from None
+        raise
 
 
 def stop(pid: int, timeout: float = 5.0) -> None:

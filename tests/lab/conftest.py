@@ -80,3 +80,8 @@ def rtt(host: LabHost, container: str, target: str, count: int = 1) -> list[floa
         ["docker", "exec", container, "ping", "-c", str(count), "-i", "0.2", "-W", "2", target], check=False
     )
     return [float(time) for time in re.findall(r"time=([0-9.]+) ms", done.stdout)]
+
+
+def ping(host: LabHost, target: str) -> bool:
+    """Tell whether the host itself reaches an address."""
+    return host.run(["busybox", "ping", "-c", "1", "-W", "2", target], check=False).returncode == 0

@@ -1,0 +1,129 @@
+"""The handler scripts under a plain `serf agent` that somebody runs by hand: no daemon anywhere."""
+
+import base64
+import json
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from meshd import identity
+from meshd.lab.hosts import Lab, LabHost
+from tests.lab.conftest import eventually, init, join, ping, snapshot
+
+pytestmark = [pytest.mark.root, pytest.mark.lab]
+
+
+@dataclass
+class Alone:
+    """Three hosts without Docker and without a daemon, each with a Serf agent in the foreground of a process here."""
+
+    lab: Lab
+    hosts: list[LabHost]
+    before: list[str]
+    agents: list["subprocess.Popen[str]"]
+
+    def state(self, host: LabHost) -> dict[str, str]:
+        rows = json.loads(host.run(["meshd", "members", "--json"]).stdout)
+        return {row["name"]: row["state"] for row in rows}
+
+    def full_reach(self) -> bool:
+        return all(ping(a, f"172.20.{100 + n}.0") for a in self.hosts for n in range(1, len(self.hosts) + 1))
+
+
+@pytest.fixture(scope="module")
+def alone(lab: Lab) -> Iterator[Alone]:
+    lab.up(3, docker=False)
+    hosts = lab.hosts()
+    before = [snapshot(host) for host in hosts]
+    invitation = init(hosts[0], "--no-docker", "--no-daemon")
+    key = base64.b64encode(identity.decode(invitation).gossip_key).decode()
+    agents = []
+    for host in hosts:
+        output = host.run(["meshd", "invite"]).stdout if host is hosts[0] else ""
+        if not output:
+            output = join(host, hosts[0], invitation, "--no-docker", "--no-daemon")
+        handlers = re.findall(r"-event-handler '([^']+)'", output)
+        assert len(handlers) == 2, output
+        options = [f"-event-handler={handler}" for handler in handlers]
+        options += [f"-node={host.name}", f"-bind={host.address}", f"-encrypt={key}"]
+        # Nothing of meshd's own configuration: the tags must come from the handler.
+        agents.append(serf_agent(host, *options, f"-retry-join={hosts[0].address}", "-retry-interval=1s"))
+    try:
+        yield Alone(lab, hosts, before, agents)
+    finally:
+        for agent in agents:
+            agent.kill()
+            agent.wait()
+
+
+def test_three_hosts_assemble_by_their_handlers_alone(alone: Alone) -> None:
+    eventually(alone.full_reach, 30, "every host reaches every other's overlay address")
+    names = {host.name: "alive" for host in alone.hosts}
+    for host in alone.hosts:
+        assert alone.state(host) == names
+        assert host.run(["pgrep", "-af", "meshd.* agent"], check=False).stdout == "", "no daemon runs"
+        tags = host.run(["serf", "members", "-format=json"]).stdout
+        assert [sorted(m["tags"]) for m in json.loads(tags)["members"]] == [["meshd", "subnet", "wg"]] * 3
+    assert json.loads(alone.hosts[0].run(["meshd", "plan", "--json"]).stdout)["changes"] == []
+
+
+def test_a_changed_key_is_taken_over_by_the_others(alone: Alone) -> None:
+    changed, other = alone.hosts[1], alone.hosts[0]
+    changed.run(["rm", "/var/lib/meshd/wireguard.key"])
+    changed.run(["meshd", "sync"])
+    eventually(alone.full_reach, 15, "the others use the new key")
+    assert len(other.run(["wg", "show", "wg0", "peers"]).stdout.split()) == 2
+
+
+def test_a_dead_agent_keeps_its_peer(alone: Alone) -> None:
+    third = alone.hosts[2]
+    third.run(["pkill", "-KILL", "-x", "serf"])
+    alone.agents[2].wait()
+    eventually(lambda: alone.state(alone.hosts[0])["barge3"] == "failed", 30, "the dead agent is seen")
+    assert ping(alone.hosts[0], "172.20.103.0"), "failed is not left"
+    alone.agents[2] = serf_agent(third, "-config-file=/var/lib/meshd/serf.json")
+    eventually(lambda: alone.state(alone.hosts[0])["barge3"] == "alive", 30, "it is back, by the printed line")
+
+
+def test_down_stays_down_whatever_serf_tells(alone: Alone) -> None:
+    second = alone.hosts[1]
+    second.run(["meshd", "down"])
+    assert snapshot(second) == alone.before[1]
+    second.run(["serf", "tags", "-set", "hello=world"])
+    # Serf holds the update back for up to 3 s, then runs the handler.
+    time.sleep(5)
+    assert snapshot(second) == alone.before[1]
+    second.run(["meshd", "up"])
+    eventually(alone.full_reach, 15, "it is back")
+
+
+def test_one_that_leaves_is_gone_and_leaves_no_trace(alone: Alone) -> None:
+    leaving, others = alone.hosts[2], alone.hosts[:2]
+    leaving.run(["meshd", "leave"])
+    alone.agents[2].wait(timeout=10)
+    eventually(lambda: all(len(peers(host)) == 1 for host in others), 8, "the others have removed its peer")
+    for host in others:
+        assert "172.20.103.0/24" not in host.run(["ip", "route"]).stdout
+        assert alone.state(host)["barge3"] == "left"
+    assert snapshot(leaving) == alone.before[2]
+    assert ping(others[0], "172.20.102.0")
+
+
+def test_a_plain_serf_leave_is_a_goodbye_too(alone: Alone) -> None:
+    leaving, other = alone.hosts[1], alone.hosts[0]
+    leaving.run(["serf", "leave"])
+    eventually(lambda: peers(other) == [], 8, "its peer is gone")
+    assert "dev wg0" not in other.run(["ip", "route"]).stdout
+
+
+def serf_agent(host: LabHost, *options: str) -> "subprocess.Popen[str]":
+    with (host.directory / "serf.log").open("a") as log:
+        return host.popen(["serf", "agent", *options], stdout=log, stderr=log)
+
+
+def peers(host: LabHost) -> list[str]:
+    return host.run(["wg", "show", "wg0", "peers"]).stdout.split()
