@@ -54,7 +54,7 @@ class Bridge:
             elif attributes is None:
                 self._create(client, network)
             elif not self._is_ours(attributes):
-                raise ConflictError(self._foreign(attributes, network))
+                raise ConflictError(self._foreign(attributes, network.subnet))
             elif (found := _network(attributes)) != network:
                 self._replace(client, attributes, found, network)
 
@@ -83,6 +83,12 @@ class Bridge:
                 for subnet in _subnets(network.attrs)
                 if subnet.overlaps(overlay)
             )
+
+    def occupied(self, overlay: IPv4Network) -> str:
+        """Say what is in the way if a Docker network of this name exists that is not this mesh's."""
+        with _client("listing Docker networks", self._base_url) as client:
+            attributes = self._find(client)
+            return "" if attributes is None or self._is_ours(attributes) else self._foreign(attributes, overlay)
 
     def _find(self, client: Any) -> dict[str, Any] | None:
         """Give what `docker network inspect` says of the network; the API's filter by name matches parts of names."""
@@ -121,11 +127,11 @@ class Bridge:
         client.networks.get(attributes["Id"]).remove()
         self._create(client, network)
 
-    def _foreign(self, attributes: dict[str, Any], network: Network) -> str:
+    def _foreign(self, attributes: dict[str, Any], wanted: IPv4Network) -> str:
         subnets = ", ".join(map(str, _subnets(attributes))) or "no subnet"
         return (
             f"the Docker network {self.name} ({subnets}) exists already and is not this mesh's, which wants "
-            f"{network.subnet}: remove it (docker network rm {self.name}) or pass --bridge with another name"
+            f"{wanted}: remove it (docker network rm {self.name}) or pass --bridge with another name"
         )
 
 

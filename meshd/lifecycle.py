@@ -1,5 +1,6 @@
 """What happens to a host: it begins a mesh, joins one, goes up and down, and leaves. All or nothing."""
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -223,9 +224,8 @@ def _begin(state: State) -> Report:
         service.start(state)
         gossip.connect(state).close()
     report = reconcile(state)
-    # Without a daemon the agent is not there yet to take the tags; the handler publishes them.
-    ignored = set() if state.settings.daemon else {"members", "tags"}
-    failures = [f for f in report.failures if f.what not in ignored and not f.what.startswith("add tags")]
+    # Without a daemon there is no agent yet to list members and to take the tags; the handler publishes them.
+    failures = [f for f in report.failures if state.settings.daemon or f.what not in {"members", "tags"}]
     if failures:
         raise failures[0].error if len(failures) == 1 else MeshdError("\n".join(map(str, failures)))
     state.hint("cli: configured")
@@ -234,18 +234,39 @@ def _begin(state: State) -> Report:
 
 @contextmanager
 def _all_or_nothing(state: State) -> Iterator[None]:
-    """Undo everything when the block fails or is interrupted."""
+    """Undo everything when the block fails or is interrupted, also by a closed terminal; then nothing interrupts it."""
     existed = state.directory.exists()
+    interrupts = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, _interrupted) for number in interrupts}
     try:
         yield
     except BaseException:
+        for number in interrupts:
+            signal.signal(number, signal.SIG_IGN)
         if state.exists:
+            with suppress(MeshdError):
+                _withdraw(state)
             with suppress(MeshdError):
                 _take_down(state, force=True)
         state.forget_everything()
         if existed and not state.directory.exists():
             state.directory.mkdir(mode=0o700)
         raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupted(number: int, _: object) -> None:
+    raise SystemExit(128 + number)
+
+
+def _withdraw(state: State) -> None:
+    """Take back a claim that some members may have seen; not under a name that is another host's."""
+    claim = state.claim()
+    service.stop(state)
+    if claim is not None and serf.running(state.serf_config) is not None and not serf.name_conflict(state.serf_log):
+        _say_goodbye(state, claim)
 
 
 def _take_down(state: State, *, force: bool) -> Report:

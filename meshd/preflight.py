@@ -32,6 +32,8 @@ def check(settings: Settings, private_key: bytes) -> None:
     docker = Bridge(settings.mesh, settings.bridge) if settings.docker else None
     if docker is not None:
         docker.engine()
+        if problem := docker.occupied(settings.overlay):
+            raise ConflictError(problem)
         _networks(settings, docker)
     _routes(settings)
 

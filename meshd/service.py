@@ -74,6 +74,16 @@ def start(state: State) -> None:
         )
     finally:
         os.close(descriptor)
+    try:
+        _wait_for(state, process)
+    except BaseException:
+        # Until it holds its lock nobody else knows of it.
+        process.kill()
+        process.wait()
+        raise
+
+
+def _wait_for(state: State, process: "subprocess.Popen[bytes]") -> None:
     deadline = time.monotonic() + START_TIMEOUT
     while state.agent_pid() is None:
         if process.poll() is not None or time.monotonic() > deadline:
