@@ -4,7 +4,11 @@ BIN := .venv/bin
 PACKAGES := python3 python3-venv serf wireguard-go nftables iptables docker.io iproute2 util-linux \
 	busybox-static wireguard-tools tcpdump
 
-.PHONY: setup demo demo-down test test-unit check format clean
+# What a host of a mesh needs; Docker is the host's own choice.
+RUNTIME := python3 python3-venv serf nftables iptables
+PREFIX ?= /opt/meshd
+
+.PHONY: install uninstall setup demo demo-down test test-unit check format clean
 
 setup: .make/packages .make/wheel
 
@@ -27,6 +31,16 @@ setup: .make/packages .make/wheel
 	$(BIN)/python -m pip uninstall --quiet --yes meshd
 	$(BIN)/python -m pip install --quiet dist/*.whl
 	@touch $@
+
+install:
+	dpkg -s $(RUNTIME) >/dev/null 2>&1 || .ci/install-packages $(RUNTIME)
+	test -x $(PREFIX)/bin/python || $(PYTHON) -m venv $(PREFIX)
+	$(PREFIX)/bin/python -m pip install --quiet --upgrade .
+	ln -sfn $(PREFIX)/bin/meshd /usr/local/bin/meshd
+
+uninstall:
+	rm -rf $(PREFIX)
+	rm -f /usr/local/bin/meshd
 
 demo: setup
 	$(BIN)/meshd lab demo
