@@ -1,0 +1,295 @@
+"""What meshd relies on in Serf, against the agent that is installed (docs/serf.md)."""
+
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from meshd import serf
+from meshd.errors import ConflictError, SerfError
+from meshd.model import Action, Change, Endpoint, Status, Tags
+from meshd.serf import Serf, SerfTags
+from meshd.tags import LIMIT, size
+
+pytestmark = [pytest.mark.root]
+
+KEY = bytes(range(32))
+
+
+@dataclass
+class Agent:
+    """An agent on an address of its own on loopback."""
+
+    name: str
+    number: int
+    directory: Path
+    pid: int
+
+    @property
+    def gossip(self) -> str:
+        return f"127.0.0.{self.number}:7946"
+
+    @property
+    def rpc_port(self) -> int:
+        return 7000 + self.number
+
+    @property
+    def log(self) -> Path:
+        return self.directory / "serf.log"
+
+    def connect(self, auth: str = "secret") -> Serf:
+        return Serf.connect(self.rpc_port, auth)
+
+    def states(self) -> dict[str, Status]:
+        with self.connect() as client:
+            return {member.name: member.status for member in client.members()}
+
+
+Start = Callable[..., Agent]
+
+
+@pytest.fixture
+def start(netns: object, tmp_path: Path) -> Iterator[Start]:
+    """Starts agents in a network namespace of the test's own; they end with it."""
+    assert netns
+    with ExitStack() as ends:
+
+        def begin(
+            number: int,
+            *,
+            name: str = "",
+            key: bytes = KEY,
+            tags: dict[str, str] | None = None,
+            handlers: tuple[str, ...] = (),
+        ) -> Agent:
+            directory = tmp_path / str(number)
+            directory.mkdir(exist_ok=True)
+            agent = Agent(name or f"barge{number}", number, directory, 0)
+            address = Endpoint(IPv4Address(f"127.0.0.{number}"), 7946)
+            config = serf.agent_config(
+                name=agent.name,
+                bind=address,
+                advertise=address,
+                encrypt_key=key,
+                rpc_port=agent.rpc_port,
+                rpc_auth="secret",
+                tags=tags or {},
+                event_handlers=handlers,
+            )
+            path = directory / "serf.json"
+            path.write_text(json.dumps(config))
+            agent.pid = serf.start(path, agent.log)
+            ends.callback(serf.stop, agent.pid)
+            serf.wait_ready(agent.rpc_port, "secret", agent.pid, agent.log).close()
+            return agent
+
+        yield begin
+
+
+def eventually(condition: Callable[[], object], what: str, timeout: float = 10) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout:g} s: {what}"
+        time.sleep(0.02)
+
+
+def test_the_rpc_wants_the_key_and_says_nothing_without(start: Start) -> None:
+    agent = start(1)
+    for wrong in ("", "wrong"):
+        with pytest.raises(SerfError, match=r"[Aa]uth"), agent.connect(wrong) as client:
+            client.members()
+    assert agent.states() == {"barge1": Status.ALIVE}
+
+
+def test_an_agent_without_a_key_is_used_without(netns: object, tmp_path: Path) -> None:
+    assert netns
+    path = tmp_path / "serf.json"
+    path.write_text(json.dumps({"bind": "127.0.0.1:7946", "rpc_addr": "127.0.0.1:7001", "node_name": "plain"}))
+    pid = serf.start(path, tmp_path / "log")
+    try:
+        with serf.wait_ready(7001, "whatever", pid, tmp_path / "log") as client:
+            assert [member.name for member in client.members()] == ["plain"]
+    finally:
+        serf.stop(pid)
+
+
+def test_members_find_each_other_with_their_tags(start: Start) -> None:
+    one, two = start(1, tags={"wg": "first"}), start(2, tags={"wg": "second"})
+    with two.connect() as client:
+        assert client.join([one.gossip]) == 1
+        members = {member.name: member for member in client.members()}
+    assert {name: member.tags for name, member in members.items()} == {
+        "barge1": {"wg": "first"},
+        "barge2": {"wg": "second"},
+    }
+    assert (str(members["barge1"].address), members["barge1"].port) == ("127.0.0.1", 7946)
+    eventually(lambda: "barge2" in one.states(), "the other side knows it too")
+
+
+def test_a_join_that_nobody_answers_is_an_error(start: Start) -> None:
+    agent = start(1)
+    with agent.connect() as client:
+        with pytest.raises(SerfError, match="join"):
+            client.join(["127.0.0.9:7946"])
+        assert len(client.members()) == 1, "and the connection goes on"
+
+
+def test_another_gossip_key_gets_nobody_in(start: Start) -> None:
+    inside, outside = start(1), start(2, key=bytes(32))
+    with outside.connect() as client, pytest.raises(SerfError):
+        client.join([inside.gossip])
+    assert list(inside.states()) == ["barge1"]
+
+
+def test_tags_up_to_the_limit_are_carried_and_one_byte_more_is_refused(start: Start) -> None:
+    agent = start(1)
+    fits = {"meshd": "x" * (LIMIT - size({"meshd": "x" * 400}) + 400)}
+    assert size(fits) == LIMIT
+    with agent.connect() as client:
+        client.tags(fits)
+        assert client.members()[0].tags == fits
+        with pytest.raises(SerfError, match="tags"):
+            client.tags({"meshd": fits["meshd"] + "x"})
+        assert client.members()[0].tags == fits
+
+
+def test_own_tags_are_a_resource_that_leaves_those_of_others_alone(start: Start) -> None:
+    agent = start(1, tags={"role": "web"})
+    adapter = SerfTags(agent.rpc_port, "secret", agent.name, ("meshd", "wg"))
+    assert adapter.read() == []
+    wanted = Tags((("meshd", "1;seq=1"), ("wg", "x")))
+    for _ in range(2):
+        adapter.apply(Change(Action.ADD, wanted))
+    assert adapter.read() == [wanted]
+    adapter.apply(Change(Action.SET, Tags((("meshd", "1;seq=2"),)), wanted))
+    assert adapter.read() == [Tags((("meshd", "1;seq=2"),))]
+    adapter.apply(Change(Action.REMOVE, wanted))
+    assert adapter.read() == []
+    with agent.connect() as client:
+        assert client.members()[0].tags == {"role": "web"}
+
+
+def test_a_query_is_answered_on_the_connection_of_its_stream(start: Start) -> None:
+    asker, answerer = start(1), start(2)
+    with answerer.connect() as client:
+        client.join([asker.gossip])
+    stream = answerer.connect()
+
+    def answer() -> None:
+        for event in stream.stream("query"):
+            if event["Name"] == "meshd-applied":
+                stream.respond(event["ID"], b"yes " + event["Payload"])
+                return
+
+    thread = Thread(target=answer)
+    thread.start()
+    try:
+        time.sleep(0.2)
+        with asker.connect() as client:
+            answers = client.query("meshd-applied", b"barge1 5", timeout=5, nodes=["barge2"])
+            assert next(answers) == ("barge2", b"yes barge1 5")
+    finally:
+        thread.join(timeout=5)
+        stream.close()
+
+
+def test_the_log_tells_of_a_join_before_any_event_does(start: Start) -> None:
+    one, two = start(1), start(2)
+    heard: dict[str, float] = {}
+
+    def follow(what: str, client: Serf) -> None:
+        try:
+            if what == "log":
+                next(line for line in client.monitor("INFO") if "EventMemberJoin: barge2" in line)
+            else:
+                next(e for e in client.stream("member-join") if any(m[b"Name"] == b"barge2" for m in e["Members"]))
+            heard[what] = time.monotonic()
+        except SerfError:
+            return
+
+    clients = {what: one.connect() for what in ("log", "event")}
+    threads = [Thread(target=follow, args=item) for item in clients.items()]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.2)
+    with two.connect() as client:
+        client.join([one.gossip])
+    eventually(lambda: len(heard) == 2, "both tell of the join")
+    for thread in threads:
+        thread.join()
+    for client in clients.values():
+        client.close()
+    assert heard["log"] < heard["event"]
+
+
+def test_the_monitor_begins_with_what_the_log_remembers(start: Start) -> None:
+    with start(1).connect() as client:
+        assert next(line for line in client.monitor("INFO") if "Serf agent starting" in line)
+
+
+def test_an_agent_that_is_killed_has_failed_and_one_that_leaves_has_left(start: Start) -> None:
+    one, two, three = start(1), start(2), start(3)
+    for agent in (two, three):
+        with agent.connect() as client:
+            client.join([one.gossip])
+    eventually(lambda: len(one.states()) == 3, "all are members")
+    with three.connect() as client:
+        client.leave()
+    eventually(lambda: one.states()["barge3"] is Status.LEFT, "a goodbye is a leave")
+    serf.stop(two.pid)
+    eventually(lambda: one.states()["barge2"] is Status.FAILED, "a signal is no leave", timeout=30)
+    with one.connect() as client:
+        client.force_leave("barge2")
+    eventually(lambda: one.states()["barge2"] is Status.LEFT, "it is declared as left")
+
+
+def test_a_name_that_is_taken_is_found_in_the_log_and_the_agent_lives(start: Start) -> None:
+    one, rival = start(1, name="same"), start(2, name="same")
+    assert serf.name_conflict(rival.log) is None
+    with rival.connect() as client:
+        client.join([one.gossip])
+    assert serf.name_conflict(rival.log) == "127.0.0.1:7946"
+    assert rival.states() == one.states() == {"same": Status.ALIVE}
+
+
+@pytest.mark.parametrize("taken", [("127.0.0.1", 7946), ("127.0.0.1", 7001)], ids=["gossip", "rpc"])
+def test_a_taken_port_is_told_as_such(start: Start, taken: tuple[str, int]) -> None:
+    with socket.socket() as squatter:
+        squatter.bind(taken)
+        squatter.listen()
+        with pytest.raises(ConflictError, match=f"a port is taken.*{taken[1]}"):
+            start(1)
+
+
+def test_an_agent_is_found_again_by_its_configuration_and_ends_by_a_signal(start: Start, tmp_path: Path) -> None:
+    agent = start(1)
+    assert serf.running(agent.directory / "serf.json") == agent.pid
+    assert serf.running(tmp_path / "another.json") is None
+    serf.stop(agent.pid)
+    assert serf.running(agent.directory / "serf.json") is None
+    with pytest.raises(SerfError, match=r"does not answer on 127\.0\.0\.1:7001"):
+        agent.connect()
+
+
+def test_a_handler_gets_the_event_by_its_environment(start: Start, tmp_path: Path) -> None:
+    seen = tmp_path / "seen"
+    one = start(1, handlers=(f'member-join=echo "$SERF_EVENT $SERF_SELF_NAME" >> {seen}',))
+    eventually(lambda: seen.exists() and seen.read_text() == "member-join barge1\n", "its own join is its first event")
+    two = start(2)
+    with two.connect() as client:
+        client.join([one.gossip])
+    eventually(lambda: seen.read_text() == "member-join barge1\n" * 2, "then the join of the other")
+
+
+def test_the_log_and_the_configuration_are_for_root_alone(start: Start) -> None:
+    agent = start(1)
+    assert agent.log.stat().st_mode & 0o777 == 0o600
+    assert "secret" not in Path(f"/proc/{agent.pid}/cmdline").read_text()
+    assert b"secret" not in Path(f"/proc/{agent.pid}/environ").read_bytes()

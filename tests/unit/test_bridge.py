@@ -1,0 +1,66 @@
+"""What Docker says of a network, read; the engine itself is met in the lab."""
+
+import gc
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meshd.bridge import Bridge, _differences, _network, _subnets
+from meshd.errors import MissingError
+from meshd.model import Network
+
+INSPECTED: dict[str, Any] = {
+    "Name": "ovl0",
+    "Id": "0123",
+    "IPAM": {
+        "Driver": "default",
+        "Config": [{"Subnet": "172.20.0.0/16", "IPRange": "172.20.101.0/24", "Gateway": "172.20.101.0"}],
+    },
+    "Options": {
+        "com.docker.network.bridge.name": "ovl0",
+        "com.docker.network.driver.mtu": "1420",
+        "com.docker.network.bridge.trusted_host_interfaces": "wg0",
+    },
+    "Labels": {"meshd.mesh": "meshd"},
+}
+NETWORK = Network(
+    name="ovl0",
+    bridge="ovl0",
+    subnet=IPv4Network("172.20.0.0/16"),
+    ip_range=IPv4Network("172.20.101.0/24"),
+    gateway=IPv4Address("172.20.101.0"),
+    mtu=1420,
+    options=(("com.docker.network.bridge.trusted_host_interfaces", "wg0"),),
+)
+
+
+def test_what_docker_inspects_is_read_as_a_network() -> None:
+    assert _network(INSPECTED) == NETWORK
+
+
+@pytest.mark.parametrize("ipam", [None, {}, {"Config": None}, {"Config": [{"Subnet": "10.0.0.0/8"}]}], ids=str)
+def test_a_network_that_somebody_made_otherwise_differs_and_does_not_crash(ipam: Any) -> None:
+    found = _network({**INSPECTED, "IPAM": ipam, "Options": None})
+    assert found != NETWORK
+    assert "subnet" in _differences(found, NETWORK)
+
+
+def test_differences_name_both_sides() -> None:
+    other = _network({**INSPECTED, "Options": {**INSPECTED["Options"], "com.docker.network.driver.mtu": "1500"}})
+    assert _differences(other, NETWORK) == "mtu 1500 instead of 1420"
+
+
+def test_ipv6_pools_are_no_concern_of_the_overlay() -> None:
+    pools = [{"Subnet": "fd00::/64"}, {"Subnet": "172.20.0.0/16"}, {}]
+    assert _subnets({"IPAM": {"Config": pools}}) == [IPv4Network("172.20.0.0/16")]
+
+
+# The SDK drops the socket whose connect has failed, and Python says so when it collects it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_engine_that_is_not_there_is_said_with_what_to_do(tmp_path: Path) -> None:
+    bridge = Bridge("meshd", "ovl0", f"unix://{tmp_path}/docker.sock")
+    with pytest.raises(MissingError, match=r"Docker engine does not answer.*apt install docker\.io.*--no-docker"):
+        bridge.engine()
+    gc.collect()

@@ -1,0 +1,101 @@
+"""The script that Serf executes, run as Serf runs it."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from meshd import gossip
+from meshd.config import Settings
+from meshd.state import State
+
+SCRIPT = gossip.handlers() / "meshd_event.py"
+
+
+def run(state: State, event: str, payload: str = "", **environment: str) -> "subprocess.CompletedProcess[str]":
+    """As Serf does: by /bin/sh, the event in the environment, the members on stdin."""
+    return subprocess.run(
+        ["/bin/sh", "-c", gossip.handler_command(state)],
+        env={"PATH": os.environ["PATH"], "SERF_EVENT": event, **environment},
+        input=payload,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+
+
+@pytest.fixture
+def listening(state: State) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server:
+        server.bind(str(state.socket))
+        server.settimeout(5)
+        yield server
+
+
+def test_an_event_is_a_hint_to_the_daemon(state: State, listening: socket.socket) -> None:
+    done = run(state, "member-join", "barge2\t10.10.10.102\t\twg=x\n")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert listening.recv(512) == b"serf: member-join"
+
+
+def test_a_query_is_hinted_with_its_name(state: State, listening: socket.socket) -> None:
+    run(state, "query", "barge2 5", SERF_QUERY_NAME="meshd-applied")
+    assert listening.recv(512) == b"serf: query meshd-applied"
+
+
+def test_a_daemon_that_does_not_read_holds_nobody_up(state: State, listening: socket.socket) -> None:
+    listening.setblocking(False)
+    while state.hint("full") and _fits(state):
+        pass
+    done = run(state, "member-join")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def _fits(state: State) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as client:
+        client.setblocking(False)
+        try:
+            client.sendto(b"x", str(state.socket))
+        except BlockingIOError:
+            return False
+        return True
+
+
+def test_the_hint_needs_nothing_but_the_standard_library(state: State, listening: socket.socket) -> None:
+    script = f"import runpy, sys; sys.argv = ['x', {str(state.directory)!r}]\n"
+    script += f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+    script += "allowed = sys.stdlib_module_names | {'__main__'}\n"
+    script += "print(sorted(m for m in sys.modules if m.partition('.')[0] not in allowed))"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+    assert listening.recv(512) == b"serf: "
+
+
+def test_without_its_daemon_a_host_that_has_one_leaves_it_to_the_daemon(state: State) -> None:
+    done = run(state, "member-join")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_alone_it_makes_a_pass_and_says_what_is_wrong(state: State) -> None:
+    settings = state.settings
+    state.save_settings(Settings(name=settings.name, bind=settings.bind, daemon=False, docker=False))
+    done = run(state, "member-join")
+    assert done.returncode == 1
+    assert "this host has not claimed its subnet yet" in done.stderr
+
+
+def test_where_nothing_is_set_up_it_does_nothing(tmp_path: Path) -> None:
+    done = run(State(tmp_path / "none"), "member-join")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_query_that_is_not_meshds_is_not_answered(state: State) -> None:
+    state.save_settings(Settings(name="barge1", bind=state.settings.bind, daemon=False, docker=False))
+    for name, payload in (("other", "barge2 5"), ("meshd-applied", "nonsense")):
+        done = run(state, "query", payload, SERF_QUERY_NAME=name)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,0 +1,210 @@
+"""What should be on a host, and the changes that lead there."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshd import plan
+from meshd.model import (
+    Action,
+    Address,
+    Change,
+    Endpoint,
+    Engine,
+    Link,
+    Network,
+    Peer,
+    Resource,
+    Route,
+    Sysctl,
+    Table,
+    Tags,
+)
+from tests.conftest import OVERLAY, host, public_key, record
+
+NOW = 1_000_000.0
+ENGINES = {
+    "docker-20.10": Engine("20.10.24+dfsg1"),
+    "docker-26.1": Engine("26.1.5+dfsg1"),
+    "docker-28.0": Engine("28.0.4"),
+    "docker-28.5": Engine("28.5.2+dfsg3"),
+    "docker-29": Engine("29.7.2"),
+    "docker-29-nftables": Engine("29.7.2", "nftables"),
+    "docker-28-firewalld": Engine("28.5.2", "iptables+firewalld"),
+}
+
+
+def local(engine: Engine | None = ENGINES["docker-20.10"], bridge: str | None = "ovl0") -> plan.Local:
+    return plan.Local(
+        host=host(1),
+        overlay=OVERLAY,
+        wireguard="wg0",
+        port=51820,
+        mtu=1420,
+        keepalive=25,
+        owner="meshd:wg0",
+        bridge=bridge,
+        engine=engine,
+    )
+
+
+def wanted(*numbers: int, of: plan.Local | None = None) -> tuple[Resource, ...]:
+    return plan.desired(of or local(), [host(n) for n in numbers])
+
+
+def text(resources: tuple[Resource, ...]) -> str:
+    """Every resource in order, with the text of every firewall rule and every option of the network."""
+    lines: list[str] = []
+    for resource in resources:
+        lines.append(str(resource))
+        if isinstance(resource, Table):
+            for chain in resource.chains:
+                lines.append(f"  chain {chain.name} {chain.type} {chain.hook} {chain.priority}")
+                lines += [f"    {rule.text}" for rule in chain.rules]
+        if isinstance(resource, Network):
+            lines += [f"  {name} = {value}" for name, value in resource.options]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("name", [*ENGINES, "no-docker"])
+def test_all_that_should_be_on_a_host(name: str, golden: Callable[[str, str], None]) -> None:
+    of = local(ENGINES[name]) if name in ENGINES else local(None, None)
+    golden(f"{name}.txt", text(wanted(2, 3, of=of)))
+
+
+def test_the_same_input_in_any_order_gives_the_same_output() -> None:
+    assert wanted(2, 3, 4) == wanted(4, 2, 3)
+    observed = wanted(3, 4, 5)
+    forward = plan.diff(wanted(2, 3), observed, now=NOW)
+    assert forward == plan.diff(reversed(wanted(3, 2)), reversed(observed), now=NOW)
+
+
+def test_what_is_as_it_should_be_needs_no_change() -> None:
+    assert plan.diff(wanted(2, 3), wanted(2, 3), now=NOW) == ()
+
+
+def test_changes_are_made_so_that_nothing_leaves_in_clear_and_removed_in_reverse() -> None:
+    changes = plan.diff(wanted(2), (), now=NOW)
+    places = [plan.ORDER.index(c.resource.kind) for c in changes if c.resource.kind != "sysctl"]
+    assert places == sorted(places)
+    assert isinstance(changes[0].resource, Table)
+    assert isinstance(changes[-1].resource, Tags)
+    routes = [c.resource for c in changes if isinstance(c.resource, Route)]
+    assert [route.link for route in routes] == [None, "wg0"], "unreachable first"
+    removals = [c.resource for c in plan.diff((), wanted(2), now=NOW)]
+    assert [r for r in removals if r.kind != "sysctl"] == [
+        r for r in reversed([c.resource for c in changes]) if r.kind != "sysctl"
+    ]
+
+
+def test_sysctls_are_set_never_removed() -> None:
+    sysctl = Sysctl(plan.IP_FORWARD, "0")
+    assert plan.diff((), [sysctl], now=NOW) == ()
+    (change,) = plan.diff([replace(sysctl, value="1")], [sysctl], now=NOW)
+    assert (change.action, change.old) == (Action.SET, sysctl)
+
+
+def test_kinds_that_were_not_read_are_left_alone() -> None:
+    changes = plan.diff(wanted(2), [], now=NOW, kinds={"peer"})
+    assert [c.resource.kind for c in changes] == ["peer"]
+    assert plan.diff([], wanted(2), now=NOW, kinds=set()) == ()
+
+
+ELSEWHERE = Endpoint(IPv4Address("192.0.2.9"), 40000)
+
+
+@pytest.mark.parametrize(
+    ("age", "moved", "kept"),
+    [(10.0, (), True), (179.0, (), True), (181.0, (), False), (-5.0, (), False), (10.0, ("barge2",), False)],
+    ids=["fresh", "just fresh", "stale", "from the future", "published anew"],
+)
+def test_an_endpoint_that_wireguard_learned_stays_while_its_handshake_is_fresh(
+    age: float, moved: tuple[str, ...], kept: bool
+) -> None:
+    roamed = tuple(replace(r, endpoint=ELSEWHERE, handshake=NOW - age) if isinstance(r, Peer) else r for r in wanted(2))
+    changes = plan.diff(wanted(2), roamed, now=NOW, moved={public_key(name) for name in moved})
+    assert [c.action for c in changes] == ([] if kept else [Action.SET])
+
+
+def test_other_differences_of_a_roaming_peer_are_set_without_touching_its_endpoint() -> None:
+    roamed = tuple(
+        replace(r, endpoint=ELSEWHERE, handshake=NOW - 1, keepalive=0) if isinstance(r, Peer) else r for r in wanted(2)
+    )
+    (change,) = plan.diff(wanted(2), roamed, now=NOW)
+    assert isinstance(change.resource, Peer)
+    assert (change.resource.endpoint, change.resource.keepalive) == (ELSEWHERE, 25)
+
+
+def test_a_key_in_another_hosts_hands_is_a_new_peer_and_the_old_one_goes() -> None:
+    renewed = replace(host(2), record=record(2, seq=2, key="another"))
+    changes = plan.diff(plan.desired(local(), [renewed]), wanted(2), now=NOW)
+    assert [(c.action, c.resource.key) for c in changes] == [
+        (Action.ADD, public_key("another")),
+        (Action.REMOVE, public_key("barge2")),
+    ]
+
+
+# --- the guard -----------------------------------------------------------------------------------------------------
+
+
+def guarded(left: int, observed: int, departed: set[str]) -> tuple[tuple[Change, ...], tuple[Change, ...]]:
+    there = wanted(*range(2, 2 + observed))
+    changes = plan.diff(wanted(*range(2, 2 + left)), there, now=NOW)
+    return plan.guard(changes, there, departed)
+
+
+def test_removing_up_to_half_of_the_peers_passes() -> None:
+    made, withheld = guarded(left=2, observed=4, departed=set())
+    assert len(made) == 4  # two peers, two routes
+    assert withheld == ()
+
+
+def test_removing_more_than_half_of_the_peers_without_evidence_is_withheld_with_their_routes() -> None:
+    made, withheld = guarded(left=1, observed=4, departed=set())
+    assert made == ()
+    assert sorted(c.resource.kind for c in withheld) == ["peer"] * 3 + ["route"] * 3
+
+
+def test_with_goodbyes_all_may_go() -> None:
+    made, withheld = guarded(left=0, observed=4, departed={public_key(f"barge{n}") for n in range(2, 6)})
+    assert len(made) == 8
+    assert withheld == ()
+
+
+def test_only_the_doubtful_are_withheld() -> None:
+    made, withheld = guarded(left=0, observed=4, departed={public_key("barge2")})
+    assert {c.resource.key for c in made} == {public_key("barge2"), "172.20.102.0/24 metric 0"}
+    assert len(withheld) == 6
+
+
+@given(st.sets(st.integers(2, 40)), st.sets(st.integers(2, 40)), st.sets(st.integers(2, 40)))
+def test_applying_what_the_guard_lets_through_loses_at_most_half_of_the_peers(
+    want: set[int], have: set[int], departed: set[int]
+) -> None:
+    there = wanted(*have)
+    keys = {public_key(f"barge{n}") for n in departed}
+    made, withheld = plan.guard(plan.diff(wanted(*want), there, now=NOW), there, keys)
+    doubtful = [
+        c
+        for c in made
+        if c.action is Action.REMOVE and isinstance(c.resource, Peer) and c.resource.public_key not in keys
+    ]
+    assert len(doubtful) * 2 <= len(have)
+    assert not any(c.action is not Action.REMOVE for c in withheld)
+
+
+def test_the_originals_come_back_as_they_were() -> None:
+    assert plan.restored({"net/b": "1", "net/a": "0"}) == (Sysctl("net/a", "0"), Sysctl("net/b", "1"))
+
+
+def test_a_host_without_docker_has_no_bridge_and_still_never_speaks_in_clear() -> None:
+    resources = wanted(2, of=local(None, None))
+    kinds = {r.kind for r in resources}
+    assert kinds == {"table", "device", "link", "address", "peer", "route", "tags"}
+    assert Route(IPv4Network(OVERLAY), None, metric=plan.LAST_METRIC) in resources
+    assert [r for r in resources if isinstance(r, Address)] == [Address("wg0", IPv4Interface("172.20.101.0/32"))]
+    assert [r.name for r in resources if isinstance(r, Link)] == ["wg0"]

@@ -1,0 +1,114 @@
+"""Serf's RPC as bytes: whatever an agent, or a member through it, sends is an answer or a SerfError."""
+
+import contextlib
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshd.errors import SerfError
+from meshd.model import Member
+from meshd.serf.client import Serf, decode_member
+
+
+@contextlib.contextmanager
+def agent_that_sends(data: bytes) -> Iterator[Serf]:
+    """A client whose agent has already answered, and has then closed the connection."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        theirs.sendall(data)
+        theirs.shutdown(socket.SHUT_WR)
+        client = Serf(ours, timeout=2)
+        with client:
+            yield client
+
+
+def packed(*values: object) -> bytes:
+    return b"".join(msgpack.packb(value, use_bin_type=False) for value in values)
+
+
+HEADER = {"Seq": 1, "Error": ""}
+ENTRY = {
+    "Name": "barge1",
+    "Addr": bytes([10, 10, 10, 101]),
+    "Port": 7946,
+    "Status": "alive",
+    "Tags": {"wg": "x"},
+    "ProtocolCur": 5,
+}
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.binary(max_size=40) | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=8) | st.integers(0, 9), inner, max_size=5)
+    ),
+    max_leaves=20,
+)
+calls: list[Callable[[Serf], object]] = [
+    Serf.members,
+    Serf.stats,
+    lambda serf: serf.join(["10.0.0.1"]),
+    lambda serf: serf.tags({"a": "b"}),
+    lambda serf: list(serf.query("q", b"", timeout=1)),
+    lambda serf: list(serf.stream()),
+    lambda serf: list(serf.monitor()),
+]
+
+
+@pytest.mark.parametrize("call", calls, ids=["members", "stats", "join", "tags", "query", "stream", "monitor"])
+@given(st.binary(max_size=300))
+def test_noise_is_an_error_and_no_crash(call: Callable[[Serf], object], data: bytes) -> None:
+    with agent_that_sends(data) as serf, pytest.raises(SerfError):
+        call(serf)
+
+
+@pytest.mark.parametrize("call", calls, ids=["members", "stats", "join", "tags", "query", "stream", "monitor"])
+@given(plain, plain)
+def test_well_formed_nonsense_is_an_error_or_an_answer(call: Callable[[Serf], object], one: Any, two: Any) -> None:
+    with agent_that_sends(packed(HEADER, one, HEADER, two)) as serf, contextlib.suppress(SerfError):
+        call(serf)
+
+
+@given(plain)
+def test_a_members_entry_is_a_member_or_nothing(entry: Any) -> None:
+    raw = msgpack.unpackb(packed(entry), raw=True, strict_map_key=False)
+    assert decode_member(raw) is None or isinstance(decode_member(raw), Member)
+
+
+@given(st.dictionaries(st.sampled_from(list(ENTRY)), plain))
+def test_a_spoiled_entry_does_not_hide_the_others(spoiled: dict[str, Any]) -> None:
+    answer = packed(HEADER, {"Members": [{**ENTRY, **spoiled}, {**ENTRY, "Name": "barge2"}]})
+    with agent_that_sends(answer) as serf:
+        assert serf.members()[-1].name == "barge2"
+
+
+def test_names_and_tags_that_are_not_utf8_are_read() -> None:
+    raw = msgpack.unpackb(packed({**ENTRY, "Tags": {b"\xff": b"\xfe\x00"}}), raw=True)
+    member = decode_member(raw)
+    assert member is not None
+    assert member.tags == {"\ufffd": "\ufffd\x00"}
+
+
+def test_ipv4_in_ipv6_is_ipv4() -> None:
+    member = decode_member({**ENTRY, "Addr": bytes(10) + b"\xff\xff" + bytes([10, 10, 10, 101])})
+    assert member is not None
+    assert str(member.address) == "10.10.10.101"
+
+
+def test_an_error_of_the_agent_is_told_in_one_line() -> None:
+    with agent_that_sends(packed({"Seq": 1, "Error": "no\n such  thing"})) as serf, pytest.raises(SerfError) as caught:
+        serf.stats()
+    assert str(caught.value) == "stats: no such thing"
+
+
+def test_a_bomb_of_nested_lists_is_an_error() -> None:
+    with agent_that_sends(b"\x91" * 100_000) as serf, pytest.raises(SerfError):
+        serf.stats()
+
+
+def test_a_string_that_claims_gigabytes_is_an_error_at_once() -> None:
+    with agent_that_sends(packed(HEADER) + b"\xdb\xff\xff\xff\xff" + bytes(100)) as serf, pytest.raises(SerfError):
+        serf.stats()
