@@ -22,6 +22,10 @@ SERVER = (
 )
 
 
+STATE = "/var/lib/meshd"
+LOG = f"{STATE}/agent.log"
+
+
 class Mesh:
     """The three hosts, and what was there before they joined."""
 
@@ -82,8 +86,7 @@ def test_members_is_one_sorted_line_a_host_and_agrees_everywhere(mesh: Mesh) -> 
 
 
 def test_the_record_is_readable_in_serf_members(mesh: Mesh) -> None:
-    state = "/var/lib/meshd"
-    key = f"$(base64 -d {state}/rpc.key | od -An -tx1 | tr -d ' \\n')"
+    key = f"$(base64 -d {STATE}/rpc.key | od -An -tx1 | tr -d ' \\n')"
     text = mesh.hosts[0].run(["sh", "-c", f"SERF_RPC_AUTH={key} serf members"]).stdout
     for host in mesh.hosts:
         assert re.search(rf"^{host.name} .*subnet={re.escape(overlay(host, 0))}/24", text, re.MULTILINE)
@@ -235,9 +238,12 @@ def test_the_network_outlives_dockerd(mesh: Mesh) -> None:
 def test_a_restart_of_daemon_and_serf_loses_no_packet(mesh: Mesh) -> None:
     source, target = mesh.hosts[0], mesh.hosts[1]
     ping = source.popen(["docker", "exec", "serf0", "ping", "-c", "400", "-i", "0.02", overlay(target, 1)], stdout=-1)
-    for pattern in ("meshd.* agent", "serf agent"):
+    agent = f"$(cat {STATE}/agent.pid)"
+    serf = f"$(pgrep -f '^[^ ]*serf agent -config-file={STATE}')"
+    for pid in (agent, serf):
         time.sleep(1)
-        target.run(["pkill", "-KILL", "-f", f"^[^ ]*(python[0-9.]*|serf) .*{pattern}|^[^ ]*{pattern}"], check=False)
+        target.run(["sh", "-ec", f"pid={pid}; test -n $pid; kill -KILL $pid; sleep 0.2; test ! -d /proc/$pid"])
+    assert ping.poll() is None, "both died under the traffic"
     output, _ = ping.communicate(timeout=60)
     assert "400 packets transmitted, 400 packets received" in output
     target.run(["meshd", "up"])
@@ -246,6 +252,18 @@ def test_a_restart_of_daemon_and_serf_loses_no_packet(mesh: Mesh) -> None:
         30,
         "the restarted host is seen alive again",
     )
+
+
+def test_a_handler_is_a_hint_to_the_daemon(mesh: Mesh) -> None:
+    host = mesh.hosts[0]
+    command = re.search(r'"member-join[^"=]*=([^"]+)"', host.run(["cat", f"{STATE}/serf.json"]).stdout)
+    assert command, "Serf is told of the handler"
+    (peer, *_) = host.run(["wg", "show", "wg0", "peers"]).stdout.split()
+    # Nobody notifies of that.
+    host.run(["wg", "set", "wg0", "peer", peer, "remove"])
+    host.run(["sh", "-c", command[1]], env={"SERF_EVENT": "member-join"})
+    eventually(lambda: peer in host.run(["wg", "show", "wg0", "peers"]).stdout, 2, "the peer is back")
+    assert re.search(rf"add peer {re.escape(peer)}.*seen by .*serf: member-join", host.run(["cat", LOG]).stdout)
 
 
 def test_down_leaves_the_host_as_it_was_found_and_up_brings_it_back(mesh: Mesh) -> None:
