@@ -10,14 +10,14 @@ import queue
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from threading import Event, Lock, Thread
 
 from meshd import bridge, files, gossip, links, plan, routes, serf
 from meshd.errors import InputError, MeshdError, SerfError
 from meshd.queries import APPLIED, Question
-from meshd.reconcile import MEMBERSHIP, Report, reconcile
+from meshd.reconcile import MEMBERSHIP, WITHOUT_DOCKER, Report, reconcile
 from meshd.state import State
 
 log = logging.getLogger("meshd")
@@ -83,13 +83,16 @@ class Agent:
     # --- the loop --------------------------------------------------------------------------------------------------
 
     def _loop(self) -> None:
+        # At boot dockerd waits for this first pass, and until it runs systemd's docker.socket lets every question hang.
+        if self._keep_serf():
+            self._pass(["start"], WITHOUT_DOCKER)
+        _notify_service_manager()
         full_pass_due, hints = 0.0, ["start"]
         while not self.stopping.is_set():
             full = time.monotonic() >= full_pass_due or not all(hint.startswith("serf:") for hint in hints)
-            ok = self._keep_serf() and self._pass(hints, full=full)
+            ok = self._keep_serf() and self._pass(hints, plan.ORDER if full else MEMBERSHIP)
             if full:
                 full_pass_due = time.monotonic() + INTERVAL
-                _notify_service_manager()
                 _trim(self.state)
             hints = self._wait(min(INTERVAL, max(0.0, full_pass_due - time.monotonic())) if ok else RETRY)
 
@@ -116,13 +119,13 @@ class Agent:
             return False
         return True
 
-    def _pass(self, hints: list[str], *, full: bool) -> bool:
+    def _pass(self, hints: list[str], kinds: Collection[str]) -> bool:
         """Make a pass; what went wrong is logged once, not in each pass. True unless something failed."""
         claim = self.state.claim()
         if claim is None or not claim.settled:
             return True  # `meshd join` is still asking the mesh
         try:
-            self.report = reconcile(self.state, kinds=plan.ORDER if full else MEMBERSHIP)
+            self.report = reconcile(self.state, kinds=kinds)
         except MeshdError as error:
             self._complain({str(error)})
             return False

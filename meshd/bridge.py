@@ -15,7 +15,10 @@ from meshd.errors import ApplyError, ConflictError, MeshdError, MissingError
 from meshd.model import Action, Change, Engine, Network, Resource
 
 LABEL = "meshd.mesh"
+# Making or removing a network takes Docker seconds on a busy host; an answer to a question does not. A pass waits for
+# an engine that hangs (or that systemd's socket holds back), and everything else waits for the pass.
 TIMEOUT = 20
+ASK_TIMEOUT = 3
 PAUSE = 1.0
 _BRIDGE_NAME = "com.docker.network.bridge.name"
 _MTU = "com.docker.network.driver.mtu"
@@ -47,7 +50,7 @@ class Bridge:
     def apply(self, change: Change) -> None:
         network = change.resource
         assert isinstance(network, Network)  # noqa: S101  what the dispatch by kind guarantees, for the type checker
-        with _client(f"{change.action} {network}", self._base_url) as client:
+        with _client(f"{change.action} {network}", self._base_url, TIMEOUT) as client:
             attributes = self._find(client)
             if change.action is Action.REMOVE:
                 self._remove(client, attributes)
@@ -66,7 +69,7 @@ class Bridge:
 
     def disconnect_all(self) -> None:
         """Detach all containers; they go on running without the overlay."""
-        with _client(f"disconnecting the containers on {self.name}", self._base_url) as client:
+        with _client(f"disconnecting the containers on {self.name}", self._base_url, TIMEOUT) as client:
             attributes = self._find(client)
             if attributes is not None and self._is_ours(attributes):
                 network = client.networks.get(attributes["Id"])
@@ -185,7 +188,7 @@ def _ended_by(stop: Event, end: Callable[[], None]) -> Iterator[None]:
 
 
 @contextmanager
-def _client(doing: str, base_url: str | None, timeout: int | None = TIMEOUT) -> Iterator[Any]:
+def _client(doing: str, base_url: str | None, timeout: int | None = ASK_TIMEOUT) -> Iterator[Any]:
     """Give a client of the engine; what goes wrong inside is told as meshd's own errors."""
     import docker  # noqa: PLC0415  160 ms of imports that a host without Docker does without
     from docker.errors import APIError, DockerException  # noqa: PLC0415

@@ -71,7 +71,6 @@ def desired(local: Local, hosts: Iterable[Host]) -> tuple[Resource, ...]:
 def _bridge(local: Local, bridge: str) -> list[Resource]:
     record = local.host.record
     resources: list[Resource] = [
-        Sysctl(IP_FORWARD, "1"),
         Link(bridge, "bridge", local.mtu),
         # The whole overlay is on-link here: Docker adopts the address, and no packet for an unknown subnet can
         # leave by the default route.
@@ -81,6 +80,8 @@ def _bridge(local: Local, bridge: str) -> list[Resource]:
         Sysctl(f"net/ipv4/neigh/{bridge}/proxy_delay", "0"),
     ]
     if local.engine is not None:
+        # Not before the engine runs: Docker closes its FORWARD policy only when it turns forwarding on itself.
+        resources.append(Sysctl(IP_FORWARD, "1"))
         resources += rules.iptables(
             wireguard=local.wireguard,
             bridge=bridge,

@@ -4,7 +4,7 @@ import os
 import shutil
 import socket
 
-from meshd import links, routes, wireguard
+from meshd import links, routes, serf, wireguard
 from meshd.bridge import Bridge
 from meshd.config import Settings
 from meshd.errors import ConflictError, InputError, MissingError
@@ -85,9 +85,18 @@ def _ports(settings: Settings) -> None:
             try:
                 probe.bind((address, port))
             except OSError as error:
+                rival = "" if port == settings.wireguard_port else _rival()
                 raise ConflictError(
-                    f"{what} port {port} on {address} is not free ({(error.strerror or '').lower()}): pass {option}"
+                    f"{what} port {port} on {address} is not free ({(error.strerror or '').lower()}): "
+                    f"{rival}pass {option}"
                 ) from None
+
+
+def _rival() -> str:
+    """Name the usual reason for a taken port of Serf's: Debian's package starts an agent of its own."""
+    for pid, _ in serf.agents():
+        return f"another Serf agent runs here (pid {pid}), stop it (systemctl disable --now serf) or "
+    return ""
 
 
 def _networks(settings: Settings, docker: Bridge) -> None:

@@ -49,7 +49,7 @@ def table(*, wireguard: str, bridge: str | None, overlay: IPv4Network, subnet: I
 def _guard(wireguard: str, bridge: str) -> list[str]:
     """Keep everybody but the overlay away from containers, except through published ports and for replies.
 
-    Docker drops by its FORWARD policy only if it turned forwarding on itself, which meshd has done before.
+    Docker's own FORWARD policy does that only where forwarding was off when it started.
     """
     return [
         f'oifname "{bridge}" iifname {{ "{bridge}", "{wireguard}" }} accept',

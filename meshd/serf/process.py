@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -84,15 +84,19 @@ def start(config_path: Path, log_path: Path) -> int:
 
 def running(config_path: Path) -> int | None:
     """Give the process id of the agent that runs with this configuration file, None if there is none."""
-    wanted = ["agent", f"-config-file={config_path}"]
+    wanted = f"-config-file={config_path}"
+    return next((pid for pid, arguments in agents() if arguments[:1] == [wanted]), None)
+
+
+def agents() -> Iterator[tuple[int, list[str]]]:
+    """Find every `serf agent` that runs here, whoever started it: its process id and its arguments."""
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         with suppress(OSError):
-            words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
-            if Path(words[0]).name == "serf" and words[1:3] == wanted:
-                return int(entry.name)
-    return None
+            words = (entry / "cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
+            if Path(words[0]).name == "serf" and words[1:2] == ["agent"]:
+                yield int(entry.name), words[2:]
 
 
 def wait_ready(port: int, auth_key: str, pid: int, log_path: Path, timeout: float = 10.0) -> Serf:
