@@ -1,4 +1,4 @@
-"""Links, their addresses and kernel parameters, by rtnetlink and /proc/sys; and what a start needs to know of them.
+"""Links, their addresses and kernel parameters, by rtnetlink and /proc/sys; and what others change of them.
 
 Facts are from rtnetlink(7) and the kernel's net/core/rtnetlink.c and net/ipv4/devinet.c; `ip` is not needed.
 """
@@ -7,23 +7,21 @@ import errno
 import select
 import socket
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import closing, contextmanager
-from ipaddress import IPv4Address, IPv4Interface, ip_address
+from collections.abc import Callable, Collection, Sequence
+from contextlib import closing
+from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 from pyroute2.netlink.rtnl.marshal import MarshalRtnl
 
-from meshd.errors import ApplyError, ConflictError, InputError
-from meshd.model import Action, Address, Change, IPAddress, Link, Resource, Sysctl
+from meshd.errors import ApplyError, ConflictError
+from meshd.model import Action, Address, Change, Link, Resource, Sysctl
+from meshd.netlink import RT_TABLE_MAIN, link_kind, rtnetlink, tolerating
 
 PROC_SYS = Path("/proc/sys")
 IFF_UP = 1
-RT_TABLE_MAIN = 254
-RTN_UNICAST = 1
 RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE = 0x1, 0x10, 0x40
 _WATCH_BUFFER = 1 << 20  # room for a burst such as a whole mesh's routes going with their link
 _WATCH_TICK = 0.5  # seconds between looks at `stop`
@@ -46,7 +44,7 @@ class Links:
     def read(self) -> list[Resource]:
         """The links, their IPv4 addresses and the sysctls that exist. Raises ApplyError."""
         resources: list[Resource] = []
-        with _netlink("reading links") as ipr:
+        with rtnetlink("reading links") as ipr:
             for message in filter(None, (_find(ipr, name) for name in self._names)):
                 resources += [_link(message), *_addresses_of(ipr, message)]
         for path in self._sysctls:
@@ -71,17 +69,6 @@ class Links:
                 raise ApplyError(f"{change}: links have no {resource.kind}")
 
 
-@contextmanager
-def _netlink(doing: str) -> Iterator[Any]:
-    """An rtnetlink socket, in no multicast group; what the kernel refuses is an ApplyError that begins with `doing`."""
-    try:
-        # Strict checks let the kernel filter dumps by interface (Linux 4.20).
-        with IPRoute(groups=0, strict_check=True) as ipr:
-            yield ipr
-    except (NetlinkError, OSError) as error:
-        raise ApplyError(f"{doing}: {error.args[-1] if error.args else error}") from error
-
-
 def _find(ipr: Any, name: str) -> Any | None:
     """The RTM_NEWLINK message of one link, or None."""
     try:
@@ -92,13 +79,8 @@ def _find(ipr: Any, name: str) -> Any | None:
         raise
 
 
-def _kind(message: Any) -> str:
-    """IFLA_INFO_KIND; `device` for what has none (loopback, hardware)."""
-    return str(message.get(("linkinfo", "kind")) or "device")
-
-
 def _link(message: Any) -> Link:
-    kind = _kind(message)
+    kind = link_kind(message)
     return Link(
         name=message.get("ifname"),
         type="wireguard" if kind in _TUN_KINDS else kind,
@@ -119,7 +101,7 @@ def _addresses_of(ipr: Any, message: Any) -> list[Resource]:
 
 
 def _set_link(link: Link) -> None:
-    with _netlink(f"setting {link}") as ipr:
+    with rtnetlink(f"setting {link}") as ipr:
         message = _find(ipr, link.name)
         if message is None:
             message = _create_bridge(ipr, link)
@@ -144,32 +126,32 @@ def _create_bridge(ipr: Any, link: Link) -> Any:
 
 
 def _remove_link(link: Link) -> None:
-    with _netlink(f"removing {link}") as ipr:
+    with rtnetlink(f"removing {link}") as ipr:
         message = _find(ipr, link.name)
         if message is None:
             return
         found = _link(message).type
         if found != link.type or found not in ("bridge", "wireguard"):
             raise ConflictError(f"removing {link}: {link.name} is a {found} link; meshd did not make it")
-        with _tolerating(errno.ENODEV):
+        with tolerating(errno.ENODEV):
             ipr.link("del", index=message["index"])
 
 
 def _add_address(address: Address) -> None:
-    with _netlink(f"adding {address}") as ipr:
+    with rtnetlink(f"adding {address}") as ipr:
         message = _find(ipr, address.link)
         if message is None:
             raise ApplyError(f"adding {address}: there is no link {address.link}")
         # Without IFA_F_NOPREFIXROUTE: the bridge's connected route is what keeps unknown blocks off the underlay.
-        with _tolerating(errno.EEXIST):
+        with tolerating(errno.EEXIST):
             ipr.addr("add", scope=0, **_address_request(message, address))
 
 
 def _remove_address(address: Address) -> None:
-    with _netlink(f"removing {address}") as ipr:
+    with rtnetlink(f"removing {address}") as ipr:
         message = _find(ipr, address.link)
         if message is not None:
-            with _tolerating(errno.EADDRNOTAVAIL, errno.ENODEV):
+            with tolerating(errno.EADDRNOTAVAIL, errno.ENODEV):
                 ipr.addr("del", **_address_request(message, address))
 
 
@@ -181,16 +163,6 @@ def _address_request(message: Any, address: Address) -> dict[str, Any]:
         "address": str(interface.ip),
         "prefixlen": interface.network.prefixlen,
     }
-
-
-@contextmanager
-def _tolerating(*codes: int) -> Iterator[None]:
-    """Let these kernel errors pass: they say that what was wanted is already so."""
-    try:
-        yield
-    except NetlinkError as error:
-        if error.code not in codes:
-            raise
 
 
 def _sysctl_path(path: str) -> Path:
@@ -218,97 +190,10 @@ def _write_sysctl(sysctl: Sysctl) -> None:
         raise ApplyError(f"setting {sysctl}: {getattr(error, 'strerror', None) or error}") from error
 
 
-# --- what a start asks about the machine ---------------------------------------------------------------------------
-
-
-def underlay_source(towards: IPAddress | None) -> IPAddress:
-    """The address that the kernel would send from to reach `towards`; None: by the default route of lowest metric.
-
-    Raises InputError when there is no such route, ApplyError when the kernel cannot be asked.
-    """
-    with _netlink(f"looking up the route to {towards or 'default'}") as ipr:
-        source = _source_towards(ipr, towards) if towards else _default_source(ipr)
-    if source is None:
-        raise InputError(f"there is no route to {towards or 'anywhere (no default route)'}; pass --bind ADDRESS")
-    return source
-
-
-def _source_towards(ipr: Any, towards: IPAddress) -> IPAddress | None:
-    try:
-        answer = ipr.route("get", family=_family(towards), dst=str(towards))[0]
-    except NetlinkError as error:
-        if error.code in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL):
-            return None  # no route, `unreachable`, `prohibit` and `blackhole`, in this order
-        raise
-    source = answer.get("RTA_PREFSRC")
-    return ip_address(source) if source else None
-
-
-def _default_source(ipr: Any) -> IPAddress | None:
-    for family in (socket.AF_INET, socket.AF_INET6):
-        rows = ipr.route("dump", family=family, table=RT_TABLE_MAIN, dump_filter=None)
-        for row in sorted((r for r in rows if _is_default(r)), key=lambda r: r.get("RTA_PRIORITY") or 0):
-            if source := _route_source(ipr, row):
-                return source
-    return None
-
-
-def _is_default(row: Any) -> bool:
-    return bool(row["dst_len"] == 0 and row["type"] == RTN_UNICAST and row.get("RTA_TABLE") == RT_TABLE_MAIN)
-
-
-def _route_source(ipr: Any, row: Any) -> IPAddress | None:
-    """A route's own source; else the one for its gateway; else the first global address of its link."""
-    if source := row.get("RTA_PREFSRC"):
-        return ip_address(source)
-    hops = row.get("RTA_MULTIPATH") or [row]
-    if gateway := hops[0].get("RTA_GATEWAY"):
-        gateway = ip_address(gateway)
-        if not gateway.is_link_local:
-            return _source_towards(ipr, gateway)
-    index = row.get("RTA_OIF") or hops[0].get("oif")
-    found = (a for i, a in _all_addresses(ipr, row["family"]) if i == index and not a.is_link_local)
-    return next(found, None)
-
-
-def _family(address: IPAddress) -> int:
-    return socket.AF_INET6 if address.version == 6 else socket.AF_INET
-
-
-def _all_addresses(ipr: Any, family: int) -> Iterator[tuple[int, IPAddress]]:
-    """(link index, address) of every address of a family, in the kernel's order: primary before secondary."""
-    for row in ipr.addr("dump", family=family, dump_filter=None):
-        # IFA_ADDRESS is the far end of a point-to-point link; IPv6 has no IFA_LOCAL elsewhere.
-        yield row["index"], ip_address(row.get("IFA_LOCAL") or row.get("IFA_ADDRESS"))
-
-
-def _holder(ipr: Any, address: IPAddress) -> Any | None:
-    for index, held in _all_addresses(ipr, _family(address)):
-        if held == address:
-            return ipr.link("get", index=index)[0]
-    return None
-
-
-def holder(address: IPAddress) -> str | None:
-    """The name of the link that holds an address, or None. Raises ApplyError."""
-    with _netlink(f"looking for the link of {address}") as ipr:
-        message = _holder(ipr, address)
-        return str(message.get("ifname")) if message else None
-
-
-def underlay_mtu(address: IPAddress) -> int:
-    """The MTU in bytes of the link that holds an address. Raises InputError when none does."""
-    with _netlink(f"looking for the link of {address}") as ipr:
-        message = _holder(ipr, address)
-    if message is None:
-        raise InputError(f"no link of this host has the address {address}; pass --bind with one that it has")
-    return int(message.get("mtu"))
-
-
 def link_names() -> dict[str, str]:
     """Every link's name and kind in the kernel's words (`bridge`, `tun`, `wireguard`; `device` for hardware)."""
-    with _netlink("listing links") as ipr:
-        return {message.get("ifname"): _kind(message) for message in ipr.link("dump")}
+    with rtnetlink("listing links") as ipr:
+        return {message.get("ifname"): link_kind(message) for message in ipr.link("dump")}
 
 
 # --- changes by others ---------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import os
 import shutil
 import socket
 
-from meshd import links, routes, serf, wireguard
+from meshd import links, routes, serf, underlay, wireguard
 from meshd.bridge import Bridge
 from meshd.config import Settings
 from meshd.errors import ConflictError, InputError, MissingError
@@ -51,7 +51,7 @@ def reachable(member: Endpoint, timeout: float = 5.0) -> None:
 
 
 def _addresses(settings: Settings) -> None:
-    if links.holder(settings.bind) is None:
+    if underlay.holder(settings.bind) is None:
         raise InputError(f"this host has no address {settings.bind}: pass --bind with one of its underlay addresses")
 
 
@@ -117,4 +117,4 @@ def _routes(settings: Settings) -> None:
 
 def bind_address(chosen: IPAddress | None, towards: IPAddress | None) -> IPAddress:
     """Give the underlay address: the chosen one, or the one that the kernel would use towards a member."""
-    return chosen if chosen is not None else links.underlay_source(towards)
+    return chosen if chosen is not None else underlay.source_address(towards)

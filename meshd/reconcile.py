@@ -4,7 +4,7 @@ import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from meshd import links, membership, plan
+from meshd import links, membership, plan, underlay
 from meshd.bridge import Bridge
 from meshd.config import Settings
 from meshd.errors import InputError, MeshdError, SerfError
@@ -228,7 +228,7 @@ def local(settings: Settings, own: Host, engine: Engine | None) -> plan.Local:
         overlay=settings.overlay,
         wireguard=settings.wireguard,
         port=settings.wireguard_port,
-        mtu=settings.mtu or links.underlay_mtu(settings.bind) - OVERHEAD,
+        mtu=settings.mtu or underlay.mtu(settings.bind) - OVERHEAD,
         keepalive=settings.keepalive,
         owner=settings.owner,
         bridge=settings.bridge if settings.docker else None,

@@ -2,22 +2,19 @@
 
 import errno
 import socket
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any, ClassVar
 
-from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from meshd.errors import ApplyError, ConflictError
 from meshd.model import Action, Change, Resource, Route
+from meshd.netlink import RT_TABLE_MAIN, RTN_UNICAST, RTN_UNREACHABLE, rtnetlink, tolerating
 
 PROTOCOL = 77
 """The rtm_protocol of meshd's routes. iproute2's rt_protos and the kernel's rtnetlink.h give no name to 77."""
 
-RT_TABLE_MAIN = 254
-RTN_UNICAST, RTN_UNREACHABLE = 1, 7
 _TYPES = {6: "blackhole", 7: "unreachable", 8: "prohibit", 9: "throw"}
 _SCOPE_UNIVERSE, _SCOPE_LINK = 0, 253
 
@@ -36,7 +33,7 @@ class Routes:
 
     def read(self) -> list[Resource]:
         """This mesh's routes, by prefix. Raises ApplyError."""
-        with _netlink("reading routes") as ipr:
+        with rtnetlink("reading routes") as ipr:
             index = _index(self._link)
             rows = _dump(ipr, proto=PROTOCOL)
             return [*sorted((self._route(r) for r in rows if self._is_ours(r, index)), key=lambda r: r.prefix)]
@@ -68,7 +65,7 @@ class Routes:
         )
 
     def _set(self, route: Route, known: bool) -> None:
-        with _netlink(f"adding {route}") as ipr:
+        with rtnetlink(f"adding {route}") as ipr:
             request = _request(route, _index(route.link))
             if request is None:
                 raise ApplyError(f"adding {route}: there is no link {route.link}")
@@ -95,16 +92,13 @@ class Routes:
                 )
 
     def _remove(self, route: Route) -> None:
-        with _netlink(f"removing {route}") as ipr:
+        with rtnetlink(f"removing {route}") as ipr:
             request = _request(route, _index(route.link))
             if request is None:
                 return  # the kernel removes a link's routes with the link
             request.pop("prefsrc", None)
-            try:
+            with tolerating(errno.ESRCH, errno.ENODEV, errno.ENETDOWN):
                 ipr.route("del", **request)
-            except NetlinkError as error:
-                if error.code not in (errno.ESRCH, errno.ENODEV, errno.ENETDOWN):
-                    raise
 
 
 def overlapping(overlay: IPv4Network, ignore_links: Collection[str]) -> list[tuple[IPv4Network, str]]:
@@ -113,23 +107,13 @@ def overlapping(overlay: IPv4Network, ignore_links: Collection[str]) -> list[tup
     Left out: default routes, routes over `ignore_links`, and meshd's unreachable route of this very overlay.
     Raises ApplyError.
     """
-    with _netlink(f"looking for routes that overlap {overlay}") as ipr:
+    with rtnetlink(f"looking for routes that overlap {overlay}") as ipr:
         found = {(_prefix(row), _via(row)) for row in _dump(ipr) if row["dst_len"] and not _is_guard(row, overlay)}
     return sorted((p, via) for p, via in found if p.overlaps(overlay) and via not in ignore_links)
 
 
 def _is_guard(row: Any, overlay: IPv4Network) -> bool:
     return row["proto"] == PROTOCOL and row["type"] == RTN_UNREACHABLE and _prefix(row) == overlay
-
-
-@contextmanager
-def _netlink(doing: str) -> Iterator[Any]:
-    """An rtnetlink socket, in no multicast group; what the kernel refuses is an ApplyError that begins with `doing`."""
-    try:
-        with IPRoute(groups=0, strict_check=True) as ipr:
-            yield ipr
-    except (NetlinkError, OSError) as error:
-        raise ApplyError(f"{doing}: {error.args[-1] if error.args else error}") from error
 
 
 def _dump(ipr: Any, **fields: int) -> Any:

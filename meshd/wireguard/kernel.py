@@ -15,6 +15,7 @@ from pyroute2.netlink.generic import wireguard as wg
 
 from meshd.errors import ApplyError, ConflictError, MissingError
 from meshd.model import Action, Change, Device, Endpoint, Peer, Resource
+from meshd.netlink import link_kind, tolerating
 from meshd.wireguard import PeerUpdate, check_key, decode_key, encode_key, peer_update
 
 
@@ -49,7 +50,7 @@ def delete_link(name: str, kinds: Sequence[str]) -> None:
             return
         if kind not in kinds:
             raise ConflictError(f"removing link {name}: it is a {kind} link, not WireGuard; meshd did not make it")
-        with IPRoute(groups=0) as ipr, _tolerating(errno.ENODEV):
+        with IPRoute(groups=0) as ipr, tolerating(errno.ENODEV):
             ipr.link("del", ifname=name)
 
 
@@ -83,7 +84,7 @@ class Kernel:
 
     def _get(self) -> list[Any]:
         messages: list[Any] = []
-        with _wireguard() as sock, _tolerating(errno.ENODEV, errno.EOPNOTSUPP):  # no link; one of another kind
+        with _wireguard() as sock, tolerating(errno.ENODEV, errno.EOPNOTSUPP):  # no link; one of another kind
             message = self._message(wg.WG_CMD_GET_DEVICE)
             messages += sock.nlm_request(message, msg_type=sock.prid, msg_flags=NLM_F_REQUEST | NLM_F_DUMP)
         return messages
@@ -132,7 +133,7 @@ class Kernel:
     def _remove_peer(self, peer: Peer) -> None:
         decode_key(peer.public_key)
         attributes = [("WGPEER_A_PUBLIC_KEY", peer.public_key), ("WGPEER_A_FLAGS", wg.WGPEER_F_REMOVE_ME)]
-        with _tolerating(errno.ENODEV):
+        with tolerating(errno.ENODEV):
             self._set(("WGDEVICE_A_PEERS", [{"attrs": attributes}]))
 
 
@@ -164,20 +165,11 @@ def _errors(doing: str) -> Iterator[None]:
         raise ApplyError(f"{doing}: {error.strerror or error}") from error
 
 
-@contextmanager
-def _tolerating(*codes: int) -> Iterator[None]:
-    try:
-        yield
-    except NetlinkError as error:
-        if error.code not in codes:
-            raise
-
-
 def _link_kind(name: str) -> str | None:
     """IFLA_INFO_KIND of a link, `device` when it has none, None when there is no such link."""
     try:
         with IPRoute(groups=0) as ipr:
-            return str(ipr.link("get", ifname=name)[0].get(("linkinfo", "kind")) or "device")
+            return link_kind(ipr.link("get", ifname=name)[0])
     except NetlinkError as error:
         if error.code == errno.ENODEV:
             return None

@@ -89,7 +89,7 @@ class Machine:
     def close(self) -> None:
         self.cut_power()
         subprocess.run(["umount", "--lazy", self.root], check=False)
-        eventually(lambda: all([removed(tree / "meshd-boot") for tree in CGROUPS]), 5, "its cgroups are gone")
+        eventually(lambda: all(removed(tree / "meshd-boot") for tree in CGROUPS), 5, "its cgroups are gone")
 
 
 def removed(cgroup: Path) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from meshd import links
+from meshd import links, underlay
 from meshd.errors import ApplyError, ConflictError, InputError
 from meshd.model import Action, Address, Change, Link, Sysctl
 from tests.netns.conftest import Namespace
@@ -138,7 +138,7 @@ def test_no_descriptor_is_left_open(adapter: links.Links) -> None:
 # --- the machine ---------------------------------------------------------------------------------------------------
 
 
-def underlay() -> None:
+def make_underlay() -> None:
     ip("link", "add", "u0", "mtu", "1480", "type", "veth", "peer", "name", "u1")
     ip("link", "set", "u0", "up")
     ip("link", "set", "u1", "up")
@@ -147,12 +147,12 @@ def underlay() -> None:
 
 
 def test_the_underlay_source_is_what_the_kernel_would_use() -> None:
-    underlay()
-    assert links.underlay_source(ip_address("10.10.10.7")) == ip_address("10.10.10.101")
-    assert links.underlay_source(ip_address("10.10.11.7")) == ip_address("10.10.11.101")
-    assert links.underlay_mtu(ip_address("10.10.11.101")) == 1480
-    assert links.holder(ip_address("10.10.10.101")) == "u0"
-    assert links.holder(ip_address("10.10.10.102")) is None
+    make_underlay()
+    assert underlay.source_address(ip_address("10.10.10.7")) == ip_address("10.10.10.101")
+    assert underlay.source_address(ip_address("10.10.11.7")) == ip_address("10.10.11.101")
+    assert underlay.mtu(ip_address("10.10.11.101")) == 1480
+    assert underlay.holder(ip_address("10.10.10.101")) == "u0"
+    assert underlay.holder(ip_address("10.10.10.102")) is None
     assert links.link_names() == {"lo": "device", "u0": "veth", "u1": "veth"} | {
         name: kind for name, kind in links.link_names().items() if name not in ("lo", "u0", "u1")
     }
@@ -168,43 +168,43 @@ def test_the_underlay_source_is_what_the_kernel_would_use() -> None:
     ],
 )
 def test_without_a_target_the_default_route_decides(route: tuple[str, ...], source: str) -> None:
-    underlay()
+    make_underlay()
     ip("route", "add", *route)
-    assert links.underlay_source(None) == ip_address(source)
+    assert underlay.source_address(None) == ip_address(source)
 
 
 def test_the_default_route_of_lowest_metric_decides() -> None:
-    underlay()
+    make_underlay()
     ip("route", "add", "default", "via", "10.10.11.1", "metric", "200")
     ip("route", "add", "default", "via", "10.10.10.1", "metric", "100")
-    assert links.underlay_source(None) == ip_address("10.10.10.101")
+    assert underlay.source_address(None) == ip_address("10.10.10.101")
 
 
 def test_ipv6_works_too() -> None:
-    underlay()
+    make_underlay()
     ip("-6", "addr", "add", "fd00::5/64", "dev", "u0", "nodad")
-    assert links.underlay_source(ip_address("fd00::9")) == ip_address("fd00::5")
-    assert links.holder(ip_address("fd00::5")) == "u0"
+    assert underlay.source_address(ip_address("fd00::9")) == ip_address("fd00::5")
+    assert underlay.holder(ip_address("fd00::5")) == "u0"
     ip("-6", "route", "add", "default", "via", "fd00::1")
-    assert links.underlay_source(None) == ip_address("fd00::5")
+    assert underlay.source_address(None) == ip_address("fd00::5")
 
 
 @pytest.mark.parametrize("towards", [None, "192.0.2.1", "2001:db8::1"])
 def test_no_route_asks_for_bind(towards: str | None) -> None:
     with pytest.raises(InputError, match=r"no route .*--bind"):
-        links.underlay_source(ip_address(towards) if towards else None)
+        underlay.source_address(ip_address(towards) if towards else None)
 
 
 def test_an_unreachable_route_is_no_route() -> None:
     for kind in ("unreachable", "prohibit", "blackhole"):
         ip("route", "replace", kind, "192.0.2.0/24")
         with pytest.raises(InputError, match="no route"):
-            links.underlay_source(ip_address("192.0.2.1"))
+            underlay.source_address(ip_address("192.0.2.1"))
 
 
 def test_the_mtu_of_a_foreign_address_asks_for_bind() -> None:
     with pytest.raises(InputError, match="--bind"):
-        links.underlay_mtu(ip_address("192.0.2.1"))
+        underlay.mtu(ip_address("192.0.2.1"))
 
 
 # --- changes by others ---------------------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ def watching(*names: str) -> Iterator[Callable[[], str]]:
 
 
 def test_watch_tells_of_our_links_and_routes_only() -> None:
-    underlay()
+    make_underlay()
     ip("link", "add", "ovl0", "type", "bridge")
     with watching("ovl0") as hint:
         ip("link", "set", "u1", "mtu", "1400")
