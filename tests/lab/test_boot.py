@@ -21,6 +21,8 @@ from tests.lab.conftest import eventually, init, join, ping, snapshot
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
 CGROUPS = [tree for tree in (Path("/sys/fs/cgroup/systemd"), Path("/sys/fs/cgroup/unified")) if tree.is_dir()]
+# /proc/sys is the machine's own; and no tmpfs hides a checkout below /tmp.
+NSPAWN = {"SYSTEMD_NSPAWN_API_VFS_WRITABLE": "1", "SYSTEMD_NSPAWN_TMPFS_TMP": "0"}
 UNIT = "/etc/systemd/system/meshd.service"
 
 
@@ -38,6 +40,8 @@ class Machine:
         (self.root / "etc/hostname").write_text("barge2\n")
         # The one that Debian's package enables, and that no mesh can live beside.
         (self.root / "etc/systemd/system/multi-user.target.wants/serf.service").unlink(missing_ok=True)
+        # The checkout may be below /tmp, which a boot empties.
+        (self.root / "etc/tmpfiles.d/tmp.conf").symlink_to("/dev/null")
         self.processes: list[subprocess.Popen[bytes]] = []
 
     def boot(self) -> LabHost:
@@ -58,7 +62,7 @@ class Machine:
         with (self.directory / "console").open("a") as console:
             boot = subprocess.Popen(
                 ["sh", "-c", f'{own} exec systemd-nspawn "$@"', "sh", *options],
-                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "SYSTEMD_NSPAWN_API_VFS_WRITABLE": "1"},
+                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **NSPAWN},
                 stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=console,
