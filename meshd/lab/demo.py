@@ -31,6 +31,9 @@ class DemoError(MeshdError):
 def run(lab: Lab, count: int = 3) -> None:
     """Bring up `count` hosts and show the mesh. Raises DemoError at the first thing that is not so."""
     begun = time.monotonic()
+    if lab.hosts():
+        click.echo("A lab is up already: it is removed, the demo shows a mesh from its beginning.")
+        lab.down()
     _title(f"{count} hosts, each with its own network, Serf, WireGuard and Docker engine")
     lab.up(count, docker=True)
     hosts = lab.hosts()
