@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PACKAGES := python3 python3-venv serf wireguard-go nftables iptables docker.io iproute2 util-linux \
-	busybox-static wireguard-tools tcpdump systemd-container
+	busybox-static wireguard-tools tcpdump systemd-container bsdutils procps
 
 # What a host of a mesh needs; Docker is the host's own choice.
 RUNTIME := python3 python3-venv serf nftables iptables

@@ -1,0 +1,45 @@
+"""What a person sees who joins: progress on a terminal, and who is not ready."""
+
+import pytest
+
+from meshd.lab.hosts import Lab
+from tests.lab.conftest import init
+
+pytestmark = [pytest.mark.root, pytest.mark.lab]
+
+STATE = "/var/lib/meshd"
+
+
+def test_join_waits_for_the_others_and_says_who_is_missing(lab: Lab) -> None:
+    lab.up(2, docker=False)
+    one, two = lab.hosts()
+    invitation = {"MESHD_INVITE": init(one, "--no-docker")}
+    # Its Serf is alive and its daemon is not: it is a member that has not configured the new host.
+    one.run(["sh", "-c", f"kill -STOP $(cat {STATE}/agent.pid)"])
+    arguments = [str(one.address), "--no-docker", "--timeout", "2"]
+    done = two.run(["meshd", "join", *arguments, "--strict"], env=invitation, check=False)
+    assert done.returncode == 3
+    assert "1/2 hosts ready" in done.stderr
+    assert "not ready after 2 s: barge1; they go on trying" in done.stderr
+    assert "barge2  172.20.102.0/24" in done.stdout
+
+    done = two.run(["meshd", "join", *arguments], env=invitation, check=False)
+    assert done.returncode == 0, "without --strict that is a warning"
+    assert "not ready" in done.stderr
+
+    one.run(["sh", "-c", f"kill -CONT $(cat {STATE}/agent.pid)"])
+    done = two.run(["script", "-qec", f"meshd join {one.address}", "/dev/null"], env=invitation)
+    # The carriage return between them is a newline to Python's text mode.
+    progress = [line for line in done.stdout.splitlines() if line.endswith("hosts ready")]
+    assert (progress[0], progress[-1]) == ("1/2 hosts ready", "2/2 hosts ready")
+
+
+def test_members_can_be_asked_by_root_alone(lab: Lab) -> None:
+    lab.up(2, docker=False)
+    one, _ = lab.hosts()
+    for command in ("members", "status", "plan", "invite"):
+        done = one.run(["setpriv", "--reuid=65534", "--clear-groups", "meshd", command], check=False)
+        assert done.returncode != 0
+        assert "Error:" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert "meshd1." not in done.stdout + done.stderr
