@@ -10,14 +10,15 @@ import queue
 import signal
 import socket
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from threading import Event, Lock, Thread
 
-from meshd import bridge, files, gossip, links, plan, routes, serf
+from meshd import bridge, files, firewall, gossip, links, plan, routes, rules, serf
 from meshd.errors import InputError, MeshdError, SerfError
-from meshd.queries import APPLIED, Question
-from meshd.reconcile import MEMBERSHIP, WITHOUT_DOCKER, Report, reconcile
+from meshd.model import Goodbye, Status
+from meshd.queries import APPLIED, GONE, GoneQuestion, Question, answer_gone, digest, read_page
+from meshd.reconcile import MEMBERSHIP, WITHOUT_DOCKER, Report, bury, reconcile
 from meshd.state import State
 
 log = logging.getLogger("meshd")
@@ -29,7 +30,7 @@ SETTLE = 0.02
 RETRY = 1.0
 # How long a question waits for the pass that lets it be answered; the asker asks again after its own time-out.
 PATIENCE = 5.0
-LONGEST_SEARCH = 60.0
+LONGEST_SEARCH = 10.0
 LOG_LIMIT = 4 * 2**20
 
 
@@ -44,6 +45,8 @@ class Agent:
         self.asking = Lock()
         self.search = Event()
         self.applied: dict[str, int] = {}
+        self.alive: frozenset[str] = frozenset()
+        self.to_ask: queue.Queue[frozenset[str]] = queue.Queue()
         self.complaints: set[str] = set()
         self.report = Report()
 
@@ -61,6 +64,7 @@ class Agent:
         self.stopping.set()
         self.search.set()
         self.hints.put("stop")
+        self.to_ask.put(frozenset())
 
     def hint(self, text: str) -> None:
         self.hints.put(text)
@@ -71,9 +75,11 @@ class Agent:
         watches: list[Callable[[], None]] = [
             self._listen,
             self._follow(self._watch_log),
-            self._follow(self._watch_queries),
+            self._follow(self._watch_serf),
+            self._ask_for_goodbyes,
             self._rejoin,
             lambda: links.watch(names, routes.PROTOCOL, self.hint, self.stopping),
+            lambda: firewall.watch(rules.table_name(settings.wireguard), self.hint, self.stopping),
         ]
         if settings.docker:
             watches.append(lambda: bridge.watch(settings.bridge, self.hint, self.stopping))
@@ -90,6 +96,8 @@ class Agent:
         full_pass_due, hints = 0.0, ["start"]
         while not self.stopping.is_set():
             full = time.monotonic() >= full_pass_due or not all(hint.startswith("serf:") for hint in hints)
+            if full:
+                self._follow_underlay()
             ok = self._keep_serf() and self._pass(hints, plan.ORDER if full else MEMBERSHIP)
             if full:
                 full_pass_due = time.monotonic() + INTERVAL
@@ -106,6 +114,13 @@ class Agent:
         while not self.hints.empty():
             hints.append(self.hints.get())
         return sorted(set(hints))
+
+    def _follow_underlay(self) -> None:
+        try:
+            if gossip.follow_underlay(self.state):
+                log.warning("this host's underlay address is now %s", self.state.settings.bind)
+        except MeshdError as error:
+            log.debug("underlay: %s", error)
 
     def _keep_serf(self) -> bool:
         if serf.running(self.state.serf_config) is not None:
@@ -137,6 +152,7 @@ class Agent:
         self._complain({str(failure) for failure in report.failures} | reasons | held)
         self.applied = report.applied
         self._answer()
+        self._notice_newcomers(report)
         return not report.failures
 
     def _complain(self, complaints: set[str]) -> None:
@@ -196,25 +212,77 @@ class Agent:
         """Hint at member events as Serf logs them: 1 to 3 s before its handlers and streams hear of them."""
         with gossip.rpc(self.state) as client:
             self.hint("serf: connected")
-            for line in client.monitor("INFO"):
-                if "serf: EventMember" in line:
-                    self.hint("serf: " + line.partition("serf: ")[2][:80])
-        self.hint("serf: connection lost")
+            try:
+                for line in client.monitor("INFO"):
+                    if "serf: EventMember" in line:
+                        self.hint("serf: " + line.partition("serf: ")[2][:80])
+            finally:
+                self.hint("serf: connection lost")
 
-    def _watch_queries(self) -> None:
+    def _watch_serf(self) -> None:
+        """Answer the others' questions, and hear the goodbyes that they tell of."""
         with gossip.rpc(self.state) as client:
-            for event in client.stream("query"):
-                payload, identity = event.get("Payload"), event.get("ID")
-                if event["Name"] != APPLIED or not isinstance(payload, bytes) or not isinstance(identity, int):
+            for event in client.stream(f"query,user:{GONE}"):
+                name, payload, identity = event["Name"], event.get("Payload"), event.get("ID")
+                if not isinstance(payload, bytes):
                     continue
-                question = Question.parse(payload)
-                if question is None or question.name == self.state.settings.name:
-                    continue
-                with self.asking:
-                    self.questions[question] = (partial(client.respond, identity), time.monotonic() + PATIENCE)
-                self._answer()
-                if not question.answered_by(self.applied):
-                    self.hint("serf: asked for readiness")
+                if event["Event"] == "user":
+                    self._bury(read_page(payload))
+                elif isinstance(identity, int):
+                    self._asked(name, payload, partial(client.respond, identity))
+
+    def _asked(self, name: str, payload: bytes, respond: Callable[[bytes], None]) -> None:
+        if name == APPLIED:
+            question = Question.parse(payload)
+            if question is None or question.name == self.state.settings.name:
+                return
+            with self.asking:
+                self.questions[question] = (respond, time.monotonic() + PATIENCE)
+            self._answer()
+            if not question.answered_by(self.applied):
+                self.hint("serf: asked for readiness")
+        elif name == GONE and (gone_question := GoneQuestion.parse(payload)) is not None:
+            gone = self.state.roster().gone
+            if answer := answer_gone(gone_question, gone):
+                respond(answer)
+            if gone_question.digest != digest(gone) and gone_question.asker != self.state.settings.name:
+                # Who knows others than this host may know more than this host.
+                self.to_ask.put(frozenset({gone_question.asker}))
+
+    def _bury(self, gone: Mapping[str, Goodbye]) -> bool:
+        if not bury(self.state, gone):
+            return False
+        self.hint("serf: goodbye of " + ", ".join(sorted(gone))[:80])
+        return True
+
+    def _notice_newcomers(self, report: Report) -> None:
+        """After a start or a healed partition, ask for the goodbyes that were said meanwhile.
+
+        Who meets many at once has been away itself; a single newcomer asks by itself.
+        """
+        if not report.members:
+            return
+        own = self.state.settings.name
+        alive = frozenset(m.name for m in report.members if m.status is Status.ALIVE and m.name != own)
+        newcomers, self.alive = alive - self.alive, alive
+        if newcomers and len(newcomers) * 2 >= len(alive):
+            self.to_ask.put(newcomers)
+
+    def _ask_for_goodbyes(self) -> None:
+        asked: dict[frozenset[str], float] = {}
+        while not self.stopping.is_set():
+            names = self.to_ask.get()
+            if self.stopping.is_set() or time.monotonic() - asked.get(names, -INTERVAL) < INTERVAL:
+                continue
+            asked = {**{n: t for n, t in asked.items() if time.monotonic() - t < INTERVAL}, names: time.monotonic()}
+            try:
+                known = self.state.roster().gone
+                found = gossip.ask_gone(self.state, names, known)
+                if self._bury(found):
+                    # The others may have been away together with this host.
+                    gossip.tell_gone(self.state, {n: g for n, g in found.items() if known.get(n) != g})
+            except MeshdError as error:
+                log.debug("asking for goodbyes: %s", error)
 
     def _rejoin(self) -> None:
         """Look for the hosts that Serf has lost, more and more rarely while the same ones stay lost."""

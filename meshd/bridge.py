@@ -67,14 +67,24 @@ class Bridge:
             attributes = self._find(client)
             return _attached(attributes) if attributes is not None and self._is_ours(attributes) else []
 
-    def disconnect_all(self) -> None:
-        """Detach all containers; they go on running without the overlay."""
+    def disconnect_all(self) -> list[str]:
+        """Detach all containers, which go on running without the overlay; give their ids."""
         with _client(f"disconnecting the containers on {self.name}", self._base_url, TIMEOUT) as client:
             attributes = self._find(client)
-            if attributes is not None and self._is_ours(attributes):
-                network = client.networks.get(attributes["Id"])
-                for container in attributes.get("Containers") or {}:
-                    network.disconnect(container, force=True)
+            if attributes is None or not self._is_ours(attributes):
+                return []
+            network = client.networks.get(attributes["Id"])
+            containers = sorted(attributes.get("Containers") or {})
+            for container in containers:
+                network.disconnect(container, force=True)
+            return containers
+
+    def attach(self, container: str) -> tuple[str, str]:
+        """Attach a container; give its name and its address on the overlay."""
+        with _client(f"attaching container {container[:12]} to {self.name}", self._base_url, TIMEOUT) as client:
+            client.networks.get(self.name).connect(container)
+            found = client.containers.get(container)
+            return str(found.name), str(found.attrs["NetworkSettings"]["Networks"][self.name]["IPAddress"])
 
     def overlapping(self, overlay: IPv4Network) -> list[tuple[str, IPv4Network]]:
         """Give the name and subnet of each other Docker network that overlaps the overlay."""

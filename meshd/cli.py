@@ -323,6 +323,41 @@ def down(state: State, force: bool) -> None:
 
 
 @main.command()
+@click.argument("name")
+@click.pass_obj
+def forget(state: State, name: str) -> None:
+    """Remove the host NAME, which is dead and will not come back, from the whole mesh; its subnet is free again.
+
+    Hosts that are down now hear of it when they are back. NAME itself, should it come back, has to join anew.
+
+    \b
+    Example:
+      meshd forget barge3
+    """
+    from meshd import lifecycle  # noqa: PLC0415
+
+    lifecycle.forget(state, name)
+    click.echo(f"{name} is forgotten.")
+
+
+@main.command()
+@click.option("--subnet", type=Prefix(), help="The new subnet; by default a free one is chosen.")
+@click.option("--force", is_flag=True, help="Move containers too: they lose their connections and get new addresses.")
+@click.pass_obj
+def renumber(state: State, subnet: Any, force: bool) -> None:
+    """Give this host another subnet of the overlay, with a new Docker network and new addresses for its containers.
+
+    \b
+    Example:
+      meshd renumber --force
+      meshd renumber --subnet 172.20.7.0/24
+    """
+    from meshd import lifecycle  # noqa: PLC0415
+
+    lifecycle.renumber(state, subnet, force=force, say=click.echo)
+
+
+@main.command()
 @force_option
 @click.pass_obj
 def leave(state: State, force: bool) -> None:
@@ -359,6 +394,7 @@ def _settings(options: dict[str, Any], towards: IPAddress | None) -> Any:
 
     preflight.root()
     options["name"] = options["name"] or os.uname().nodename
+    options["bind_chosen"] = options["bind"] is not None
     options["bind"] = preflight.bind_address(options["bind"], towards)
     return Settings(**options)
 

@@ -8,11 +8,9 @@ from typing import Any
 
 from meshd.addressing import check_overlay, is_usable
 from meshd.errors import InputError
-from meshd.model import IPAddress
+from meshd.model import IPAddress, is_name
 
 VERSION = 1
-# A DNS label's alphabet plus dots: Serf itself checks nothing, and a name reaches logs, tables and commands.
-NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,61}[A-Za-z0-9])?")
 # IFNAMSIZ is 16 with the final NUL; the alphabet keeps it safe in nft rules and /proc paths.
 INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,14}")
 # The hand-made recipe's prefix; it lies in Docker's automatic pool, so the preflight looks for it there.
@@ -30,6 +28,7 @@ class Settings:
     subnet_length: int = 24
     subnet: IPv4Network | None = None
     bind: IPAddress
+    bind_chosen: bool = False
     advertise: IPAddress | None = None
     wireguard: str = "wg0"
     wireguard_backend: str = "auto"
@@ -44,7 +43,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for what, text in (("host name", self.name), ("mesh name", self.mesh)):
-            if not NAME.fullmatch(text):
+            if not is_name(text):
                 raise InputError(f"the {what} {text!r} is not 1 to 63 letters, digits, dots and dashes")
         for interface in (self.wireguard, self.bridge):
             if not INTERFACE.fullmatch(interface):

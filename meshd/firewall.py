@@ -3,10 +3,15 @@
 iptables is the one in PATH, as for dockerd, so both write to the same of its two variants.
 """
 
+import errno
 import json
+import select
 import shlex
+import socket
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from threading import Event
 from typing import Any, ClassVar
 
 from meshd.errors import ApplyError, MissingError
@@ -147,6 +152,44 @@ def parse_saved(text: str, owner: str) -> Iterator[IptablesRule]:
             if rest[start : start + 4] == comment and (table, chain) in PLACES:
                 yield IptablesRule(table, chain, tuple(rest[:start] + rest[start + 4 :]), owner)
                 break
+
+
+# --- changes by others ---------------------------------------------------------------------------------------------
+
+NETLINK_NETFILTER, SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, NFNLGRP_NFTABLES = 12, 270, 1, 7
+_TICK = 0.5  # seconds between looks at `stop`
+
+
+def watch(table: str, hint: Callable[[str], None], stop: Event) -> None:
+    """Hint when somebody changes the table `table` or one of the chains in PLACES, until `stop` is set.
+
+    The kernel tells of every change by nft and by iptables' nft variant; the legacy variant's nobody tells of. meshd's
+    own changes hint too. Raises ApplyError.
+    """
+    # Names travel in messages as text that ends with a NUL; a flushed ruleset names each table that went, this one too.
+    words = {f"{name}\0".encode(): name for name in (table, *(chain for _, chain in PLACES))}
+    try:
+        with closing(
+            socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, NETLINK_NETFILTER)
+        ) as sock:
+            sock.bind((0, 0))
+            sock.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, NFNLGRP_NFTABLES)
+            while not stop.is_set():
+                if not select.select([sock], [], [], _TICK)[0]:
+                    continue
+                try:
+                    data = sock.recv(1 << 16)
+                except BlockingIOError:
+                    continue
+                except OSError as error:
+                    if error.errno != errno.ENOBUFS:
+                        raise
+                    hint("nftables: messages were lost")
+                    continue
+                if changed := [name for word, name in words.items() if word in data]:
+                    hint(f"nftables: {changed[0]} changed")
+    except OSError as error:
+        raise ApplyError(f"watching nftables: {error.strerror or error}") from error
 
 
 def _first_line(text: str) -> str:

@@ -1,19 +1,24 @@
 """This host's own Serf agent: its configuration from the state directory, its start, and finding the others."""
 
+import random
 import sys
 from collections.abc import Collection, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from tenacity import Retrying, stop_after_delay, wait_fixed
 
-from meshd import files, serf
+from meshd import files, serf, underlay
 from meshd.errors import SerfError
-from meshd.model import Endpoint, Member, Status
-from meshd.queries import APPLIED
+from meshd.model import Endpoint, Goodbye, Member, Status
+from meshd.queries import APPLIED, EVENT_LIMIT, GONE, GoneQuestion, digest, pages, read_page
 from meshd.state import State
 from meshd.tags import encode
 
+# The names of those who are asked travel in the query; one of them would do.
+MOST_ASKED = 5
+ASK = 1.0
 MEMBER_EVENTS = "member-join,member-leave,member-failed,member-update,member-reap"
 
 
@@ -25,7 +30,8 @@ def handler_command(state: State) -> str:
 def event_handlers(state: State) -> list[str]:
     """Give what Serf's `-event-handler` takes. With a daemon, that answers the queries itself."""
     command = handler_command(state)
-    return [f"{MEMBER_EVENTS}={command}"] + ([] if state.settings.daemon else [f"query:{APPLIED}={command}"])
+    alone = [f"query:{APPLIED}={command}", f"query:{GONE}={command}", f"user:{GONE}={command}"]
+    return [f"{MEMBER_EVENTS}={command}", *([] if state.settings.daemon else alone)]
 
 
 def handlers() -> Path:
@@ -64,7 +70,8 @@ def start(state: State) -> serf.Serf:
     with state.serf_lock():
         pid = serf.running(state.serf_config)
         if pid is None:
-            pid = serf.start(configure(state), state.serf_log)
+            extra = state.serf_extra if state.serf_extra.is_dir() else None
+            pid = serf.start(configure(state), state.serf_log, extra)
     return serf.wait_ready(state.settings.rpc_port, state.rpc_key, pid, state.serf_log)
 
 
@@ -112,3 +119,46 @@ def rejoin(state: State, lost: Mapping[str, str]) -> int:
                 with suppress(SerfError):
                     joined += client.join([address])
     return joined
+
+
+def tell_gone(state: State, gone: Mapping[str, Goodbye]) -> None:
+    """Tell all members of goodbyes. Raises SerfError."""
+    with rpc(state) as client:
+        for page in pages(gone, EVENT_LIMIT):
+            client.event(GONE, page)
+
+
+def ask_gone(state: State, names: Collection[str], known: Mapping[str, Goodbye]) -> dict[str, Goodbye]:
+    """Ask members, MOST_ASKED of them at random, for the goodbyes that are not among the known. Raises SerfError."""
+    found: dict[str, Goodbye] = {}
+    asked = random.sample(sorted(names), min(len(names), MOST_ASKED))
+    after: dict[str, str] = dict.fromkeys(asked, "")
+    while after:
+        # Those who have the same answer nothing; those who have more than fits into an answer are asked on.
+        begin = min(after.values())
+        question = GoneQuestion(state.settings.name, digest(known), begin)
+        answers: dict[str, dict[str, Goodbye]] = {}
+        with rpc(state) as client:
+            for name, page in client.query(GONE, question.payload(), timeout=ASK, nodes=sorted(after)):
+                answers[name] = read_page(page)
+                if answers.keys() >= after.keys():
+                    break
+        for answer in answers.values():
+            found |= {n: g for n, g in answer.items() if n not in found or g.seq > found[n].seq}
+        after = {name: max(answer) for name, answer in answers.items() if answer and max(answer) > begin}
+    return found
+
+
+def follow_underlay(state: State) -> bool:
+    """Move to the address that this host has now, unless one was chosen for good; True if it is another one.
+
+    Serf, which is bound to the old one, is ended; whoever starts it next starts it on the new one.
+    """
+    settings = state.settings
+    if settings.bind_chosen or underlay.holder(settings.bind) is not None:
+        return False
+    contact = next(iter(state.contacts().values()), None)
+    bind = underlay.source_address(contact.address if contact else None)
+    state.save_settings(replace(settings, bind=bind))
+    stop(state)
+    return True

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from meshd.errors import MeshdError
-from meshd.queries import APPLIED, Question
+from meshd.queries import APPLIED, GONE, GoneQuestion, Question, answer_gone, read_page
 from meshd.state import DEFAULT, State
 
 
@@ -25,13 +25,23 @@ def handle(state: State, environment: "os._Environ[str]", payload: bytes) -> Non
     """Make a pass, unless there is a daemon (it reads everything again when it is back) or nothing is set up."""
     if not state.exists or state.settings.daemon or state.is_down:
         return
-    question = None
-    if environment.get("SERF_EVENT") == "query":
-        question = Question.parse(payload) if environment.get("SERF_QUERY_NAME") == APPLIED else None
-        if question is None:
-            return
-    from meshd.reconcile import WITHOUT_DOCKER, reconcile  # noqa: PLC0415  imports that the cases above do without
+    # Serf's own events are of members: a pass. The others carry something that anybody may have written.
+    event, name = (
+        environment.get("SERF_EVENT"),
+        environment.get("SERF_QUERY_NAME") or environment.get("SERF_USER_EVENT"),
+    )
+    question = Question.parse(payload) if (event, name) == ("query", APPLIED) else None
+    gone_question = GoneQuestion.parse(payload) if (event, name) == ("query", GONE) else None
+    if gone_question is not None:
+        sys.stdout.buffer.write(answer_gone(gone_question, state.roster().gone))
+        return
+    if event in {"query", "user"} and question is None and (event, name) != ("user", GONE):
+        return
+    # Imports that the cases above do without.
+    from meshd.reconcile import WITHOUT_DOCKER, bury, reconcile  # noqa: PLC0415
 
+    if name == GONE and not bury(state, read_page(payload)):
+        return
     # Serf runs handlers one after the other. `meshd init/join/up` have asked Docker, and nothing here changes that.
     report = reconcile(state, kinds=WITHOUT_DOCKER)
     for failure in report.failures:

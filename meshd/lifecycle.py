@@ -4,7 +4,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Network
 
 from meshd import addressing, files, gossip, links, membership, preflight, serf, service
@@ -12,9 +12,10 @@ from meshd.bridge import Bridge
 from meshd.config import Settings
 from meshd.errors import ConflictError, InputError, MeshdError, SerfError
 from meshd.identity import Invitation
-from meshd.model import Endpoint, Host, Member, Record, Status
+from meshd.model import Endpoint, Goodbye, Host, Member, Record, Status
 from meshd.queries import APPLIED, Question
-from meshd.reconcile import Report, dismantle, endpoint, members, reconcile
+from meshd.reconcile import Report, bury, dismantle, endpoint, members, reconcile
+from meshd.reconcile import renumber as move
 from meshd.state import Claim, State
 from meshd.tags import encode
 
@@ -166,6 +167,54 @@ def _say_goodbye(state: State, claim: Claim) -> None:
         client.leave()
 
 
+def forget(state: State, name: str) -> None:
+    """Bury a host that will not come back: all others drop it, and its subnet is free.
+
+    Raises InputError for a name that is not known, ConflictError for a host that is alive.
+    """
+    preflight.root()
+    settings, roster = state.settings, state.roster()
+    if name == settings.name:
+        raise InputError(f"{name} is this host: 'meshd leave' says its goodbye")
+    record = roster.hosts.get(name)
+    if record is None:
+        known = ", ".join(sorted(roster.hosts)) or "none"
+        raise InputError(f"no host {name!r} is known to this mesh; known: {known}")
+    with gossip.rpc(state) as client:
+        member = next((m for m in client.members() if m.name == name), None)
+        if member is not None and member.status is Status.ALIVE:
+            raise ConflictError(f"{name} is alive: run 'meshd leave' there, or stop it first")
+        if member is not None and member.status in {Status.FAILED, Status.LEFT}:
+            client.force_leave(name, prune=True)
+    gone = {name: Goodbye(record.seq, record.public_key)}
+    bury(state, gone)
+    gossip.tell_gone(state, gone)
+    reconcile(state)
+    state.hint("cli: forget")
+
+
+def renumber(state: State, subnet: IPv4Network | None, *, force: bool, say: Callable[[str], None]) -> None:
+    """Give this host another subnet, and with `force` its containers other addresses. `say` is told of each step."""
+    preflight.root()
+    settings, claim = state.settings, state.claim()
+    if subnet is not None:
+        replace(settings, subnet=subnet)  # its checks
+    if claim is not None and claim.record.subnet == subnet:
+        raise InputError(f"this host has the subnet {subnet} already")
+    containers = _release_containers(settings, force=force)
+    try:
+        record = move(state, subnet)
+        say(f"the subnet of {settings.name} is {record.subnet}")
+    finally:
+        report = reconcile(state)
+        for container in containers:
+            name, address = Bridge(settings.mesh, settings.bridge).attach(container)
+            say(f"container {name} has the address {address}")
+    if report.failures:
+        raise report.failures[0].error
+    state.hint("cli: renumbered")
+
+
 def wait_ready(state: State, seq: int, timeout: float, progress: Progress = lambda *_: None) -> Readiness:
     """Ask the others until all alive, admitted hosts have applied this host's record `seq`, or time is over.
 
@@ -278,22 +327,21 @@ def _take_down(state: State, *, force: bool) -> Report:
     return dismantle(state)
 
 
-def _release_containers(settings: Settings, *, force: bool) -> None:
-    """Refuse while containers are attached, or with `force` disconnect them."""
+def _release_containers(settings: Settings, *, force: bool) -> list[str]:
+    """Refuse while containers are attached, or with `force` disconnect them and give their ids."""
     if not settings.docker:
-        return
+        return []
     bridge = Bridge(settings.mesh, settings.bridge)
     try:
         attached = bridge.containers()
     except MeshdError:
-        return  # no engine, no running containers
+        return []  # no engine, no running containers
     if attached and not force:
         raise ConflictError(
             f"containers are attached to {settings.bridge}: {', '.join(attached)}; "
             "stop them, or pass --force to disconnect them"
         )
-    if attached:
-        bridge.disconnect_all()
+    return bridge.disconnect_all() if attached else []
 
 
 def _is_up(state: State) -> bool:

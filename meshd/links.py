@@ -6,8 +6,9 @@ Facts are from rtnetlink(7) and the kernel's net/core/rtnetlink.c and net/ipv4/d
 import errno
 import select
 import socket
+import struct
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
 from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
@@ -23,6 +24,8 @@ from meshd.netlink import RT_TABLE_MAIN, link_kind, rtnetlink, tolerating
 PROC_SYS = Path("/proc/sys")
 IFF_UP = 1
 RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE = 0x1, 0x10, 0x40
+SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, RTNLGRP_IPV4_NETCONF = 270, 1, 24
+RTM_NEWNETCONF, NETCONFA_IFINDEX, NETCONFA_IFINDEX_ALL = 80, 1, -1
 _WATCH_BUFFER = 1 << 20  # room for a burst such as a whole mesh's routes going with their link
 _WATCH_TICK = 0.5  # seconds between looks at `stop`
 _TUN_KINDS = ("wireguard", "tun", "tuntap")  # wireguard-go's links are TUN
@@ -202,9 +205,10 @@ def link_names() -> dict[str, str]:
 def watch(names: Collection[str], protocol: int, hint: Callable[[str], None], stop: threading.Event) -> None:
     """Block until `stop` is set (seen within 0.5 s) and call `hint` for each change to the links `names`.
 
-    That is: the links themselves, their IPv4 addresses, IPv4 routes over them, and any IPv4 route with meshd's
-    `protocol`. A hint is one line of text (`netlink: route 172.20.7.0/24 removed`); meshd's own changes hint
-    too. An overrun of the socket is a hint as well, since what it lost is unknown. Raises ApplyError.
+    That is: the links themselves, their IPv4 addresses and sysctls, IPv4 routes over them, any IPv4 route with meshd's
+    `protocol`, forwarding as a whole, and an address of another link that went (the underlay's may be among them). A
+    hint is one line of text (`netlink: route 172.20.7.0/24 removed`); meshd's own changes hint too. An overrun of the
+    socket is a hint as well, since what it lost is unknown. Raises ApplyError.
     """
     watcher = _Watcher(names, protocol)
     try:
@@ -222,6 +226,8 @@ def _subscribe() -> socket.socket:
     sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _WATCH_BUFFER)
     sock.bind((0, RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV4_ROUTE))
+    # It is beyond the 31 groups that bind() has bits for.
+    sock.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, RTNLGRP_IPV4_NETCONF)
     return sock
 
 
@@ -244,15 +250,20 @@ class _Watcher:
                 self.index = {index: name for index, name in socket.if_nameindex() if name in self._names}
                 return ["messages were lost"]
             raise
-        return [text for message in self._marshal.parse(data) if (text := self._text(message))]
+        texts = [text for message in self._marshal.parse(data) if (text := self._text(message))]
+        return texts + [f"sysctls of {self.index.get(i, 'all')} changed" for i in _netconf(data) if self._minds(i)]
+
+    def _minds(self, index: int) -> bool:
+        return index == NETCONFA_IFINDEX_ALL or index in self.index
 
     def _text(self, message: Any) -> str | None:
         event = message.get("event", "")
         done = "removed" if event.startswith("RTM_DEL") else "changed"
         if event.endswith("LINK"):
             return self._link_text(message, done)
-        if event.endswith("ADDR") and message["index"] in self.index:
-            return f"address {message.get('IFA_LOCAL')} of {self.index[message['index']]} {done}"
+        if event.endswith("ADDR") and (message["index"] in self.index or done == "removed"):
+            link = self.index.get(message["index"], "another link")
+            return f"address {message.get('IFA_LOCAL')} of {link} {done}"
         ours = message.get("RTA_OIF") in self.index or message.get("proto") == self._protocol
         if event.endswith("ROUTE") and ours and message.get("RTA_TABLE") == RT_TABLE_MAIN:
             prefix = f"{message.get('RTA_DST') or IPv4Address(0)}/{message['dst_len']}"
@@ -266,3 +277,16 @@ class _Watcher:
         if name in self._names and done == "changed":
             self.index[index] = name
         return f"link {known or name} {done}" if known or name in self._names else None
+
+
+def _netconf(data: bytes) -> Iterator[int]:
+    """Give the link index of each change of forwarding, proxy_arp or rp_filter, which pyroute2 does not read."""
+    offset = 0
+    while offset + 16 <= len(data):
+        length, kind = struct.unpack_from("=IH", data, offset)
+        if length < 16:
+            return
+        # A netlink header of 16 bytes, the family padded to 4, then attributes of which the index is the first.
+        if kind == RTM_NEWNETCONF and length >= 28 and data[offset + 22] == NETCONFA_IFINDEX:
+            yield struct.unpack_from("=i", data, offset + 24)[0]
+        offset += (length + 3) & ~3

@@ -9,16 +9,8 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Network
 
 from meshd.addressing import precedence
-from meshd.model import Host, Member, Record, Status
+from meshd.model import Goodbye, Host, Member, Record, Status, is_name
 from meshd.tags import RecordError, decode
-
-
-@dataclass(frozen=True, slots=True)
-class Goodbye:
-    """The tombstone of a host that left: its records up to `seq` are void."""
-
-    seq: int
-    public_key: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +62,8 @@ def admit(
 
 def _newest(member: Member, overlay: IPv4Network, length: int, known: Roster) -> Record | None:
     """Give the member's record if it is news or confirms what is known; None if a goodbye voids it."""
+    if not is_name(member.name):
+        raise RecordError("its name is not 1 to 63 letters, digits, dots and dashes")
     record = decode(member.tags, overlay, length)
     goodbye = known.gone.get(member.name)
     if goodbye is not None and record.seq <= goodbye.seq:
@@ -115,16 +109,49 @@ def _by_precedence(hosts: Mapping[str, Record], claims: Mapping[str, Record]) ->
     yield from sorted(claims, key=rank)
 
 
+def bury(known: Roster, gone: Mapping[str, Goodbye]) -> Roster:
+    """Give the roster after goodbyes that others have told of; one that a newer record has outlived is nothing."""
+    news = {
+        name: goodbye
+        for name, goodbye in gone.items()
+        if goodbye.seq >= (known.hosts[name].seq if name in known.hosts else 0)
+        and (name not in known.gone or goodbye.seq > known.gone[name].seq)
+    }
+    hosts = {name: record for name, record in known.hosts.items() if name not in news}
+    return Roster(hosts, {**known.gone, **news}, known.refused)
+
+
+def is_void(own: Host, known: Roster) -> bool:
+    """Tell whether the others have buried this very host, so that they take its record for an old one."""
+    goodbye = known.gone.get(own.name)
+    return goodbye is not None and goodbye.seq >= own.record.seq
+
+
 def subnet_rivals(own: Host, members: Iterable[Member], overlay: IPv4Network, length: int) -> list[str]:
-    """Name the members whose valid record claims the own subnet."""
-    return sorted(
-        member.name
-        for member in members
-        if member.name != own.name
-        and (record := _valid(member, overlay, length)) is not None
-        and not record.leaving
-        and record.subnet == own.record.subnet
-    )
+    """Name the members that are alive and whose valid record claims the own subnet."""
+    return [name for name, _ in _rivals(own, members, overlay, length)]
+
+
+def _rivals(own: Host, members: Iterable[Member], overlay: IPv4Network, length: int) -> Iterator[tuple[str, Record]]:
+    for member in sorted(members, key=lambda m: m.name):
+        if member.name != own.name and member.status is Status.ALIVE:
+            record = _valid(member, overlay, length)
+            if record is not None and not record.leaving and record.subnet == own.record.subnet:
+                yield member.name, record
+
+
+def superseded_by(own: Host, members: Iterable[Member], known: Roster, overlay: IPv4Network, length: int) -> str | None:
+    """Name the member to which this host must leave its subnet, None if it may keep it.
+
+    Two claims of one subnet are settled by the keys alone: after a partition, who was first depends on whom one asks.
+    """
+    rivals = {
+        name: precedence(record.public_key)
+        for name, record in _rivals(own, members, overlay, length)
+        if name not in known.gone or record.seq > known.gone[name].seq
+    }
+    winner = min(rivals, key=lambda name: rivals[name], default=None)
+    return winner if winner is not None and rivals[winner] < precedence(own.record.public_key) else None
 
 
 def claimed(members: Iterable[Member], own: str, overlay: IPv4Network, length: int) -> set[IPv4Network]:

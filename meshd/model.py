@@ -5,6 +5,7 @@ member). What a machine has: the resources (`Link`, `Route`, `Peer`, …), each 
 difference between the resources that should be and those that are is a list of `Change`.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -12,6 +13,15 @@ from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, ip_a
 from typing import ClassVar, Protocol
 
 IPAddress = IPv4Address | IPv6Address
+_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,61}[A-Za-z0-9])?")
+
+
+def is_name(text: str) -> bool:
+    """Tell whether a text can name a host or a mesh: the alphabet of DNS labels, and dots; at most 63 characters.
+
+    Serf itself checks nothing, and a name reaches logs, tables and commands.
+    """
+    return _NAME.fullmatch(text) is not None
 
 
 class Status(StrEnum):
@@ -89,6 +99,14 @@ class Host:
 
     name: str
     record: Record
+
+
+@dataclass(frozen=True, slots=True)
+class Goodbye:
+    """The tombstone of a host that left or was forgotten: its records up to `seq` are void."""
+
+    seq: int
+    public_key: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,16 +1,17 @@
 """One pass: lock, observe, plan, guard, apply, report. The daemon, `meshd sync` and a lone handler all call it."""
 
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from ipaddress import IPv4Network
 
-from meshd import links, membership, plan, underlay
+from meshd import addressing, links, membership, plan, underlay
 from meshd.bridge import Bridge
 from meshd.config import Settings
-from meshd.errors import InputError, MeshdError, SerfError
+from meshd.errors import ConflictError, InputError, MeshdError, SerfError
 from meshd.firewall import Iptables, Nftables
 from meshd.membership import Roster
-from meshd.model import Action, Adapter, Change, Endpoint, Engine, Host, Member, Peer, Resource, Sysctl
+from meshd.model import Action, Adapter, Change, Endpoint, Engine, Goodbye, Host, Member, Peer, Record, Resource, Sysctl
 from meshd.routes import Routes
 from meshd.rules import table_name
 from meshd.serf import Serf, SerfTags
@@ -22,6 +23,10 @@ from meshd.wireguard import WireGuard, find
 OVERHEAD = 80
 # What a change of members alone can change; a pass after Serf's hint reads nothing else.
 MEMBERSHIP = frozenset({"device", "peer", "route", "tags"})
+FORGOTTEN = "the mesh has forgotten this host: run 'meshd leave --force' here, then 'meshd join' again"
+MUST_MOVE = (
+    "the subnet {subnet} is also claimed by {winner}, which keeps it: 'meshd renumber' gives this host another one"
+)
 # All that does not ask Docker, which takes longer than everything else together.
 WITHOUT_DOCKER = frozenset(plan.ORDER) - {"network", "iptables"}
 
@@ -133,17 +138,29 @@ def reconcile(state: State, *, dry: bool = False, force: bool = False, kinds: Co
         claim = state.claim()
         if claim is None or not claim.settled:
             raise InputError("this host has not claimed its subnet yet: 'meshd join' has not finished")
-        if not dry:
-            if state.is_down or claim.record.leaving:
-                raise InputError(f"the mesh {settings.mesh} is down on this host: 'meshd up' starts it")
-            claim = renewed(state, claim)
+        if not dry and (state.is_down or claim.record.leaving):
+            raise InputError(f"the mesh {settings.mesh} is down on this host: 'meshd up' starts it")
         own = Host(settings.name, claim.record)
+        buried = membership.is_void(own, known)
+        if buried:
+            failures.append(Failure("membership", MeshdError(FORGOTTEN)))
+        elif not dry:
+            own = Host(settings.name, renewed(state, claim).record)
         roster, listed = known, []
         try:
             listed = members(state)
             roster = _admit(settings, own, listed, known)
         except SerfError as error:
             failures.append(Failure("members", error))
+        winner = membership.superseded_by(own, listed, known, settings.overlay, settings.subnet_length)
+        if winner is not None and not buried:
+            try:
+                if not dry and _may_move(machine, kinds):
+                    own = Host(settings.name, _move(state, machine, own, roster, listed).record)
+                else:
+                    raise ConflictError(MUST_MOVE.format(subnet=own.record.subnet, winner=winner))
+            except MeshdError as error:
+                failures.append(Failure("subnet", error))
         observed, readable, unread = machine.observe(kinds)
         failures += unread
         wanted = plan.desired(local(settings, own, _engine(machine, kinds, readable, failures)), roster.sorted_hosts())
@@ -158,6 +175,65 @@ def reconcile(state: State, *, dry: bool = False, force: bool = False, kinds: Co
         return Report(
             roster, tuple(listed), changes, withheld, tuple(failures), tuple(r for r in observed if isinstance(r, Peer))
         )
+
+
+def bury(state: State, gone: Mapping[str, Goodbye]) -> bool:
+    """Keep goodbyes that others told of, for the next pass to act on; True if there was one that is news."""
+    with state.lock():
+        known, claim = state.roster(), state.claim()
+        own = state.settings.name
+        # What was said of an earlier host of this name is over; that of this host itself must be known (see FORGOTTEN).
+        current = {n: g for n, g in gone.items() if n != own or claim is None or g.seq >= claim.record.seq}
+        roster = membership.bury(known, current)
+        if roster.gone == known.gone:
+            return False
+        state.save_roster(roster)
+        return True
+
+
+def renumber(state: State, subnet: IPv4Network | None = None) -> Record:
+    """Give this host another subnet: this one, or one that is free. The next pass builds it.
+
+    Its containers must be off the network. Raises ConflictError for a subnet that is taken, ApplyError.
+    """
+    with state.lock():
+        machine, claim = Machine(state), state.claim()
+        if claim is None or not claim.settled:
+            raise InputError("this host has not claimed its subnet yet: 'meshd join' has not finished")
+        own = Host(state.settings.name, claim.record)
+        return _move(state, machine, own, state.roster(), members(state), subnet).record
+
+
+def _may_move(machine: Machine, kinds: Collection[str]) -> bool:
+    """A host moves by itself only while nobody uses its addresses, which only Docker knows."""
+    if machine.bridge is None:
+        return True
+    return "network" in kinds and not machine.bridge.containers()
+
+
+def _move(  # noqa: PLR0917  what a pass has gathered
+    state: State,
+    machine: Machine,
+    own: Host,
+    roster: Roster,
+    listed: Sequence[Member],
+    subnet: IPv4Network | None = None,
+) -> Claim:
+    """Let go of the subnet and claim another one."""
+    settings = state.settings
+    overlay, length = settings.overlay, settings.subnet_length
+    taken = membership.claimed(listed, own.name, overlay, length) | {r.subnet for r in roster.hosts.values()}
+    if subnet is not None and subnet in taken:
+        raise ConflictError(f"the subnet {subnet} is taken by another host: 'meshd members' shows who has which")
+    new = subnet or addressing.choose(overlay, length, taken | {own.record.subnet}, settings.advertised, own.name)
+    # Docker refuses a bridge whose address is not the network's gateway: the network goes before the address changes.
+    observed, _, failures = machine.observe({"network", "address"})
+    failures += machine.apply(
+        Change(Action.REMOVE, r) for kind in ("network", "address") for r in observed if r.kind == kind
+    )
+    if failures:
+        raise failures[0].error
+    return state.publish(subnet=new, endpoint=endpoint(settings), settled=True)
 
 
 def _admit(settings: Settings, own: Host, listed: Sequence[Member], known: Roster) -> Roster:

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 from meshd import config, files, identity
 from meshd.config import Settings
 from meshd.errors import InputError, MeshdError
-from meshd.membership import Goodbye, Roster
-from meshd.model import Endpoint, Record
+from meshd.membership import Roster
+from meshd.model import Endpoint, Goodbye, Record
 
 DEFAULT = Path("/var/lib/meshd")
 T = TypeVar("T")
@@ -36,6 +36,8 @@ class State:
     def __init__(self, directory: Path = DEFAULT) -> None:
         self.directory = directory.absolute()
         self.serf_config = self.directory / "serf.json"
+        # A place for a person's own Serf configuration (log_level, statsite_addr, …): *.json, read after serf.json.
+        self.serf_extra = self.directory / "serf.d"
         self.serf_log = self.directory / "serf.log"
         self.agent_log = self.directory / "agent.log"
         self.socket = self.directory / "agent.sock"

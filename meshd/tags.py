@@ -77,13 +77,18 @@ def _fields(parts: list[str]) -> dict[str, str]:
     return fields
 
 
-def _public_key(text: str) -> str:
+def is_public_key(text: str) -> bool:
+    """Tell whether a text is a WireGuard public key, in its only spelling."""
     try:
         raw = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raw = b""
+        return False
     # The all-zero key is how WireGuard spells "no key"; the re-encoding refuses a second spelling of one key.
-    if len(raw) != 32 or raw == bytes(32) or base64.b64encode(raw).decode() != text:
+    return len(raw) == 32 and raw != bytes(32) and base64.b64encode(raw).decode() == text
+
+
+def _public_key(text: str) -> str:
+    if not is_public_key(text):
         raise RecordError("the wg tag is not a WireGuard public key")
     return text
 

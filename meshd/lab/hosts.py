@@ -129,10 +129,10 @@ class Lab:
 
     def power_on(self, name: str, *, mtu: int = 1500) -> LabHost:
         """Start one host with what it had on disk when it went off, and plug it in."""
-        switch = self._switch()
+        switch = self.switch
         pid = self._hold(name)
         host = LabHost(name, network.address(name), pid, self.directory / name)
-        network.plug_in(switch, pid, name, mtu)
+        network.plug_in(switch.pid, pid, name, mtu)
         return host
 
     def power_off(self, host: LabHost) -> None:
@@ -155,16 +155,21 @@ class Lab:
             Path("/var/lib/meshd").rmdir()  # the mount point, unless it is somebody's
 
     @property
-    def switch_pid(self) -> int | None:
-        """The init process of the underlay's switch, None if it is not there."""
-        return dict(_holders(self.directory)).get(SWITCH)
-
-    def _switch(self) -> int:
-        pid = self.switch_pid
+    def switch(self) -> LabHost:
+        """The underlay's switch, where every packet passes; it is started if it is not there."""
+        pid = dict(_holders(self.directory)).get(SWITCH)
         if pid is None:
             pid = self._hold(SWITCH)
             network.make_switch(pid)
-        return pid
+        return LabHost(SWITCH, network.GATEWAY, pid, self.directory / SWITCH)
+
+    def cut(self, one: Sequence[str], other: Sequence[str]) -> None:
+        """Let no packet pass between the hosts named in `one` and those in `other`, until `heal`."""
+        self.switch.run(["nft", "-f", "-"], text=network.cut(one, other))
+
+    def heal(self) -> None:
+        """Let every packet pass again."""
+        self.switch.run(["nft", "-f", "-"], text=network.heal())
 
     def _hold(self, name: str) -> int:
         """Start a host's init process in namespaces of its own; give its process id as seen from here."""

@@ -1,6 +1,7 @@
 """The lab's underlay: a switch in a namespace of its own, a cable to each host, and a stand-in for the internet."""
 
 import re
+from collections.abc import Sequence
 from contextlib import closing
 from ipaddress import IPv4Address
 from typing import Any
@@ -39,6 +40,19 @@ def plug_in(switch: int, host: int, name: str, mtu: int) -> None:
         ipr.link("set", index=_index(ipr, "lo"), state="up")
         _address(ipr, "eth0", address(name), PREFIX_LENGTH)
         ipr.route("add", dst="default", gateway=str(GATEWAY))
+
+
+def heal() -> str:
+    """Give what nft on the switch has to do to let every packet pass."""
+    return "table bridge cut {\n}\ndelete table bridge cut\n"
+
+
+def cut(one: Sequence[str], other: Sequence[str]) -> str:
+    """Give what nft on the switch has to do to let nothing pass between two groups of hosts, besides earlier cuts."""
+    ports = [", ".join(f'"{name}"' for name in names) for names in (one, other)]
+    rules = [f"add rule bridge cut forward iifname {{ {a} }} oifname {{ {b} }} drop" for a, b in (ports, ports[::-1])]
+    chain = "add chain bridge cut forward { type filter hook forward priority 0; }"
+    return "\n".join(["add table bridge cut", chain, *rules, ""])
 
 
 def _netlink(pid: int) -> Any:

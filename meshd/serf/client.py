@@ -128,6 +128,10 @@ class Serf:
             if kind == "response" and isinstance(answer, bytes):
                 yield _text(record.get("From")), answer
 
+    def event(self, name: str, payload: bytes) -> None:
+        """Send a user event to all members; it is not held back and not merged with others of its name."""
+        self._call("event", {"Name": name, "Payload": payload, "Coalesce": False})
+
     def respond(self, query: int, payload: bytes) -> None:
         """Answer a query that came by this connection's stream. Whether it was in time is not said."""
         self._send("respond", {"ID": query, "Payload": payload})

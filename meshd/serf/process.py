@@ -56,8 +56,11 @@ def agent_config(
     }
 
 
-def start(config_path: Path, log_path: Path) -> int:
-    """Start `serf agent`, detached from this process; give its process id. Its output goes to `log_path`."""
+def start(config_path: Path, log_path: Path, extra: Path | None = None) -> int:
+    """Start `serf agent`, detached from this process; give its process id. Its output goes to `log_path`.
+
+    `extra` is a directory of somebody's own configuration, which Serf merges over ours.
+    """
     program = shutil.which("serf")
     if program is None:
         raise MissingError("serf is not installed: apt install serf")
@@ -65,7 +68,7 @@ def start(config_path: Path, log_path: Path) -> int:
     descriptor = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
         process = subprocess.Popen(
-            [program, "agent", f"-config-file={config_path}"],
+            [program, "agent", f"-config-file={config_path}", *([f"-config-dir={extra}"] if extra else [])],
             stdin=subprocess.DEVNULL,
             stdout=descriptor,
             stderr=descriptor,

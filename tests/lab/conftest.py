@@ -1,13 +1,18 @@
 """Labs for tests: real hosts in namespaces, in a directory of their own."""
 
+import json
 import re
+import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from meshd.lab import images, network
 from meshd.lab.hosts import Lab, LabHost
 
 Wait = Callable[..., None]
@@ -32,6 +37,106 @@ def eventually(condition: Callable[[], object], timeout: float, what: str) -> fl
         assert time.monotonic() - begun < timeout, f"not within {timeout:g} s: {what}"
         time.sleep(0.05)
     return time.monotonic() - begun
+
+
+@contextmanager
+def capture(lab: Lab, expression: str = "not arp and not icmp6") -> Iterator[list[bytes]]:
+    """Hear the packets on the underlay while the block runs; afterwards the list holds the whole capture."""
+    path = lab.directory / f"capture-{time.monotonic_ns()}"
+    command = ["tcpdump", "-ni", network.BRIDGE, "--immediate-mode", "-U", "-w", str(path), expression]
+    dump = lab.switch.popen(command, stderr=subprocess.PIPE)
+    heard: list[bytes] = []
+    assert dump.stderr is not None
+    try:
+        while "listening on" not in dump.stderr.readline():
+            assert dump.poll() is None
+        yield heard
+    finally:
+        lab.switch.run(["pkill", "-INT", "-f", str(path)], check=False)
+        dump.communicate(timeout=10)
+        heard.append(path.read_bytes())
+        path.unlink()
+
+
+PCAP_HEADER = 24
+
+
+@contextmanager
+def nothing_in_clear(lab: Lab) -> Iterator[None]:
+    """Fail if a packet between two overlay addresses is on the underlay outside of WireGuard while the block runs."""
+    with capture(lab, "src net 172.20.0.0/16 and dst net 172.20.0.0/16") as heard:
+        yield
+    assert len(heard[0]) == PCAP_HEADER, f"overlay traffic in clear: {heard[0][:200]!r}"
+
+
+def assemble(lab: Lab, *, docker: int, plain: int = 0) -> list[LabHost]:
+    """Bring up a mesh of `docker` hosts with Docker and, after them, `plain` ones without, each by the one before.
+
+    Those with Docker have a container `box` at their .1.
+    """
+    lab.up(docker + plain, docker=False)
+    hosts = lab.hosts()
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lab.start_docker, hosts[:docker]))
+        list(pool.map(images.build, hosts[:docker]))
+    invitation = init(hosts[0], *options(0, docker))
+    for number in range(1, len(hosts)):
+        join(hosts[number], hosts[number - 1], invitation, *options(number, docker))
+    for host in hosts[:docker]:
+        run_container(host, "box", "meshd/serf", "sleep", "100000")
+    return hosts
+
+
+def options(number: int, docker: int) -> list[str]:
+    return [] if number < docker else ["--no-docker"]
+
+
+def run_container(host: LabHost, name: str, *arguments: str) -> None:
+    fixed = ["--init", "--restart", "always", "--network", "ovl0", "--name", name, "--hostname", f"{host.name}-{name}"]
+    host.run(["docker", "run", "-d", *fixed, *arguments])
+
+
+def overlay(host: LabHost, last: int = 0) -> str:
+    """The overlay address of a host, or of its container `last`, in a lab where nobody had to move."""
+    return f"172.20.{str(host.address).rpartition('.')[2]}.{last}"
+
+
+def members(host: LabHost) -> dict[str, dict[str, str]]:
+    """What `meshd members --json` says on a host, by name."""
+    return {row["name"]: row for row in json.loads(host.run(["meshd", "members", "--json"]).stdout)}
+
+
+def full_reach(hosts: Sequence[LabHost]) -> bool:
+    """Tell whether every host reaches the overlay address of every other one."""
+    subnets = [members(host)[host.name]["subnet"].partition("/")[0] for host in hosts]
+    with ThreadPoolExecutor() as pool:
+        return all(pool.map(lambda host: _reaches(host, subnets), hosts))
+
+
+def _reaches(host: LabHost, targets: Sequence[str]) -> bool:
+    return all(ping(host, target) for target in targets)
+
+
+def settled(hosts: Sequence[LabHost]) -> bool:
+    """Tell whether all hosts list exactly each other, alive, and none has anything to change."""
+    names = sorted(host.name for host in hosts)
+    for host in hosts:
+        rows = members(host)
+        if sorted(name for name, row in rows.items() if row["state"] == "alive") != names:
+            return False
+        if host.run(["meshd", "plan"], check=False).stdout != "no changes\n":
+            return False
+    return True
+
+
+def peers(host: LabHost) -> list[str]:
+    """The public keys that a host's WireGuard has as peers."""
+    return sorted(host.run(["wg", "show", "wg0", "peers"]).stdout.split())
+
+
+def log(host: LabHost) -> str:
+    """What the daemon of a host has logged."""
+    return (host.directory / "meshd" / "agent.log").read_text()
 
 
 def init(host: LabHost, *options: str) -> str:

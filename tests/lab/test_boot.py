@@ -46,12 +46,10 @@ class Machine:
 
     def boot(self) -> LabHost:
         """Switch the power on; give the host when systemd says that the boot is over."""
-        switch = self.lab.switch_pid
-        assert switch is not None
         cable = subprocess.Popen(["unshare", "--net", "sleep", "infinity"])
         self.processes.append(cable)
         eventually(lambda: Path(f"/proc/{cable.pid}/cmdline").read_bytes().startswith(b"sleep"), 5, "it sleeps")
-        network.plug_in(switch, cable.pid, "barge2", 1500)
+        network.plug_in(self.lab.switch.pid, cable.pid, "barge2", 1500)
         # Where systemd runs, it keeps the machine in a scope; elsewhere it gets a cgroup that `close` can remove.
         options, own = ["--boot", f"--directory={self.root}", "--console=pipe", "--capability=all"], ""
         options += [f"--network-namespace-path=/proc/{cable.pid}/ns/net", "--bind=/dev/net/tun"]

@@ -96,9 +96,7 @@ def test_down_after_a_crash_leaves_nothing(small: Lab) -> None:
     host.run(["docker", "run", "-d", "meshd/serf", "sleep", "1000"])
     pid = int(host.run(["cat", "/run/docker.pid"]).stdout)
     host.run(["kill", "-KILL", str(pid)])
-    switch = small.switch_pid
-    assert switch is not None
-    os.kill(switch, signal.SIGKILL)
+    os.kill(small.switch.pid, signal.SIGKILL)
     assert command(small, "down").returncode == 0
     eventually(lambda: traces(small) == [], 10, f"nothing is left: {traces(small)}")
 

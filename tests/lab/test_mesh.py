@@ -140,9 +140,7 @@ def test_sources_are_preserved_between_containers(mesh: Mesh) -> None:
 
 
 def test_the_rest_of_the_world_sees_the_hosts_address(mesh: Mesh) -> None:
-    host, switch = mesh.hosts[1], mesh.lab.switch_pid
-    assert switch is not None
-    world = LabHost("switch", network.GATEWAY, switch, mesh.lab.directory / "switch")
+    host, world = mesh.hosts[1], mesh.lab.switch
     server = world.popen(["sh", "-c", "exec busybox nc -ll -p 8000 -e sh -c 'echo hello'"])
     capture = world.popen(
         ["timeout", "20", "tcpdump", "-lnc", "1", "-i", "underlay", "tcp[13] = 2 and dst port 8000"], stdout=-1
@@ -170,9 +168,7 @@ def test_published_ports_work_and_others_are_closed_to_the_underlay(mesh: Mesh) 
 
         eventually(lambda: published() == str(other.address), 5, "the published port answers")
         # A neighbour on the underlay that routes to the container's address past WireGuard gets nowhere.
-        switch = mesh.lab.switch_pid
-        assert switch is not None
-        neighbour = LabHost("switch", network.GATEWAY, switch, mesh.lab.directory / "switch")
+        neighbour = mesh.lab.switch
         neighbour.run(["ip", "route", "add", container, "via", str(host.address)])
         assert fetch(neighbour, f"http://{container}/cgi-bin/peer") == ""
         neighbour.run(["ip", "route", "del", container])

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshd.membership import Goodbye, Roster, admit, claimed, subnet_rivals
-from meshd.model import Member, Status
+from meshd.membership import Roster, admit, claimed, subnet_rivals
+from meshd.model import Goodbye, Member, Status
 from meshd.tags import encode
 from tests.conftest import OVERLAY, host, member, public_key, record
 

@@ -10,8 +10,8 @@ import pytest
 
 from meshd import files
 from meshd.errors import InputError, MeshdError
-from meshd.membership import Goodbye, Roster
-from meshd.model import Endpoint
+from meshd.membership import Roster
+from meshd.model import Endpoint, Goodbye
 from meshd.state import Claim, State
 from tests.conftest import public_key, record
 

@@ -6,8 +6,8 @@ from ipaddress import IPv4Address
 import pytest
 
 from meshd import views
-from meshd.membership import Goodbye, Roster
-from meshd.model import Action, Change, Endpoint, Member, Peer, Record, Route, Status
+from meshd.membership import Roster
+from meshd.model import Action, Change, Endpoint, Goodbye, Member, Peer, Record, Route, Status
 from meshd.reconcile import Report
 from meshd.state import Claim, State
 from tests.conftest import member, public_key, record
