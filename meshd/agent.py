@@ -7,6 +7,7 @@ next daemon adopts them.
 import logging
 import os
 import queue
+import random
 import signal
 import socket
 import time
@@ -18,7 +19,7 @@ from meshd import bridge, files, firewall, gossip, links, plan, routes, rules, s
 from meshd.errors import InputError, MeshdError, SerfError
 from meshd.model import Goodbye, Status
 from meshd.queries import APPLIED, GONE, GoneQuestion, Question, answer_gone, digest, read_page
-from meshd.reconcile import MEMBERSHIP, WITHOUT_DOCKER, Report, bury, reconcile
+from meshd.reconcile import MEMBERSHIP, WITHOUT_DOCKER, Report, bury, reconcile, renumber
 from meshd.state import State
 
 log = logging.getLogger("meshd")
@@ -30,6 +31,8 @@ SETTLE = 0.02
 RETRY = 1.0
 # How long a question waits for the pass that lets it be answered; the asker asks again after its own time-out.
 PATIENCE = 5.0
+# Seconds between asking anybody for goodbyes, with no occasion for it.
+ASK_AGAIN = 60.0
 LONGEST_SEARCH = 10.0
 LOG_LIMIT = 4 * 2**20
 
@@ -46,6 +49,7 @@ class Agent:
         self.search = Event()
         self.applied: dict[str, int] = {}
         self.alive: frozenset[str] = frozenset()
+        self.rivalry: float | None = None
         self.to_ask: queue.Queue[frozenset[str]] = queue.Queue()
         self.complaints: set[str] = set()
         self.report = Report()
@@ -153,6 +157,7 @@ class Agent:
         self.applied = report.applied
         self._answer()
         self._notice_newcomers(report)
+        self._yield_subnet(report)
         return not report.failures
 
     def _complain(self, complaints: set[str]) -> None:
@@ -268,11 +273,35 @@ class Agent:
         if newcomers and len(newcomers) * 2 >= len(alive):
             self.to_ask.put(newcomers)
 
+    def _yield_subnet(self, report: Report) -> None:
+        """Move to another subnet if a rival's claim to this one stands for a while and nobody here uses it.
+
+        What is heard first after a partition may be void in a moment: goodbyes arrive after the members.
+        """
+        if report.rival is None or self.state.settings.subnet is not None:
+            self.rivalry = None
+            return
+        self.rivalry = self.rivalry or time.monotonic()
+        if time.monotonic() - self.rivalry < PATIENCE:
+            return
+        try:
+            record = renumber(self.state)
+        except MeshdError as error:
+            log.debug("renumber: %s", error)
+            return
+        log.warning("%s has the subnet of this host, which moves to %s", report.rival, record.subnet)
+        self.rivalry = None
+        self.hint("subnet: moved")
+
     def _ask_for_goodbyes(self) -> None:
         asked: dict[frozenset[str], float] = {}
         while not self.stopping.is_set():
-            names = self.to_ask.get()
-            if self.stopping.is_set() or time.monotonic() - asked.get(names, -INTERVAL) < INTERVAL:
+            try:
+                names = self.to_ask.get(timeout=max(ASK_AGAIN, len(self.alive)))
+            except queue.Empty:
+                # Messages get lost. The larger the mesh, the more others ask.
+                names = frozenset(random.sample(sorted(self.alive), min(1, len(self.alive))))
+            if not names or time.monotonic() - asked.get(names, -INTERVAL) < INTERVAL:
                 continue
             asked = {**{n: t for n, t in asked.items() if time.monotonic() - t < INTERVAL}, names: time.monotonic()}
             try:

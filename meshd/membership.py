@@ -66,9 +66,9 @@ def _newest(member: Member, overlay: IPv4Network, length: int, known: Roster) ->
         raise RecordError("its name is not 1 to 63 letters, digits, dots and dashes")
     record = decode(member.tags, overlay, length)
     goodbye = known.gone.get(member.name)
-    if goodbye is not None and record.seq <= goodbye.seq:
+    if goodbye is not None and goodbye.voids(record):
         if member.status is Status.ALIVE and not record.leaving:
-            raise RecordError(f"its record {record.seq} is older than its goodbye {goodbye.seq}")
+            raise RecordError("it said goodbye, or was forgotten: it has to leave and to join again")
         return None
     last = known.hosts.get(member.name)
     if last is not None and record.seq < last.seq:
@@ -114,7 +114,7 @@ def bury(known: Roster, gone: Mapping[str, Goodbye]) -> Roster:
     news = {
         name: goodbye
         for name, goodbye in gone.items()
-        if goodbye.seq >= (known.hosts[name].seq if name in known.hosts else 0)
+        if (name not in known.hosts or goodbye.voids(known.hosts[name]))
         and (name not in known.gone or goodbye.seq > known.gone[name].seq)
     }
     hosts = {name: record for name, record in known.hosts.items() if name not in news}
@@ -124,7 +124,7 @@ def bury(known: Roster, gone: Mapping[str, Goodbye]) -> Roster:
 def is_void(own: Host, known: Roster) -> bool:
     """Tell whether the others have buried this very host, so that they take its record for an old one."""
     goodbye = known.gone.get(own.name)
-    return goodbye is not None and goodbye.seq >= own.record.seq
+    return goodbye is not None and goodbye.voids(own.record)
 
 
 def subnet_rivals(own: Host, members: Iterable[Member], overlay: IPv4Network, length: int) -> list[str]:
@@ -148,7 +148,7 @@ def superseded_by(own: Host, members: Iterable[Member], known: Roster, overlay: 
     rivals = {
         name: precedence(record.public_key)
         for name, record in _rivals(own, members, overlay, length)
-        if name not in known.gone or record.seq > known.gone[name].seq
+        if name not in known.gone or not known.gone[name].voids(record)
     }
     winner = min(rivals, key=lambda name: rivals[name], default=None)
     return winner if winner is not None and rivals[winner] < precedence(own.record.public_key) else None

@@ -103,10 +103,14 @@ class Host:
 
 @dataclass(frozen=True, slots=True)
 class Goodbye:
-    """The tombstone of a host that left or was forgotten: its records up to `seq` are void."""
+    """The tombstone of a host that left or was forgotten. Who joins again does so with a new key and a newer record."""
 
     seq: int
     public_key: str
+
+    def voids(self, record: Record) -> bool:
+        """Tell whether a record of this name is of the life that has ended."""
+        return record.seq <= self.seq or record.public_key == self.public_key
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ OVERHEAD = 80
 MEMBERSHIP = frozenset({"device", "peer", "route", "tags"})
 FORGOTTEN = "the mesh has forgotten this host: run 'meshd leave --force' here, then 'meshd join' again"
 MUST_MOVE = (
-    "the subnet {subnet} is also claimed by {winner}, which keeps it: 'meshd renumber' gives this host another one"
+    "the subnet {subnet} is also claimed by {rival}, which keeps it: 'meshd renumber' gives this host another one"
 )
 # All that does not ask Docker, which takes longer than everything else together.
 WITHOUT_DOCKER = frozenset(plan.ORDER) - {"network", "iptables"}
@@ -44,7 +44,10 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a pass saw and did. `withheld` are removals for which there is no evidence (see plan.guard)."""
+    """What a pass saw and did.
+
+    `withheld` are removals for which there is no evidence (see plan.guard); `rival` is to have this host's subnet.
+    """
 
     roster: Roster = field(default_factory=Roster)
     members: tuple[Member, ...] = ()
@@ -52,6 +55,7 @@ class Report:
     withheld: tuple[Change, ...] = ()
     failures: tuple[Failure, ...] = ()
     peers: tuple[Peer, ...] = ()
+    rival: str | None = None
 
     @property
     def applied(self) -> dict[str, int]:
@@ -152,15 +156,9 @@ def reconcile(state: State, *, dry: bool = False, force: bool = False, kinds: Co
             roster = _admit(settings, own, listed, known)
         except SerfError as error:
             failures.append(Failure("members", error))
-        winner = membership.superseded_by(own, listed, known, settings.overlay, settings.subnet_length)
-        if winner is not None and not buried:
-            try:
-                if not dry and _may_move(machine, kinds):
-                    own = Host(settings.name, _move(state, machine, own, roster, listed).record)
-                else:
-                    raise ConflictError(MUST_MOVE.format(subnet=own.record.subnet, winner=winner))
-            except MeshdError as error:
-                failures.append(Failure("subnet", error))
+        rival = membership.superseded_by(own, listed, known, settings.overlay, settings.subnet_length)
+        if rival is not None and not buried:
+            failures.append(Failure("subnet", ConflictError(MUST_MOVE.format(subnet=own.record.subnet, rival=rival))))
         observed, readable, unread = machine.observe(kinds)
         failures += unread
         wanted = plan.desired(local(settings, own, _engine(machine, kinds, readable, failures)), roster.sorted_hosts())
@@ -173,7 +171,13 @@ def reconcile(state: State, *, dry: bool = False, force: bool = False, kinds: Co
             _remember(state, known, roster, listed, changes)
             failures += machine.apply(changes)
         return Report(
-            roster, tuple(listed), changes, withheld, tuple(failures), tuple(r for r in observed if isinstance(r, Peer))
+            roster,
+            tuple(listed),
+            changes,
+            withheld,
+            tuple(failures),
+            tuple(r for r in observed if isinstance(r, Peer)),
+            rival,
         )
 
 
@@ -183,7 +187,7 @@ def bury(state: State, gone: Mapping[str, Goodbye]) -> bool:
         known, claim = state.roster(), state.claim()
         own = state.settings.name
         # What was said of an earlier host of this name is over; that of this host itself must be known (see FORGOTTEN).
-        current = {n: g for n, g in gone.items() if n != own or claim is None or g.seq >= claim.record.seq}
+        current = {n: g for n, g in gone.items() if n != own or (claim is not None and g.voids(claim.record))}
         roster = membership.bury(known, current)
         if roster.gone == known.gone:
             return False
@@ -192,48 +196,32 @@ def bury(state: State, gone: Mapping[str, Goodbye]) -> bool:
 
 
 def renumber(state: State, subnet: IPv4Network | None = None) -> Record:
-    """Give this host another subnet: this one, or one that is free. The next pass builds it.
+    """Let go of the subnet and claim another one: this one, or one that is free. The next full pass builds it.
 
-    Its containers must be off the network. Raises ConflictError for a subnet that is taken, ApplyError.
+    Raises ConflictError for a subnet that is taken or while containers are attached, ApplyError.
     """
+    settings = state.settings
+    overlay, length = settings.overlay, settings.subnet_length
     with state.lock():
         machine, claim = Machine(state), state.claim()
         if claim is None or not claim.settled:
             raise InputError("this host has not claimed its subnet yet: 'meshd join' has not finished")
-        own = Host(state.settings.name, claim.record)
-        return _move(state, machine, own, state.roster(), members(state), subnet).record
-
-
-def _may_move(machine: Machine, kinds: Collection[str]) -> bool:
-    """A host moves by itself only while nobody uses its addresses, which only Docker knows."""
-    if machine.bridge is None:
-        return True
-    return "network" in kinds and not machine.bridge.containers()
-
-
-def _move(  # noqa: PLR0917  what a pass has gathered
-    state: State,
-    machine: Machine,
-    own: Host,
-    roster: Roster,
-    listed: Sequence[Member],
-    subnet: IPv4Network | None = None,
-) -> Claim:
-    """Let go of the subnet and claim another one."""
-    settings = state.settings
-    overlay, length = settings.overlay, settings.subnet_length
-    taken = membership.claimed(listed, own.name, overlay, length) | {r.subnet for r in roster.hosts.values()}
-    if subnet is not None and subnet in taken:
-        raise ConflictError(f"the subnet {subnet} is taken by another host: 'meshd members' shows who has which")
-    new = subnet or addressing.choose(overlay, length, taken | {own.record.subnet}, settings.advertised, own.name)
-    # Docker refuses a bridge whose address is not the network's gateway: the network goes before the address changes.
-    observed, _, failures = machine.observe({"network", "address"})
-    failures += machine.apply(
-        Change(Action.REMOVE, r) for kind in ("network", "address") for r in observed if r.kind == kind
-    )
-    if failures:
-        raise failures[0].error
-    return state.publish(subnet=new, endpoint=endpoint(settings), settled=True)
+        if machine.bridge is not None and (attached := machine.bridge.containers()):
+            raise ConflictError(f"containers are attached to {settings.bridge}: {', '.join(attached)}")
+        taken = membership.claimed(members(state), settings.name, overlay, length)
+        taken |= {record.subnet for record in state.roster().hosts.values()}
+        if subnet is not None and subnet in taken:
+            raise ConflictError(f"the subnet {subnet} is taken by another host: 'meshd members' shows who has which")
+        new = subnet or addressing.choose(
+            overlay, length, taken | {claim.record.subnet}, settings.advertised, settings.name
+        )
+        # Docker refuses a bridge whose address is not the network's gateway: the network goes before the address does.
+        observed, _, failures = machine.observe({"network", "address"})
+        old = [r for kind in ("network", "address") for r in observed if r.kind == kind]
+        failures += machine.apply(Change(Action.REMOVE, resource) for resource in old)
+        if failures:
+            raise failures[0].error
+        return state.publish(subnet=new, endpoint=endpoint(settings), settled=True).record
 
 
 def _admit(settings: Settings, own: Host, listed: Sequence[Member], known: Roster) -> Roster:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshd.membership import Roster, admit, claimed, subnet_rivals
-from meshd.model import Goodbye, Member, Status
+from meshd.membership import Roster, admit, bury, claimed, is_void, subnet_rivals, superseded_by
+from meshd.model import Goodbye, Host, Member, Record, Status
 from meshd.tags import encode
 from tests.conftest import OVERLAY, host, member, public_key, record
 
@@ -47,13 +47,14 @@ def test_an_older_record_does_not_bring_a_departed_host_back() -> None:
     gone = Roster(gone={"barge2": Goodbye(2, public_key("barge2"))})
     roster = admitted([member(2, of=record(2, seq=2))], gone)
     assert roster.hosts == {}
-    assert "older than its goodbye" in roster.refused["barge2"]
+    assert "said goodbye, or was forgotten" in roster.refused["barge2"]
     assert admitted([member(2, Status.LEFT, of=record(2, seq=2, leaving=True))], gone).refused == {}
 
 
-def test_a_newer_record_brings_a_departed_host_back() -> None:
+def test_a_newer_record_with_a_new_key_brings_a_departed_host_back() -> None:
     gone = Roster(gone={"barge2": Goodbye(2, public_key("barge2"))})
-    roster = admitted([member(2, of=record(2, seq=3))], gone)
+    assert admitted([member(2, of=record(2, seq=3))], gone).hosts == {}, "the same key: it has not joined again"
+    roster = admitted([member(2, of=record(2, seq=3, key="new"))], gone)
     assert roster.hosts["barge2"].seq == 3
     assert roster.gone == {}
 
@@ -140,3 +141,54 @@ def test_claims_of_departed_and_invalid_members_do_not_count() -> None:
     noise = replace(member(3), tags={"wg": "x"})
     goodbye = member(4, of=record(4, leaving=True))
     assert claimed([member(1), member(2), noise, goodbye], "barge1", OVERLAY, 24) == {record(2).subnet}
+
+
+# --- goodbyes that others tell of, and subnets that two hosts claim -------------------------------------------------
+
+
+def test_a_goodbye_that_others_tell_of_drops_the_host() -> None:
+    known = Roster({"barge2": record(2, seq=5), "barge3": record(3)})
+    roster = bury(known, {"barge2": Goodbye(5, public_key("barge2"))})
+    assert sorted(roster.hosts) == ["barge3"]
+    assert roster.gone == {"barge2": Goodbye(5, public_key("barge2"))}
+    assert bury(roster, {"barge2": Goodbye(4, public_key("barge2"))}) == roster, "older news is no news"
+
+
+def test_a_goodbye_of_an_earlier_life_does_not_touch_the_host_that_joined_anew() -> None:
+    known = Roster({"barge2": record(2, seq=9, key="new")})
+    assert bury(known, {"barge2": Goodbye(5, public_key("barge2"))}) == known
+
+
+def test_a_host_that_the_others_have_buried_is_void() -> None:
+    own = host(1)
+    assert not is_void(own, Roster())
+    assert is_void(own, Roster(gone={"barge1": Goodbye(1, public_key("barge1"))}))
+    assert not is_void(own, Roster(gone={"barge1": Goodbye(0, public_key("earlier"))}))
+
+
+def rival_record(key: str) -> Record:
+    """What a barge2 publishes that claims the subnet of barge1."""
+    return replace(record(2, key=key), subnet=record(1).subnet)
+
+
+def test_of_two_hosts_that_claim_one_subnet_both_name_the_same_loser() -> None:
+    for n in range(20):
+        one = Host("barge1", record(1, key=f"one{n}"))
+        two = Host("barge2", replace(record(2, key=f"two{n}"), subnet=record(1).subnet))
+        ones, twos = member(1, of=one.record), member(2, of=two.record)
+        verdicts = {
+            superseded_by(one, [ones, twos], Roster(), OVERLAY, 24),
+            superseded_by(two, [ones, twos], Roster(), OVERLAY, 24),
+        }
+        assert verdicts in ({None, "barge1"}, {None, "barge2"})
+
+
+@pytest.mark.parametrize("why", ["dead", "departed", "leaving", "elsewhere"])
+def test_who_is_not_there_takes_no_subnet(why: str) -> None:
+    # Some key goes before barge1's: nobody would have to try long.
+    records = (rival_record(f"k{n}") for n in range(99))
+    winning = next(r for r in records if superseded_by(OWN, [member(2, of=r)], Roster(), OVERLAY, 24))
+    claim = {"leaving": replace(winning, leaving=True), "elsewhere": replace(winning, subnet=record(2).subnet)}
+    gone = {"barge2": Goodbye(1, winning.public_key)} if why == "departed" else {}
+    found = member(2, Status.FAILED if why == "dead" else Status.ALIVE, claim.get(why, winning))
+    assert superseded_by(OWN, [found], Roster(gone=gone), OVERLAY, 24) is None
