@@ -78,8 +78,8 @@ class Agent:
         names = {settings.wireguard, settings.bridge} if settings.docker else {settings.wireguard}
         watches: list[Callable[[], None]] = [
             self._listen,
-            self._follow(self._watch_log),
-            self._follow(self._watch_serf),
+            self._watch_log,
+            self._watch_serf,
             self._ask_for_goodbyes,
             self._rejoin,
             lambda: links.watch(names, routes.PROTOCOL, self.hint, self.stopping),
@@ -88,7 +88,18 @@ class Agent:
         if settings.docker:
             watches.append(lambda: bridge.watch(settings.bridge, self.hint, self.stopping))
         for watch in watches:
-            Thread(target=watch, daemon=True).start()
+            Thread(target=self._forever, args=(watch,), daemon=True).start()
+
+    def _forever(self, watch: Callable[[], None]) -> None:
+        """Watch again whatever ends it: what a watch misses only the timer finds."""
+        while not self.stopping.is_set():
+            try:
+                watch()
+            except MeshdError as error:
+                log.debug("%s", error)
+            except Exception:
+                log.exception("a watch failed, which is a mistake in meshd; it begins again")
+            self.stopping.wait(RETRY / 2)
 
     # --- the loop --------------------------------------------------------------------------------------------------
 
@@ -199,19 +210,6 @@ class Agent:
                     continue
                 self.hint("".join(c if c.isprintable() else "?" for c in text.decode(errors="replace")))
         path.unlink(missing_ok=True)
-
-    def _follow(self, watch: Callable[[], None]) -> Callable[[], None]:
-        """Give a loop that watches Serf again after Serf went away."""
-
-        def loop() -> None:
-            while not self.stopping.is_set():
-                try:
-                    watch()
-                except MeshdError as error:
-                    log.debug("serf: %s", error)
-                self.stopping.wait(RETRY / 2)
-
-        return loop
 
     def _watch_log(self) -> None:
         """Hint at member events as Serf logs them: 1 to 3 s before its handlers and streams hear of them."""

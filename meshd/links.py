@@ -258,6 +258,8 @@ class _Watcher:
 
     def _text(self, message: Any) -> str | None:
         event = message.get("event", "")
+        if not isinstance(event, str):
+            return None  # of a type that pyroute2 does not know
         done = "removed" if event.startswith("RTM_DEL") else "changed"
         if event.endswith("LINK"):
             return self._link_text(message, done)

@@ -1,0 +1,177 @@
+"""The mesh finds its way back: partitions, power cuts, and what was not there when it happened."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from meshd.lab.hosts import Lab, LabHost
+from tests.lab.conftest import (
+    assemble,
+    eventually,
+    full_reach,
+    join,
+    members,
+    nothing_in_clear,
+    overlay,
+    ping,
+    rtt,
+    settled,
+)
+
+pytestmark = [pytest.mark.root, pytest.mark.lab]
+
+STATE = "/var/lib/meshd"
+BACK = 15
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left(lab: Lab) -> Iterator[None]:
+    yield
+    lab.down()
+
+
+def invitation(host: LabHost) -> str:
+    return host.run(["meshd", "invite"]).stdout.split("MESHD_INVITE=")[1].split()[0]
+
+
+def lost(host: LabHost, *names: str) -> bool:
+    rows = members(host)
+    return all(rows[name]["state"] == "failed" for name in names)
+
+
+# Hosts 1 and 2 against 3, 4 and 5; one against two; and two that cannot hear each other while all others can.
+PARTITIONS = {"1|2": ([1], [2, 3]), "2|3": ([1, 2], [3, 4, 5]), "a pair": ([1], [2])}
+
+
+def test_partitions_heal_by_themselves(lab: Lab) -> None:
+    """Six labs side by side, or this would take six minutes."""
+    cases = [(name, seconds) for name in PARTITIONS for seconds in (30, 90)]
+    labs = [Lab(lab.directory.parent / f"partition{number}") for number in range(len(cases))]
+    try:
+        # Starting hosts takes the machine's time; being apart does not.
+        meshes = [
+            assemble(one, docker=0, plain=5 if name == "2|3" else 3) for one, (name, _) in zip(labs, cases, strict=True)
+        ]
+        with ThreadPoolExecutor() as pool:
+            took = list(pool.map(_apart, labs, meshes, *zip(*cases, strict=True)))
+    finally:
+        for one in labs:
+            one.down()
+    print({case: f"{seconds:.1f} s" for case, seconds in zip(cases, took, strict=True)})  # noqa: T201
+    assert max(took) < BACK
+
+
+def _apart(lab: Lab, hosts: Sequence[LabHost], name: str, seconds: float) -> float:
+    """Cut, look at both sides, heal; give the seconds until everybody reached everybody again."""
+    left, right = ([hosts[number - 1] for number in side] for side in PARTITIONS[name])
+    with nothing_in_clear(lab):
+        lab.cut([host.name for host in left], [host.name for host in right])
+        until = time.monotonic() + seconds
+        assert not ping(left[0], overlay(right[0])), "they are apart"
+        while time.monotonic() < until:
+            for side in (left, right):
+                assert all(ping(side[0], overlay(host)) for host in side), "each side goes on working inside"
+            time.sleep(1)
+        lab.heal()
+        return eventually(lambda: full_reach(hosts), 2 * BACK, f"{name} for {seconds} s: all reach all")
+
+
+def test_a_host_that_reboots_while_it_is_cut_off_finds_the_mesh_after_the_healing(lab: Lab) -> None:
+    one, two, three = assemble(lab, docker=0, plain=3)
+    with nothing_in_clear(lab):
+        lab.cut(["barge1"], ["barge2", "barge3"])
+        lab.power_off(one)
+        one = lab.power_on("barge1")
+        one.run(["meshd", "up", "--timeout", "1"])
+        # Somebody joins where it cannot hear it, which it has to learn afterwards.
+        four = lab.power_on("barge4")
+        lab.cut(["barge1"], ["barge4"])
+        join(four, two, invitation(two), "--no-docker")
+        eventually(lambda: lost(two, "barge1"), 30, "it has failed")
+        lab.heal()
+        eventually(lambda: full_reach([one, two, three, four]), BACK, "all reach all")
+        eventually(lambda: settled([one, two, three, four]), 30, "and all agree")
+
+
+def test_a_partition_longer_than_serf_remembers_heals(lab: Lab) -> None:
+    """Serf forgets failed members after its reconnect time-out, here 5 s; then it does not look for them any more."""
+    lab.up(3, docker=False)
+    for host in lab.hosts():
+        extra = host.directory / "meshd" / "serf.d"
+        extra.mkdir(parents=True)
+        (extra / "short.json").write_text(json.dumps({"reconnect_timeout": "5s", "tombstone_timeout": "5s"}))
+    one, two, three = assemble(lab, docker=0, plain=3)
+    with nothing_in_clear(lab):
+        lab.cut(["barge1"], ["barge2", "barge3"])
+        eventually(lambda: _forgot(two, "barge1") and _forgot(one, "barge2", "barge3"), 90, "Serf has reaped them")
+        lab.heal()
+        eventually(lambda: full_reach([one, two, three]), BACK, "all reach all")
+        eventually(lambda: settled([one, two, three]), 30, "and Serf has found them again")
+
+
+def _forgot(host: LabHost, *names: str) -> bool:
+    key = f"$(base64 -d {STATE}/rpc.key | od -An -tx1 | tr -d ' \\n')"
+    listed = json.loads(host.run(["sh", "-c", f"SERF_RPC_AUTH={key} serf members -format=json"]).stdout)["members"]
+    return not {member["name"] for member in listed} & set(names)
+
+
+def test_joining_through_a_member_that_cannot_reach_the_others_just_then(lab: Lab) -> None:
+    one, two, three = assemble(lab, docker=0, plain=3)
+    lab.cut(["barge1"], ["barge2", "barge3"])
+    four = lab.power_on("barge4")
+    lab.cut(["barge4"], ["barge2", "barge3"])
+    eventually(lambda: lost(one, "barge2", "barge3"), 60, "the one is alone")
+    with nothing_in_clear(lab):
+        join(four, one, invitation(one), "--no-docker")
+        assert ping(four, overlay(one))
+        lab.heal()
+        eventually(lambda: full_reach([one, two, three, four]), BACK, "all reach all")
+        eventually(lambda: settled([one, two, three, four]), 30, "and all agree")
+
+
+@pytest.mark.parametrize("which", ["one", "the founder", "all"])
+def test_after_a_power_cut_the_mesh_is_back_by_itself(lab: Lab, which: str) -> None:
+    """`meshd up` stands in for the service manager, which runs `meshd agent` at boot (tests/lab/test_boot.py)."""
+    hosts = assemble(lab, docker=1, plain=2)
+    off = {"one": hosts[1:2], "the founder": hosts[:1], "all": hosts}[which]
+    with nothing_in_clear(lab):
+        for host in off:
+            lab.power_off(host)
+        for host in off:
+            boot(lab, host)
+        hosts = lab.hosts()
+        eventually(lambda: full_reach(hosts), BACK, "all reach all")
+        eventually(lambda: rtt(hosts[0], "box", overlay(hosts[2])), 10, "from the container too")
+        eventually(lambda: settled(hosts), 30, "and all agree")
+
+
+def boot(lab: Lab, host: LabHost, *, docker_first: bool = False) -> None:
+    """Power on, and start what a service manager starts: meshd before Docker unless told otherwise."""
+    with_docker = (host.directory / "docker").exists()
+    host = lab.power_on(host.name)
+    if with_docker and docker_first:
+        lab.start_docker(host)
+    daemon = ["sh", "-c", "meshd agent </dev/null >>$0 2>&1 &", f"{STATE}/agent.log"]
+    host.run(daemon)
+    eventually(lambda: Path(f"/proc/{host.pid}/root{STATE}/agent.pid").exists(), 5, "the daemon runs")
+    if with_docker and not docker_first:
+        lab.start_docker(host)
+
+
+@pytest.mark.parametrize("docker_first", [False, True], ids=["meshd first", "dockerd first"])
+def test_either_order_at_boot_ends_well(lab: Lab, docker_first: bool) -> None:
+    hosts = assemble(lab, docker=1, plain=1)
+    before = hosts[0].run(["docker", "network", "inspect", "ovl0", "-f", "{{.Id}}"]).stdout
+    lab.power_off(hosts[0])
+    with nothing_in_clear(lab):
+        boot(lab, hosts[0], docker_first=docker_first)
+        hosts = lab.hosts()
+        eventually(lambda: rtt(hosts[0], "box", overlay(hosts[1])), BACK, "the container reaches the other host")
+        eventually(lambda: settled(hosts), 30, "and nothing is to be changed")
+    assert hosts[0].run(["docker", "network", "inspect", "ovl0", "-f", "{{.Id}}"]).stdout == before
+    routes = hosts[0].run(["docker", "exec", "box", "ip", "route"]).stdout
+    assert f"default via {overlay(hosts[0])} dev eth0" in routes

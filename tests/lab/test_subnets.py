@@ -1,0 +1,136 @@
+"""Every subnet has one owner in the end: no leader, no clock, and no traffic taken from who had it."""
+
+import re
+import subprocess
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from ipaddress import IPv4Address, IPv4Network
+from itertools import count, islice
+
+import pytest
+
+from meshd import addressing
+from meshd.lab import images
+from meshd.lab.hosts import Lab, LabHost
+from tests.lab.conftest import eventually, init, join, log, members, nothing_in_clear, ping, rtt, run_container
+
+pytestmark = [pytest.mark.root, pytest.mark.lab]
+
+# Six subnets, and no host's last octet is one of them: a host prefers by its name.
+SMALL = IPv4Network("172.20.0.0/21")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left(lab: Lab) -> Iterator[None]:
+    yield
+    lab.down()
+
+
+def names_that_prefer_the_same() -> Iterator[str]:
+    def preferred(name: str) -> IPv4Network:
+        return addressing.choose(SMALL, 24, (), IPv4Address("10.10.10.101"), name)
+
+    return (name for n in count() if preferred(name := f"host{n}") == preferred("host0"))
+
+
+def owners(hosts: Mapping[str, LabHost]) -> dict[str, str]:
+    """Who has which subnet, if all hosts agree on that, and each has one of its own."""
+    lists = [{name: row["subnet"] for name, row in members(host).items()} for host in hosts.values()]
+    agreed = all(rows == lists[0] for rows in lists) and len(set(lists[0].values())) == len(hosts)
+    return lists[0] if agreed else {}
+
+
+def reach(hosts: Mapping[str, LabHost]) -> bool:
+    addresses = [subnet.partition("/")[0] for subnet in owners(hosts).values()]
+    return bool(addresses) and all(ping(host, address) for host in hosts.values() for address in addresses)
+
+
+def test_five_that_start_at_once_and_prefer_the_same_subnet_get_five(lab: Lab) -> None:
+    lab.up(5, docker=False)
+    hosts = dict(zip(islice(names_that_prefer_the_same(), 5), lab.hosts(), strict=True))
+    (first, host), *others = hosts.items()
+    with nothing_in_clear(lab):
+        invitation = init(host, "--no-docker", f"--overlay={SMALL}", f"--name={first}")
+        had = members(host)[first]["subnet"]
+        with ThreadPoolExecutor() as pool:
+            joined = [pool.submit(join, h, host, invitation, "--no-docker", f"--name={name}") for name, h in others]
+            for one in joined:
+                one.result()
+        eventually(lambda: owners(hosts), 40, "five owners, and all agree")
+        eventually(lambda: reach(hosts), 20, "and all reach each other")
+    assert owners(hosts)[first] == had, "who had it keeps it"
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["nobody attached", "a container attached"])
+def test_two_that_claimed_one_subnet_apart_are_told_apart_when_they_meet(lab: Lab, used: bool) -> None:
+    lab.up(4, docker=False)
+    one, two, three, four = lab.hosts()
+    same = list(islice(names_that_prefer_the_same(), 2))
+    rivals = dict(zip(same, (two, four), strict=True))
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lab.start_docker, rivals.values()))
+        list(pool.map(images.build, rivals.values()))
+    invitation = init(one, "--no-docker", f"--overlay={SMALL}")
+    join(three, one, invitation, "--no-docker")
+    lab.cut(["barge1", "barge2"], ["barge3", "barge4"])
+    eventually(lambda: members(one)["barge3"]["state"] == "failed", 40, "one side has lost the other")
+    eventually(lambda: members(three)["barge1"]["state"] == "failed", 40, "and the other way round")
+    with nothing_in_clear(lab):
+        for (name, host), via in zip(rivals.items(), (one, three), strict=True):
+            join(host, via, invitation, f"--name={name}", "--timeout=1")
+            if used:
+                run_container(host, "box", "meshd/serf", "sleep", "100000")
+        contested = {members(host)[name]["subnet"] for name, host in rivals.items()}
+        assert len(contested) == 1, "each side has given it away once"
+        address = contested.pop().partition("/")[0]
+        # Each side talks to its own, and goes on doing so.
+        flows = [via.popen(["busybox", "ping", "-i", "0.05", address], stdout=subprocess.PIPE) for via in (one, three)]
+        lab.heal()
+        hosts = {"barge1": one, "barge3": three, **rivals}
+        if used:
+            loser = _wait_for_the_loser(rivals)
+            assert len({members(host)[name]["subnet"] for name, host in rivals.items()}) == 1, "it stays"
+            host = rivals[loser]
+            refused = host.run(["meshd", "renumber"], check=False)
+            assert refused.returncode == 1
+            assert "containers are attached to ovl0: box" in refused.stderr
+            moved = host.run(["meshd", "renumber", "--force"]).stdout
+            assert re.search(rf"^the subnet of {loser} is 172\.20\.\d\.0/24$", moved, re.MULTILINE)
+            assert re.search(r"^container box has the address 172\.20\.\d\.1$", moved, re.MULTILINE)
+        eventually(lambda: owners(hosts), 40, "all agree on the owners")
+        eventually(lambda: reach(hosts), 20, "and all reach each other")
+        winner = next(name for name in rivals if owners(hosts)[name].startswith(f"{address}/"))
+        _no_packet_lost(flows, (one, three)[list(rivals).index(winner)], (one, three))
+        for name, host in rivals.items():
+            assert host.run(["meshd", "plan"]).stdout == "no changes\n", name
+            if not used:
+                run_container(host, "box", "meshd/serf", "sleep", "100000")
+        containers = [owners(hosts)[name].replace(".0/24", ".1") for name in rivals]
+        assert rtt(two, "box", containers[1])
+        assert rtt(four, "box", containers[0])
+
+
+def _wait_for_the_loser(rivals: Mapping[str, LabHost]) -> str:
+    """Give the one that says, in its log and in its status, that it has to move."""
+
+    def losers() -> list[str]:
+        return [name for name, host in rivals.items() if "which keeps it: 'meshd renumber'" in log(host)]
+
+    eventually(losers, 40, "one of them says so loudly")
+    (loser,) = losers()
+    status = rivals[loser].run(["meshd", "status"], check=False)
+    assert status.returncode == 1
+    assert "which keeps it: 'meshd renumber'" in status.stdout
+    return loser
+
+
+def _no_packet_lost(flows: list["subprocess.Popen[str]"], of: LabHost, via: tuple[LabHost, LabHost]) -> None:
+    """What went to the owner that keeps the subnet has lost nothing; the other flow ended in the move."""
+    for host in via:
+        host.run(["pkill", "-INT", "-f", "busybox ping -i"])
+    for flow, host in zip(flows, via, strict=True):
+        output, _ = flow.communicate(timeout=10)
+        if host is of:
+            answered = [int(number) for number in re.findall(r"seq=(\d+)", output)]
+            assert answered == list(range(len(answered)))
+            assert len(answered) > 20
