@@ -20,7 +20,7 @@ from meshd.model import Action, Chain, Change, IptablesRule, Resource, Rule, Tab
 PACKAGES = {"nft": "nftables", "iptables": "iptables", "iptables-save": "iptables"}
 MARK = "meshd:"
 # Where meshd may have rules of its own.
-PLACES = (("filter", "DOCKER-USER"), ("raw", "PREROUTING"))
+PLACES = (("filter", "DOCKER-USER"), ("filter", "FORWARD"), ("raw", "PREROUTING"))
 TIMEOUT = 20.0
 
 
@@ -167,7 +167,8 @@ def watch(table: str, hint: Callable[[str], None], stop: Event) -> None:
     own changes hint too. Raises ApplyError.
     """
     # Names travel in messages as text that ends with a NUL; a flushed ruleset names each table that went, this one too.
-    words = {f"{name}\0".encode(): name for name in (table, *(chain for _, chain in PLACES))}
+    chains = {chain for _, chain in PLACES} - {"FORWARD"}  # where Docker and others come and go all the time
+    words = {f"{name}\0".encode(): name for name in (table, *sorted(chains))}
     try:
         with closing(
             socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, NETLINK_NETFILTER)

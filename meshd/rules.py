@@ -69,14 +69,19 @@ def iptables(
     """Give the rules inside of Docker's own chains that admit the overlay's packets to containers.
 
     Docker's FORWARD policy is DROP; from version 28 on it also drops, in raw, what is routed to a container's address.
-    Its nftables backend has neither chain.
+    Its nftables backend has neither chain. With these the overlay survives an `iptables -F`, which leaves the policy,
+    and takes Docker's own rules away, the way back and the jump to DOCKER-USER among them.
     """
     if not engine.firewall.startswith("iptables"):
         return ()
-    admit = IptablesRule("filter", "DOCKER-USER", ("-i", wireguard, "-o", bridge, "-j", "ACCEPT"), owner)
+    admitted = (
+        IptablesRule("filter", "DOCKER-USER", ("-i", bridge, "-o", wireguard, "-j", "ACCEPT"), owner),
+        IptablesRule("filter", "DOCKER-USER", ("-i", wireguard, "-o", bridge, "-j", "ACCEPT"), owner),
+        IptablesRule("filter", "FORWARD", ("-j", "DOCKER-USER"), owner),
+    )
     if _major(engine.version) < 28:
-        return (admit,)
-    return admit, IptablesRule("raw", "PREROUTING", ("-d", str(subnet), "-i", wireguard, "-j", "ACCEPT"), owner)
+        return admitted
+    return *admitted, IptablesRule("raw", "PREROUTING", ("-d", str(subnet), "-i", wireguard, "-j", "ACCEPT"), owner)
 
 
 def _major(version: str) -> int:

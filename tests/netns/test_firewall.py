@@ -21,7 +21,9 @@ SUBNET = IPv4Network("172.20.101.0/24")
 # The veth of the pair of namespaces stands in for wg0 where packets are to cross it.
 TABLE = rules.table(wireguard="wg0", bridge="ovl0", overlay=OVERLAY, subnet=SUBNET)
 OVER_U0 = rules.table(wireguard="u0", bridge="ovl0", overlay=OVERLAY, subnet=SUBNET)
-ADMIT, RAW = rules.iptables(wireguard="wg0", bridge="ovl0", subnet=SUBNET, engine=Engine("29.0"), owner="meshd:wg0")
+BACK, ADMIT, JUMP, RAW = rules.iptables(
+    wireguard="wg0", bridge="ovl0", subnet=SUBNET, engine=Engine("29.0"), owner="meshd:wg0"
+)
 
 
 def sh(command: str, check: bool = True) -> str:
@@ -190,7 +192,7 @@ def test_a_source_is_kept_whatever_masquerades(netns_pair: tuple[Namespace, Name
 # --- iptables ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", [ADMIT, RAW], ids=str)
+@pytest.mark.parametrize("rule", [BACK, ADMIT, RAW], ids=str)
 def test_an_iptables_rule_is_read_back_and_removed(iptables: Iptables, rule: IptablesRule) -> None:
     assert iptables.read() == []
     for _ in range(2):
@@ -218,6 +220,16 @@ def test_the_rules_of_others_and_of_another_mesh_stay(iptables: Iptables) -> Non
     assert iptables.read() == [ADMIT]
     iptables.apply(Change(Action.REMOVE, ADMIT))
     assert sh("iptables -S") == before
+
+
+def test_the_jump_to_dockers_chain_needs_the_chain_and_is_made_after_it(iptables: Iptables) -> None:
+    with pytest.raises(ApplyError, match="FORWARD -j DOCKER-USER"):
+        iptables.apply(Change(Action.ADD, JUMP))
+    for rule in sorted((JUMP, ADMIT, BACK), key=lambda rule: rule.key):
+        iptables.apply(Change(Action.ADD, rule))
+    assert sorted(map(str, iptables.read())) == sorted(map(str, (JUMP, ADMIT, BACK)))
+    sh("iptables -F")
+    assert iptables.read() == []
 
 
 def test_all_copies_of_a_rule_go(iptables: Iptables) -> None:

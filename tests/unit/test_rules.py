@@ -13,6 +13,7 @@ from tests.conftest import OVERLAY
 SUBNET = IPv4Network("172.20.101.0/24")
 TABLE = rules.table(wireguard="wg0", bridge="ovl0", overlay=OVERLAY, subnet=SUBNET)
 OWNER = "meshd:wg0"
+USER = ["DOCKER-USER", "DOCKER-USER", "FORWARD"]
 
 
 def test_nft_gets_each_closing_brace_on_a_line_of_its_own_and_a_digest_on_each_rule() -> None:
@@ -70,8 +71,10 @@ COMMIT
 *filter
 :FORWARD DROP [0:0]
 :DOCKER-USER - [0:0]
--A FORWARD -m comment --comment {OWNER} -j ACCEPT
+-A FORWARD -m comment --comment {OWNER} -j DOCKER-USER
+-A OUTPUT -m comment --comment {OWNER} -j ACCEPT
 -A DOCKER-USER -i wg0 -o ovl0 -m comment --comment "{OWNER}" -j ACCEPT
+-A DOCKER-USER -i ovl0 -o wg0 -m comment --comment "{OWNER}" -j ACCEPT
 -A DOCKER-USER -i wg1 -o ovl1 -m comment --comment "meshd:wg1" -j ACCEPT
 -A DOCKER-USER -j RETURN
 COMMIT
@@ -87,12 +90,12 @@ def test_own_iptables_rules_are_found_by_their_owner_where_meshd_puts_any() -> N
 @pytest.mark.parametrize(
     ("engine", "chains"),
     [
-        (Engine("20.10.24+dfsg1"), ["DOCKER-USER"]),
-        (Engine("27.5.1"), ["DOCKER-USER"]),
-        (Engine("28.0.4"), ["DOCKER-USER", "PREROUTING"]),
-        (Engine("29.7.2"), ["DOCKER-USER", "PREROUTING"]),
-        (Engine("dev"), ["DOCKER-USER", "PREROUTING"]),
-        (Engine("28.5.2", "iptables+firewalld"), ["DOCKER-USER", "PREROUTING"]),
+        (Engine("20.10.24+dfsg1"), USER),
+        (Engine("27.5.1"), USER),
+        (Engine("28.0.4"), [*USER, "PREROUTING"]),
+        (Engine("29.7.2"), [*USER, "PREROUTING"]),
+        (Engine("dev"), [*USER, "PREROUTING"]),
+        (Engine("28.5.2", "iptables+firewalld"), [*USER, "PREROUTING"]),
         (Engine("29.7.2", "nftables"), []),
     ],
     ids=str,
