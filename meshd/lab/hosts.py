@@ -19,6 +19,7 @@ from meshd.lab import docker, network
 
 DEFAULT = Path("/var/lib/meshd-lab")
 HOLDER = Path(__file__).with_name("holder.py")
+HOLDER_NAME = "meshd/lab/holder.py"
 SWITCH = "switch"
 MOST = 150
 START_TIMEOUT = 10.0
@@ -151,8 +152,10 @@ class Lab:
         docker.remove_cgroups(self.directory)
         if self.directory.exists():
             shutil.rmtree(self.directory)
-        with suppress(OSError):
-            Path("/var/lib/meshd").rmdir()  # the mount point, unless it is somebody's
+        # The mount point, unless it is somebody's. Removing it would pull the state from under the hosts of other labs.
+        if not any(_holders(None)):
+            with suppress(OSError):
+                Path("/var/lib/meshd").rmdir()
 
     @property
     def switch(self) -> LabHost:
@@ -195,8 +198,8 @@ class Lab:
         return dict(_holders(self.directory))[name]
 
 
-def _holders(directory: Path) -> Iterator[tuple[str, int]]:
-    """Find the init processes of a lab's hosts: name and process id."""
+def _holders(directory: Path | None) -> Iterator[tuple[str, int]]:
+    """Find the init processes of a lab's hosts, with None of all labs': name and process id."""
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
@@ -205,8 +208,13 @@ def _holders(directory: Path) -> Iterator[tuple[str, int]]:
         except OSError:
             continue
         # `unshare` has the same words behind its own; the init process begins with Python.
-        if words[1:3] == ["-I", "-S"] and words[3:5] == [str(HOLDER), str(directory)]:
-            yield words[5], int(entry.name)
+        if words[1:3] != ["-I", "-S"] or len(words) < 6:
+            continue
+        program, lab, name = words[3:6]
+        # Another installation's labs have a holder of their own.
+        found = program == str(HOLDER) and lab == str(directory) if directory else program.endswith(HOLDER_NAME)
+        if found:
+            yield name, int(entry.name)
 
 
 def _kill(pid: int) -> None:
