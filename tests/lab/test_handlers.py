@@ -47,7 +47,8 @@ def alone(lab: Lab) -> Iterator[Alone]:
         if not output:
             output = join(host, hosts[0], invitation, "--no-docker", "--no-daemon")
         handlers = re.findall(r"-event-handler '([^']+)'", output)
-        assert len(handlers) == 2, output
+        # Member events, the two questions of other hosts, and goodbyes that they tell of.
+        assert len(handlers) == 4, output
         options = [f"-event-handler={handler}" for handler in handlers]
         options += [f"-node={host.name}", f"-bind={host.address}", f"-encrypt={key}"]
         # Nothing of meshd's own configuration: the tags must come from the handler.
