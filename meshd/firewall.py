@@ -3,19 +3,16 @@
 iptables is the one in PATH, as for dockerd, so both write to the same of its two variants.
 """
 
-import errno
 import json
-import select
 import shlex
-import socket
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from threading import Event
 from typing import Any, ClassVar
 
 from meshd.errors import ApplyError, MissingError
 from meshd.model import Action, Chain, Change, IptablesRule, Resource, Rule, Table
+from meshd.netlink import notifications, subscribe
 
 PACKAGES = {"nft": "nftables", "iptables": "iptables", "iptables-save": "iptables"}
 MARK = "meshd:"
@@ -156,8 +153,7 @@ def parse_saved(text: str, owner: str) -> Iterator[IptablesRule]:
 
 # --- changes by others ---------------------------------------------------------------------------------------------
 
-NETLINK_NETFILTER, SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, NFNLGRP_NFTABLES = 12, 270, 1, 7
-_TICK = 0.5  # seconds between looks at `stop`
+NETLINK_NETFILTER, NFNLGRP_NFTABLES = 12, 7
 
 
 def watch(table: str, hint: Callable[[str], None], stop: Event) -> None:
@@ -170,24 +166,11 @@ def watch(table: str, hint: Callable[[str], None], stop: Event) -> None:
     chains = {chain for _, chain in PLACES} - {"FORWARD"}  # where Docker and others come and go all the time
     words = {f"{name}\0".encode(): name for name in (table, *sorted(chains))}
     try:
-        with closing(
-            socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, NETLINK_NETFILTER)
-        ) as sock:
-            sock.bind((0, 0))
-            sock.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, NFNLGRP_NFTABLES)
-            while not stop.is_set():
-                if not select.select([sock], [], [], _TICK)[0]:
-                    continue
-                try:
-                    data = sock.recv(1 << 16)
-                except BlockingIOError:
-                    continue
-                except OSError as error:
-                    if error.errno != errno.ENOBUFS:
-                        raise
+        with subscribe(NETLINK_NETFILTER, NFNLGRP_NFTABLES) as sock:
+            for data in notifications(sock, stop):
+                if data is None:
                     hint("nftables: messages were lost")
-                    continue
-                if changed := [name for word, name in words.items() if word in data]:
+                elif changed := [name for word, name in words.items() if word in data]:
                     hint(f"nftables: {changed[0]} changed")
     except OSError as error:
         raise ApplyError(f"watching nftables: {error.strerror or error}") from error

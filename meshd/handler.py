@@ -26,10 +26,8 @@ def handle(state: State, environment: "os._Environ[str]", payload: bytes) -> Non
     if not state.exists or state.settings.daemon or state.is_down:
         return
     # Serf's own events are of members: a pass. The others carry something that anybody may have written.
-    event, name = (
-        environment.get("SERF_EVENT"),
-        environment.get("SERF_QUERY_NAME") or environment.get("SERF_USER_EVENT"),
-    )
+    event = environment.get("SERF_EVENT")
+    name = environment.get("SERF_QUERY_NAME") or environment.get("SERF_USER_EVENT")
     question = Question.parse(payload) if (event, name) == ("query", APPLIED) else None
     gone_question = GoneQuestion.parse(payload) if (event, name) == ("query", GONE) else None
     if gone_question is not None:

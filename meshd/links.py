@@ -4,12 +4,10 @@ Facts are from rtnetlink(7) and the kernel's net/core/rtnetlink.c and net/ipv4/d
 """
 
 import errno
-import select
 import socket
 import struct
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import closing
 from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,15 +17,12 @@ from pyroute2.netlink.rtnl.marshal import MarshalRtnl
 
 from meshd.errors import ApplyError, ConflictError
 from meshd.model import Action, Address, Change, Link, Resource, Sysctl
-from meshd.netlink import RT_TABLE_MAIN, link_kind, rtnetlink, tolerating
+from meshd.netlink import RT_TABLE_MAIN, link_kind, notifications, rtnetlink, subscribe, tolerating
 
 PROC_SYS = Path("/proc/sys")
 IFF_UP = 1
-RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE = 0x1, 0x10, 0x40
-SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, RTNLGRP_IPV4_NETCONF = 270, 1, 24
+_GROUPS = (1, 5, 7, 24)  # RTNLGRP_LINK, _IPV4_IFADDR, _IPV4_ROUTE and _IPV4_NETCONF
 RTM_NEWNETCONF, NETCONFA_IFINDEX, NETCONFA_IFINDEX_ALL = 80, 1, -1
-_WATCH_BUFFER = 1 << 20  # room for a burst such as a whole mesh's routes going with their link
-_WATCH_TICK = 0.5  # seconds between looks at `stop`
 _TUN_KINDS = ("wireguard", "tun", "tuntap")  # wireguard-go's links are TUN
 
 
@@ -212,23 +207,13 @@ def watch(names: Collection[str], protocol: int, hint: Callable[[str], None], st
     """
     watcher = _Watcher(names, protocol)
     try:
-        with closing(_subscribe()) as sock:
-            watcher.index = {index: name for index, name in socket.if_nameindex() if name in names}
-            while not stop.is_set():
-                if select.select([sock], [], [], _WATCH_TICK)[0]:
-                    for text in watcher.receive(sock):
-                        hint(f"netlink: {text}")
+        with subscribe(socket.NETLINK_ROUTE, *_GROUPS) as sock:
+            watcher.look_up()
+            for data in notifications(sock, stop):
+                for text in watcher.read(data):
+                    hint(f"netlink: {text}")
     except OSError as error:
         raise ApplyError(f"watching links: {error.strerror or error}") from error
-
-
-def _subscribe() -> socket.socket:
-    sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _WATCH_BUFFER)
-    sock.bind((0, RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV4_ROUTE))
-    # It is beyond the 31 groups that bind() has bits for.
-    sock.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, RTNLGRP_IPV4_NETCONF)
-    return sock
 
 
 class _Watcher:
@@ -240,16 +225,13 @@ class _Watcher:
         self._marshal = MarshalRtnl()
         self.index: dict[int, str] = {}
 
-    def receive(self, sock: socket.socket) -> list[str]:
-        try:
-            data = sock.recv(1 << 16)
-        except BlockingIOError:
-            return []
-        except OSError as error:
-            if error.errno == errno.ENOBUFS:
-                self.index = {index: name for index, name in socket.if_nameindex() if name in self._names}
-                return ["messages were lost"]
-            raise
+    def look_up(self) -> None:
+        self.index = {index: name for index, name in socket.if_nameindex() if name in self._names}
+
+    def read(self, data: bytes | None) -> list[str]:
+        if data is None:
+            self.look_up()
+            return ["messages were lost"]
         texts = [text for message in self._marshal.parse(data) if (text := self._text(message))]
         return texts + [f"sysctls of {self.index.get(i, 'all')} changed" for i in _netconf(data) if self._minds(i)]
 

@@ -1,7 +1,11 @@
-"""What every speaker of rtnetlink shares: the socket, and the kernel's refusals as meshd's errors."""
+"""What every speaker of netlink shares: sockets, the kernel's refusals as meshd's errors, and its notifications."""
 
+import errno
+import select
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Event
 from typing import Any
 
 from pyroute2 import IPRoute
@@ -11,6 +15,9 @@ from meshd.errors import ApplyError
 
 RT_TABLE_MAIN = 254
 RTN_UNICAST, RTN_UNREACHABLE = 1, 7
+SOL_NETLINK, NETLINK_ADD_MEMBERSHIP = 270, 1
+_BUFFER = 1 << 20  # room for a burst such as a whole mesh's routes going with their link
+_TICK = 0.5  # seconds between looks at `stop`
 
 
 @contextmanager
@@ -37,3 +44,32 @@ def tolerating(*codes: int) -> Iterator[None]:
 def link_kind(message: Any) -> str:
     """IFLA_INFO_KIND; `device` for what has none (loopback, hardware)."""
     return str(message.get(("linkinfo", "kind")) or "device")
+
+
+def subscribe(protocol: int, *groups: int) -> socket.socket:
+    """Open a socket on which the kernel tells what happens in these multicast groups. Raises OSError."""
+    sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
+        sock.bind((0, 0))
+        for group in groups:
+            sock.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def notifications(sock: socket.socket, stop: Event) -> Iterator[bytes | None]:
+    """Give each datagram until `stop` is set, seen within 0.5 s; None where some were lost. Raises OSError."""
+    while not stop.is_set():
+        if not select.select([sock], [], [], _TICK)[0]:
+            continue
+        try:
+            yield sock.recv(1 << 16)
+        except BlockingIOError:
+            continue
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:
+                raise
+            yield None

@@ -1,6 +1,7 @@
 """What all tests share: records, members and a state directory that are right unless a test says otherwise."""
 
 import base64
+import time
 from collections.abc import Callable
 from hashlib import sha256
 from ipaddress import IPv4Address, IPv4Network
@@ -38,6 +39,15 @@ def host(number: int) -> Host:
 
 def member(number: int, status: Status = Status.ALIVE, of: Record | None = None) -> Member:
     return Member(f"barge{number}", IPv4Address(f"10.10.10.{100 + number}"), 7946, status, encode(of or record(number)))
+
+
+def eventually(condition: Callable[[], object], timeout: float, what: str) -> float:
+    """Wait until a condition holds; give the seconds it took, and fail with `what` after `timeout`."""
+    begun = time.monotonic()
+    while not condition():
+        assert time.monotonic() - begun < timeout, f"not within {timeout:g} s: {what}"
+        time.sleep(0.05)
+    return time.monotonic() - begun
 
 
 @pytest.fixture

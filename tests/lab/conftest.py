@@ -14,6 +14,7 @@ import pytest
 
 from meshd.lab import images, network
 from meshd.lab.hosts import Lab, LabHost
+from tests.conftest import eventually as eventually  # noqa: PLC0414  for the tests beside this file
 
 Wait = Callable[..., None]
 
@@ -28,15 +29,6 @@ def lab() -> Iterator[Lab]:
             yield lab
         finally:
             lab.down()
-
-
-def eventually(condition: Callable[[], object], timeout: float, what: str) -> float:
-    """Wait until a condition holds; give the seconds it took, and fail with `what` after `timeout`."""
-    begun = time.monotonic()
-    while not condition():
-        assert time.monotonic() - begun < timeout, f"not within {timeout:g} s: {what}"
-        time.sleep(0.05)
-    return time.monotonic() - begun
 
 
 @contextmanager
@@ -83,7 +75,7 @@ def assemble(lab: Lab, *, docker: int, plain: int = 0) -> list[LabHost]:
     for number in range(1, len(hosts)):
         join(hosts[number], hosts[number - 1], invitation, *options(number, docker))
     for host in hosts[:docker]:
-        run_container(host, "box", "meshd/serf", "sleep", "100000")
+        run_box(host)
     return hosts
 
 
@@ -92,8 +84,14 @@ def options(number: int, docker: int) -> list[str]:
 
 
 def run_container(host: LabHost, name: str, *arguments: str) -> None:
-    fixed = ["--init", "--restart", "always", "--network", "ovl0", "--name", name, "--hostname", f"{host.name}-{name}"]
-    host.run(["docker", "run", "-d", *fixed, *arguments])
+    """Start a container on the overlay; `arguments` are more options, the image and its command."""
+    options = ["--init", "--network", "ovl0", "--name", name, "--hostname", f"{host.name}-{name}"]
+    host.run(["docker", "run", "-d", *options, *arguments])
+
+
+def run_box(host: LabHost) -> None:
+    """Start the container `box`, which comes back with its engine."""
+    run_container(host, "box", "--restart", "always", "meshd/serf", "sleep", "100000")
 
 
 def overlay(host: LabHost, last: int = 0) -> str:
@@ -132,6 +130,17 @@ def settled(hosts: Sequence[LabHost]) -> bool:
 def peers(host: LabHost) -> list[str]:
     """The public keys that a host's WireGuard has as peers."""
     return sorted(host.run(["wg", "show", "wg0", "peers"]).stdout.split())
+
+
+def invitation(host: LabHost) -> str:
+    """What `meshd invite` on a member gives to the next host."""
+    return host.run(["meshd", "invite"]).stdout.split("MESHD_INVITE=")[1].split()[0]
+
+
+def serf(host: LabHost, *arguments: str) -> str:
+    """Run `serf` on a host with the key of its RPC; give what it prints."""
+    key = "$(base64 -d /var/lib/meshd/rpc.key | od -An -tx1 | tr -d ' \\n')"
+    return host.run(["sh", "-c", f'SERF_RPC_AUTH={key} serf "$@"', "sh", *arguments]).stdout
 
 
 def log(host: LabHost) -> str:

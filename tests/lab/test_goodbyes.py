@@ -5,7 +5,18 @@ from collections.abc import Iterator
 import pytest
 
 from meshd.lab.hosts import Lab, LabHost
-from tests.lab.conftest import assemble, eventually, join, members, nothing_in_clear, overlay, peers, ping, settled
+from tests.lab.conftest import (
+    assemble,
+    eventually,
+    invitation,
+    join,
+    members,
+    nothing_in_clear,
+    overlay,
+    peers,
+    ping,
+    settled,
+)
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
@@ -59,8 +70,7 @@ def test_a_host_that_was_down_hears_of_a_goodbye_when_it_is_back(lab: Lab, hosts
 def test_both_sides_of_a_partition_hear_each_others_goodbyes(lab: Lab, hosts: list[LabHost]) -> None:
     one, two, three = hosts
     four = lab.power_on("barge4")
-    invitation = one.run(["meshd", "invite"]).stdout.split("MESHD_INVITE=")[1].split()[0]
-    join(four, one, invitation, "--no-docker")
+    join(four, one, invitation(one), "--no-docker")
     eventually(lambda: settled([one, two, three, four]), 15, "four hosts are settled")
     lab.cut(["barge1", "barge2"], ["barge3", "barge4"])
     eventually(lambda: state(one, "barge4") == state(four, "barge1") == "failed", 40, "the parts have lost each other")
@@ -88,8 +98,7 @@ def test_forget_removes_a_dead_host_for_good_and_frees_its_subnet(lab: Lab, host
 
     # Its subnet is free: somebody else can have it.
     four = lab.power_on("barge4")
-    invitation = one.run(["meshd", "invite"]).stdout.split("MESHD_INVITE=")[1].split()[0]
-    join(four, two, invitation, "--no-docker", "--subnet", "172.20.103.0/24")
+    join(four, two, invitation(one), "--no-docker", "--subnet", "172.20.103.0/24")
     eventually(lambda: ping(one, overlay(three)), 5, "the subnet has a new owner")
 
     # And should it come back, it is nobody, takes nothing from anybody, and is told so.
@@ -99,7 +108,7 @@ def test_forget_removes_a_dead_host_for_good_and_frees_its_subnet(lab: Lab, host
     assert members(one)["barge4"]["state"] == "alive"
     assert members(one)["barge4"]["subnet"] == "172.20.103.0/24"
     three.run(["meshd", "leave", "--force"])
-    join(three, one, invitation, "--no-docker")
+    join(three, one, invitation(one), "--no-docker")
     eventually(lambda: settled([one, two, three, four]), 15, "it has joined anew")
 
 
@@ -123,6 +132,5 @@ def test_an_empty_member_list_deletes_nothing(lab: Lab, hosts: list[LabHost]) ->
 def test_an_invited_host_can_have_the_name_of_one_that_left(hosts: list[LabHost]) -> None:
     one, _, three = hosts
     three.run(["meshd", "leave"])
-    invitation = one.run(["meshd", "invite"]).stdout.split("MESHD_INVITE=")[1].split()[0]
-    join(three, one, invitation, "--no-docker")
+    join(three, one, invitation(one), "--no-docker")
     eventually(lambda: settled(hosts), 15, "it is back under its name with a new key")

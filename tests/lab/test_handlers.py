@@ -12,7 +12,7 @@ import pytest
 
 from meshd import identity
 from meshd.lab.hosts import Lab, LabHost
-from tests.lab.conftest import eventually, init, join, ping, snapshot
+from tests.lab.conftest import eventually, init, join, peers, ping, snapshot
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
@@ -124,7 +124,3 @@ def test_a_plain_serf_leave_is_a_goodbye_too(alone: Alone) -> None:
 def serf_agent(host: LabHost, *options: str) -> "subprocess.Popen[str]":
     with (host.directory / "serf.log").open("a") as log:
         return host.popen(["serf", "agent", *options], stdout=log, stderr=log)
-
-
-def peers(host: LabHost) -> list[str]:
-    return host.run(["wg", "show", "wg0", "peers"]).stdout.split()

@@ -7,7 +7,7 @@ from datetime import datetime
 import pytest
 
 from meshd.lab.hosts import Lab, LabHost
-from tests.lab.conftest import assemble, eventually, log, nothing_in_clear, overlay, peers, rtt, run_container
+from tests.lab.conftest import assemble, eventually, log, nothing_in_clear, overlay, peers, rtt, run_box, run_container
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
@@ -129,7 +129,7 @@ def test_the_docker_network_removed(lab: Lab, hosts: list[LabHost]) -> None:
         # The bridge changes with it, so that the kernel may tell of it before Docker does.
         assert re.search(r"seen by .*(docker: network ovl0 destroy|netlink: link ovl0)", line)
         eventually(lambda: one.run(["docker", "network", "ls", "-q", "-f", "name=ovl0"]).stdout, 5, "it is there")
-        run_container(one, "box", "meshd/serf", "sleep", "100000")
+        run_box(one)
         assert rtt(two, "box", overlay(one, 1))
 
 

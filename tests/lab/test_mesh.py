@@ -12,7 +12,7 @@ import pytest
 
 from meshd.lab import images, network
 from meshd.lab.hosts import Lab, LabHost
-from tests.lab.conftest import eventually, init, join, ping, rtt, snapshot
+from tests.lab.conftest import eventually, init, join, overlay, ping, rtt, run_container, serf, snapshot
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
@@ -53,20 +53,11 @@ def mesh(lab: Lab) -> Mesh:
     return mesh
 
 
-def run_container(host: LabHost, name: str, *arguments: str) -> None:
-    options = ["--init", "--network", "ovl0", "--name", name, "--hostname", f"{host.name}-{name}"]
-    host.run(["docker", "run", "-d", *options, *arguments])
-
-
 def fetch(host: LabHost, url: str) -> str:
     """Give what a web server answers to the host itself, the empty string without an answer."""
     # Debian's static busybox cannot: its wget needs the C library's resolver, which is not linked in.
     script = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=3).read().decode())"
     return host.run([sys.executable, "-I", "-c", script, url], check=False).stdout.strip()
-
-
-def overlay(host: LabHost, last: int) -> str:
-    return f"172.20.{str(host.address).rpartition('.')[2]}.{last}"
 
 
 def test_join_prints_the_members(mesh: Mesh) -> None:
@@ -86,8 +77,7 @@ def test_members_is_one_sorted_line_a_host_and_agrees_everywhere(mesh: Mesh) -> 
 
 
 def test_the_record_is_readable_in_serf_members(mesh: Mesh) -> None:
-    key = f"$(base64 -d {STATE}/rpc.key | od -An -tx1 | tr -d ' \\n')"
-    text = mesh.hosts[0].run(["sh", "-c", f"SERF_RPC_AUTH={key} serf members"]).stdout
+    text = serf(mesh.hosts[0], "members")
     for host in mesh.hosts:
         assert re.search(rf"^{host.name} .*subnet={re.escape(overlay(host, 0))}/24", text, re.MULTILINE)
     assert len(re.findall(r"\bwg=[A-Za-z0-9+/]{43}=", text)) == 3

@@ -13,12 +13,14 @@ from tests.lab.conftest import (
     assemble,
     eventually,
     full_reach,
+    invitation,
     join,
     members,
     nothing_in_clear,
     overlay,
     ping,
     rtt,
+    serf,
     settled,
 )
 
@@ -32,10 +34,6 @@ BACK = 15
 def _nothing_left(lab: Lab) -> Iterator[None]:
     yield
     lab.down()
-
-
-def invitation(host: LabHost) -> str:
-    return host.run(["meshd", "invite"]).stdout.split("MESHD_INVITE=")[1].split()[0]
 
 
 def lost(host: LabHost, *names: str) -> bool:
@@ -114,8 +112,7 @@ def test_a_partition_longer_than_serf_remembers_heals(lab: Lab) -> None:
 
 
 def _forgot(host: LabHost, *names: str) -> bool:
-    key = f"$(base64 -d {STATE}/rpc.key | od -An -tx1 | tr -d ' \\n')"
-    listed = json.loads(host.run(["sh", "-c", f"SERF_RPC_AUTH={key} serf members -format=json"]).stdout)["members"]
+    listed = json.loads(serf(host, "members", "-format=json"))["members"]
     return not {member["name"] for member in listed} & set(names)
 
 

@@ -12,7 +12,7 @@ from importlib import metadata
 import pytest
 
 from meshd.lab.hosts import Lab, LabHost
-from tests.lab.conftest import assemble, eventually, log, nothing_in_clear, overlay, settled
+from tests.lab.conftest import assemble, eventually, log, nothing_in_clear, overlay, serf, settled
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
@@ -90,8 +90,7 @@ def kill_both(host: LabHost) -> None:
 def leave_serf(host: LabHost) -> None:
     """Serf ends with exit code 0, and the others hear that it has left."""
     before = host.run(["sh", "-ec", f"echo {SERF}"]).stdout
-    key = f"$(base64 -d {STATE}/rpc.key | od -An -tx1 | tr -d ' \\n')"
-    host.run(["sh", "-c", f"SERF_RPC_AUTH={key} serf leave"])
+    serf(host, "leave")
     eventually(lambda: host.run(["sh", "-c", f"echo {SERF}"]).stdout not in {before, "\n"}, 5, "the daemon starts Serf")
 
 

@@ -12,7 +12,7 @@ import pytest
 from meshd import addressing
 from meshd.lab import images
 from meshd.lab.hosts import Lab, LabHost
-from tests.lab.conftest import eventually, init, join, log, members, nothing_in_clear, ping, rtt, run_container
+from tests.lab.conftest import eventually, init, join, log, members, nothing_in_clear, ping, rtt, run_box
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
@@ -79,7 +79,7 @@ def test_two_that_claimed_one_subnet_apart_are_told_apart_when_they_meet(lab: La
         for (name, host), via in zip(rivals.items(), (one, three), strict=True):
             join(host, via, invitation, f"--name={name}", "--timeout=1")
             if used:
-                run_container(host, "box", "meshd/serf", "sleep", "100000")
+                run_box(host)
         contested = {members(host)[name]["subnet"] for name, host in rivals.items()}
         assert len(contested) == 1, "each side has given it away once"
         address = contested.pop().partition("/")[0]
@@ -104,7 +104,7 @@ def test_two_that_claimed_one_subnet_apart_are_told_apart_when_they_meet(lab: La
         for name, host in rivals.items():
             assert host.run(["meshd", "plan"]).stdout == "no changes\n", name
             if not used:
-                run_container(host, "box", "meshd/serf", "sleep", "100000")
+                run_box(host)
         containers = [owners(hosts)[name].replace(".0/24", ".1") for name in rivals]
         assert rtt(two, "box", containers[1])
         assert rtt(four, "box", containers[0])

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from meshd import links, underlay
+from meshd import links, netlink, underlay
 from meshd.errors import ApplyError, ConflictError, InputError
 from meshd.model import Action, Address, Change, Link, Sysctl
 from tests.netns.conftest import Namespace
@@ -254,7 +254,7 @@ def test_watch_tells_of_our_links_and_routes_only() -> None:
 
 
 def test_an_overrun_is_a_hint(monkeypatch: pytest.MonkeyPatch, netns: Namespace) -> None:
-    monkeypatch.setattr(links, "_WATCH_BUFFER", 1)  # the kernel makes that 2304 bytes
+    monkeypatch.setattr(netlink, "_BUFFER", 1)  # the kernel makes that 2304 bytes
     release = threading.Event()
     hints: list[str] = []
     stop = threading.Event()

@@ -17,6 +17,7 @@ from meshd.errors import ConflictError, SerfError
 from meshd.model import Action, Change, Endpoint, Status, Tags
 from meshd.serf import Serf, SerfTags
 from meshd.tags import LIMIT, size
+from tests.conftest import eventually
 
 pytestmark = [pytest.mark.root]
 
@@ -93,13 +94,6 @@ def start(netns: object, tmp_path: Path) -> Iterator[Start]:
         yield begin
 
 
-def eventually(condition: Callable[[], object], what: str, timeout: float = 10) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {timeout:g} s: {what}"
-        time.sleep(0.02)
-
-
 def test_the_rpc_wants_the_key_and_says_nothing_without(start: Start) -> None:
     agent = start(1)
     for wrong in ("", "wrong"):
@@ -130,7 +124,7 @@ def test_members_find_each_other_with_their_tags(start: Start) -> None:
         "barge2": {"wg": "second"},
     }
     assert (str(members["barge1"].address), members["barge1"].port) == ("127.0.0.1", 7946)
-    eventually(lambda: "barge2" in one.states(), "the other side knows it too")
+    eventually(lambda: "barge2" in one.states(), 10, "the other side knows it too")
 
 
 def test_a_join_that_nobody_answers_is_an_error(start: Start) -> None:
@@ -221,7 +215,7 @@ def test_the_log_tells_of_a_join_before_any_event_does(start: Start) -> None:
     time.sleep(0.2)
     with two.connect() as client:
         client.join([one.gossip])
-    eventually(lambda: len(heard) == 2, "both tell of the join")
+    eventually(lambda: len(heard) == 2, 10, "both tell of the join")
     for thread in threads:
         thread.join()
     for client in clients.values():
@@ -239,15 +233,15 @@ def test_an_agent_that_is_killed_has_failed_and_one_that_leaves_has_left(start: 
     for agent in (two, three):
         with agent.connect() as client:
             client.join([one.gossip])
-    eventually(lambda: len(one.states()) == 3, "all are members")
+    eventually(lambda: len(one.states()) == 3, 10, "all are members")
     with three.connect() as client:
         client.leave()
-    eventually(lambda: one.states()["barge3"] is Status.LEFT, "a goodbye is a leave")
+    eventually(lambda: one.states()["barge3"] is Status.LEFT, 10, "a goodbye is a leave")
     serf.stop(two.pid)
-    eventually(lambda: one.states()["barge2"] is Status.FAILED, "a signal is no leave", timeout=30)
+    eventually(lambda: one.states()["barge2"] is Status.FAILED, 30, "a signal is no leave")
     with one.connect() as client:
         client.force_leave("barge2")
-    eventually(lambda: one.states()["barge2"] is Status.LEFT, "it is declared as left")
+    eventually(lambda: one.states()["barge2"] is Status.LEFT, 10, "it is declared as left")
 
 
 def test_a_name_that_is_taken_is_found_in_the_log_and_the_agent_lives(start: Start) -> None:
@@ -281,11 +275,13 @@ def test_an_agent_is_found_again_by_its_configuration_and_ends_by_a_signal(start
 def test_a_handler_gets_the_event_by_its_environment(start: Start, tmp_path: Path) -> None:
     seen = tmp_path / "seen"
     one = start(1, handlers=(f'member-join=echo "$SERF_EVENT $SERF_SELF_NAME" >> {seen}',))
-    eventually(lambda: seen.exists() and seen.read_text() == "member-join barge1\n", "its own join is its first event")
+    eventually(
+        lambda: seen.exists() and seen.read_text() == "member-join barge1\n", 10, "its own join is its first event"
+    )
     two = start(2)
     with two.connect() as client:
         client.join([one.gossip])
-    eventually(lambda: seen.read_text() == "member-join barge1\n" * 2, "then the join of the other")
+    eventually(lambda: seen.read_text() == "member-join barge1\n" * 2, 10, "then the join of the other")
 
 
 def test_the_log_and_the_configuration_are_for_root_alone(start: Start) -> None:
