@@ -1,5 +1,6 @@
 """The lab's underlay: a switch in a namespace of its own, a cable to each host, and a stand-in for the internet."""
 
+import errno
 import re
 from collections.abc import Sequence
 from contextlib import closing
@@ -33,7 +34,13 @@ def make_switch(pid: int) -> None:
 
 def plug_in(switch: int, host: int, name: str, mtu: int) -> None:
     """Lay a cable from the switch to a host, and give the host its address and its default route."""
+    from meshd.netlink import tolerating  # noqa: PLC0415  as in _netlink
+
     with closing(_netlink(switch)) as ipr:
+        # The cable of a host that has just lost its power is there until the kernel has cleaned up behind it.
+        for index in ipr.link_lookup(ifname=name):
+            with tolerating(errno.ENODEV):
+                ipr.link("del", index=index)
         ipr.link("add", ifname=name, kind="veth", mtu=mtu, peer={"ifname": "eth0", "net_ns_pid": host, "mtu": mtu})
         ipr.link("set", index=_index(ipr, name), master=_index(ipr, BRIDGE), state="up")
     with closing(_netlink(host)) as ipr:

@@ -35,6 +35,11 @@ def traffic(source: LabHost, target: LabHost) -> Iterator[None]:
     receiver = target.popen(server, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     eventually(lambda: "7000" in target.run(["docker", "exec", "box", "netstat", "-ltn"]).stdout, 5, "nc listens")
     pings = source.popen(["docker", "exec", "box", "ping", "-i", "0.01", address], stdout=subprocess.PIPE)
+    assert pings.stdout is not None
+    head = ""
+    while "seq=0" not in head:
+        head += (line := pings.stdout.readline())
+        assert line, f"ping has ended: {head}"
     sender = source.popen(["docker", "exec", "-i", "box", "nc", address, "7000"], stdin=subprocess.PIPE)
     assert sender.stdin is not None
     sent = 0
@@ -58,7 +63,7 @@ def traffic(source: LabHost, target: LabHost) -> Iterator[None]:
         sender.wait(timeout=10)
         received, _ = receiver.communicate(timeout=10)
         source.run(["pkill", "-INT", "-x", "ping"])
-        statistics, _ = pings.communicate(timeout=10)
+        statistics = head + pings.communicate(timeout=10)[0]
     # Every one in its turn; the very last may be on its way back when ping is told to stop.
     answered = [int(number) for number in re.findall(r"seq=(\d+)", statistics)]
     assert answered == list(range(len(answered))), statistics[-200:]
