@@ -44,13 +44,22 @@ def choose(
     identity: str,
     *,
     persisted: IPv4Network | None = None,
+    allowed: Collection[IPv4Network] = (),
 ) -> IPv4Network:
     """Pick a free subnet: the persisted one, the underlay address's last octet, a hash of the identity, upwards.
 
-    Raises ConflictError when every subnet of the overlay is taken.
+    Where prefixes are `allowed`, one inside of them. Raises ConflictError when every subnet is taken.
     """
-    free = (s for s in _candidates(overlay, length, underlay, identity, persisted) if s not in taken)
+    free = (
+        s
+        for s in _candidates(overlay, length, underlay, identity, persisted)
+        if s not in taken and (not allowed or any(s.subnet_of(prefix) for prefix in allowed))
+    )
     subnet = next(free, None)
+    if subnet is None and allowed:
+        raise ConflictError(
+            f"the certificate of this host allows {', '.join(map(str, allowed))} only, where no subnet is free"
+        )
     if subnet is None:
         raise ConflictError(
             f"the overlay {overlay} is exhausted: all {capacity(overlay, length)} subnets of length /{length} are taken"
@@ -75,11 +84,3 @@ def _candidates(
 def _nth(overlay: IPv4Network, length: int, index: int) -> IPv4Network:
     base = int(overlay.network_address)
     return IPv4Network((base + (index << (32 - length)), length))
-
-
-def precedence(public_key: str) -> bytes:
-    """Give a claim's rank when two hosts claim one subnet and neither is the incumbent: the lower one wins.
-
-    Every host computes the same, without a clock and without asking.
-    """
-    return sha256(public_key.encode()).digest()

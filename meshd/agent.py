@@ -7,19 +7,16 @@ next daemon adopts them.
 import logging
 import os
 import queue
-import random
 import signal
 import socket
 import time
-from collections.abc import Callable, Collection, Mapping
-from functools import partial
-from threading import Event, Lock, Thread
+from collections.abc import Callable, Collection
+from threading import Event, Thread
 
 from meshd import bridge, files, firewall, gossip, links, plan, routes, rules, serf
-from meshd.errors import InputError, MeshdError, SerfError
-from meshd.model import Goodbye, Status
-from meshd.queries import APPLIED, GONE, GoneQuestion, Question, answer_gone, digest, read_page
-from meshd.reconcile import MEMBERSHIP, WITHOUT_DOCKER, Report, bury, reconcile, renumber
+from meshd.errors import InputError, MeshdError
+from meshd.exchange import PATIENCE, Exchange
+from meshd.reconcile import MEMBERSHIP, WITHOUT_DOCKER, Report, reconcile, renumber
 from meshd.state import State
 
 log = logging.getLogger("meshd")
@@ -29,12 +26,10 @@ INTERVAL = 10.0
 # Hints of one cause come in bursts; this is what the first one waits for the others.
 SETTLE = 0.02
 RETRY = 1.0
-# How long a question waits for the pass that lets it be answered; the asker asks again after its own time-out.
-PATIENCE = 5.0
-# Seconds between asking anybody for goodbyes, with no occasion for it.
-ASK_AGAIN = 60.0
 LONGEST_SEARCH = 10.0
 LOG_LIMIT = 4 * 2**20
+# Anybody with the gossip key can make any number of members that are refused.
+MOST_REFUSED = 20
 
 
 class Agent:
@@ -44,13 +39,9 @@ class Agent:
         self.state = state
         self.hints: queue.Queue[str] = queue.Queue()
         self.stopping = Event()
-        self.questions: dict[Question, tuple[Callable[[bytes], None], float]] = {}
-        self.asking = Lock()
+        self.exchange = Exchange(state, self.hint, self.stopping)
         self.search = Event()
-        self.applied: dict[str, int] = {}
-        self.alive: frozenset[str] = frozenset()
         self.rivalry: float | None = None
-        self.to_ask: queue.Queue[frozenset[str]] = queue.Queue()
         self.complaints: set[str] = set()
         self.report = Report()
 
@@ -68,7 +59,7 @@ class Agent:
         self.stopping.set()
         self.search.set()
         self.hints.put("stop")
-        self.to_ask.put(frozenset())
+        self.exchange.stop()
 
     def hint(self, text: str) -> None:
         self.hints.put(text)
@@ -79,8 +70,8 @@ class Agent:
         watches: list[Callable[[], None]] = [
             self._listen,
             self._watch_log,
-            self._watch_serf,
-            self._ask_for_goodbyes,
+            self.exchange.watch,
+            self.exchange.ask,
             self._rejoin,
             lambda: links.watch(names, routes.PROTOCOL, self.hint, self.stopping),
             lambda: firewall.watch(rules.table_name(settings.wireguard), self.hint, self.stopping),
@@ -155,19 +146,18 @@ class Agent:
         if claim is None or not claim.settled:
             return True  # `meshd join` is still asking the mesh
         try:
-            self.report = reconcile(self.state, kinds=kinds)
+            self.report = reconcile(self.state, kinds=kinds, heard=dict(self.exchange.heard))
         except MeshdError as error:
             self._complain({str(error)})
             return False
         report = self.report
         for change in report.changes:
             log.info("%s (seen by %s)", change, ", ".join(hints) or "timer")
-        reasons = {f"refused {name}: {reason}" for name, reason in report.roster.refused.items()}
+        refused = [f"refused {name}: {reason}" for name, reason in sorted(report.roster.refused.items())]
+        reasons = {*refused[:MOST_REFUSED], *(["refused more than these"] if refused[MOST_REFUSED:] else [])}
         held = {f"withheld without evidence: {change} (meshd sync --force does it)" for change in report.withheld}
         self._complain({str(failure) for failure in report.failures} | reasons | held)
-        self.applied = report.applied
-        self._answer()
-        self._notice_newcomers(report)
+        self.exchange.after(report)
         self._yield_subnet(report)
         return not report.failures
 
@@ -177,20 +167,6 @@ class Agent:
         for text in sorted(self.complaints - complaints):
             log.info("no longer: %s", text)
         self.complaints = complaints
-
-    def _answer(self) -> None:
-        """Say yes to those who asked for records that are applied now; the others wait for a later pass."""
-        with self.asking:
-            waiting = {
-                q: (respond, until) for q, (respond, until) in self.questions.items() if until > time.monotonic()
-            }
-            for question in [q for q in waiting if q.answered_by(self.applied)]:
-                respond, _ = waiting.pop(question)
-                try:
-                    respond(Question.YES)
-                except SerfError as error:
-                    log.debug("answering %s: %s", question.name, error)
-            self.questions = waiting
 
     # --- where hints come from -------------------------------------------------------------------------------------
 
@@ -222,55 +198,6 @@ class Agent:
             finally:
                 self.hint("serf: connection lost")
 
-    def _watch_serf(self) -> None:
-        """Answer the others' questions, and hear the goodbyes that they tell of."""
-        with gossip.rpc(self.state) as client:
-            for event in client.stream(f"query,user:{GONE}"):
-                name, payload, identity = event["Name"], event.get("Payload"), event.get("ID")
-                if not isinstance(payload, bytes):
-                    continue
-                if event["Event"] == "user":
-                    self._bury(read_page(payload))
-                elif isinstance(identity, int):
-                    self._asked(name, payload, partial(client.respond, identity))
-
-    def _asked(self, name: str, payload: bytes, respond: Callable[[bytes], None]) -> None:
-        if name == APPLIED:
-            question = Question.parse(payload)
-            if question is None or question.name == self.state.settings.name:
-                return
-            with self.asking:
-                self.questions[question] = (respond, time.monotonic() + PATIENCE)
-            self._answer()
-            if not question.answered_by(self.applied):
-                self.hint("serf: asked for readiness")
-        elif name == GONE and (gone_question := GoneQuestion.parse(payload)) is not None:
-            gone = self.state.roster().gone
-            if answer := answer_gone(gone_question, gone):
-                respond(answer)
-            if gone_question.digest != digest(gone) and gone_question.asker != self.state.settings.name:
-                # Who knows others than this host may know more than this host.
-                self.to_ask.put(frozenset({gone_question.asker}))
-
-    def _bury(self, gone: Mapping[str, Goodbye]) -> bool:
-        if not bury(self.state, gone):
-            return False
-        self.hint("serf: goodbye of " + ", ".join(sorted(gone))[:80])
-        return True
-
-    def _notice_newcomers(self, report: Report) -> None:
-        """After a start or a healed partition, ask for the goodbyes that were said meanwhile.
-
-        Who meets many at once has been away itself; a single newcomer asks by itself.
-        """
-        if not report.members:
-            return
-        own = self.state.settings.name
-        alive = frozenset(m.name for m in report.members if m.status is Status.ALIVE and m.name != own)
-        newcomers, self.alive = alive - self.alive, alive
-        if newcomers and len(newcomers) * 2 >= len(alive):
-            self.to_ask.put(newcomers)
-
     def _yield_subnet(self, report: Report) -> None:
         """Move to another subnet if a rival's claim to this one stands for a while and nobody here uses it.
 
@@ -290,26 +217,6 @@ class Agent:
         log.warning("%s has the subnet of this host, which moves to %s", report.rival, record.subnet)
         self.rivalry = None
         self.hint("subnet: moved")
-
-    def _ask_for_goodbyes(self) -> None:
-        asked: dict[frozenset[str], float] = {}
-        while not self.stopping.is_set():
-            try:
-                names = self.to_ask.get(timeout=max(ASK_AGAIN, len(self.alive)))
-            except queue.Empty:
-                # Messages get lost. The larger the mesh, the more others ask.
-                names = frozenset(random.sample(sorted(self.alive), min(1, len(self.alive))))
-            if not names or time.monotonic() - asked.get(names, -INTERVAL) < INTERVAL:
-                continue
-            asked = {**{n: t for n, t in asked.items() if time.monotonic() - t < INTERVAL}, names: time.monotonic()}
-            try:
-                known = self.state.roster().gone
-                found = gossip.ask_gone(self.state, names, known)
-                if self._bury(found):
-                    # The others may have been away together with this host.
-                    gossip.tell_gone(self.state, {n: g for n, g in found.items() if known.get(n) != g})
-            except MeshdError as error:
-                log.debug("asking for goodbyes: %s", error)
 
     def _rejoin(self) -> None:
         """Look for the hosts that Serf has lost, more and more rarely while the same ones stay lost."""

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from meshd import __version__
+from meshd import __version__, cli_authority
 from meshd.errors import InputError, MeshdError
 from meshd.model import Endpoint, IPAddress
 from meshd.state import DEFAULT, State
@@ -152,9 +152,18 @@ def init(state: State, /, **options: Any) -> None:
       meshd init --mesh staging --overlay 10.80.0.0/16 --bind 203.0.113.5
     """
     from meshd import lifecycle  # noqa: PLC0415  300 ms of imports that --help does without
+    from meshd.authority import Terms, expiry, invite_many  # noqa: PLC0415
 
-    invitation = lifecycle.init(state, _settings(options, towards=None))
-    _print_invitation(state, invitation)
+    lifecycle.init(state, _settings(options, towards=None))
+    settings, claim = state.settings, state.claim()
+    subnet = claim.record.subnet if claim else "?"
+    click.echo(
+        f"The mesh {settings.mesh!r} runs on {settings.name}: its containers get addresses of {subnet}.\n"
+        "This host holds the mesh's authority: 'meshd invite NAME' here admits one more host at any time.\n"
+    )
+    cli_authority.print_invitation(state, invite_many(state, "", Terms(expiry(cli_authority.REUSABLE))))
+    if not settings.daemon:
+        _print_no_daemon(state)
 
 
 @main.command()
@@ -189,34 +198,25 @@ def join(
     from meshd import identity, lifecycle, preflight  # noqa: PLC0415
 
     preflight.root()
+    text = invite or (invite_file.read(2**16) if invite_file else None)
     if state.exists:
-        _again(state, invite or (invite_file.read() if invite_file else None))
+        _again(state, text)
     else:
-        text = invite or (invite_file.read() if invite_file else _prompt())
-        invitation = identity.decode(text)
+        invitation = identity.decode(text or _prompt())
         member = _endpoint(address, invitation.gossip_port)
+        admission = invitation.admits(options["name"], os.uname().nodename)
+        options["name"] = admission.name
         options["gossip_port"] = options["gossip_port"] or invitation.gossip_port
         settings = _settings(
             {**options, "mesh": invitation.mesh, "overlay": invitation.overlay,
              "subnet_length": invitation.subnet_length},
             towards=member.address,
         )  # fmt: skip
-        lifecycle.join(state, settings, invitation.gossip_key, member)
+        lifecycle.join(state, settings, invitation, admission, member)
     _wait(state, timeout, strict=strict)
 
 
-@main.command()
-@click.pass_obj
-def invite(state: State) -> None:
-    """Print the line by which another host joins. It is a secret.
-
-    \b
-    Example:
-      meshd invite
-    """
-    from meshd import lifecycle  # noqa: PLC0415
-
-    _print_invitation(state, lifecycle.invitation(state))
+main.add_command(cli_authority.invite)
 
 
 @main.command()
@@ -322,22 +322,9 @@ def down(state: State, force: bool) -> None:
     click.echo("meshd is down on this host; 'meshd up' brings it back.")
 
 
-@main.command()
-@click.argument("name")
-@click.pass_obj
-def forget(state: State, name: str) -> None:
-    """Remove the host NAME, which is dead and will not come back, from the whole mesh; its subnet is free again.
-
-    Hosts that are down now hear of it when they are back. NAME itself, should it come back, has to join anew.
-
-    \b
-    Example:
-      meshd forget barge3
-    """
-    from meshd import lifecycle  # noqa: PLC0415
-
-    lifecycle.forget(state, name)
-    click.echo(f"{name} is forgotten.")
+main.add_command(cli_authority.forget)
+main.add_command(cli_authority.revoke)
+main.add_command(cli_authority.authority)
 
 
 @main.command()
@@ -412,15 +399,20 @@ def _prompt() -> str:
     return str(click.prompt("Invitation", hide_input=True))
 
 
-def _again(state: State, invitation: str | None) -> None:
-    """Join once more: harmless, and an error only for another mesh."""
+def _again(state: State, text: str | None) -> None:
+    """Join once more: harmless, renews the certificate with a new invitation, and an error only for another mesh."""
     from meshd import identity, lifecycle  # noqa: PLC0415
 
-    if invitation is not None and identity.decode(invitation).gossip_key != state.gossip_key:
-        raise InputError(
-            f"this host is in the mesh {state.settings.mesh!r} already, and the invitation is of another one: "
-            "run 'meshd leave' first, or pass another --state-dir, --interface, --bridge and ports"
-        )
+    if text is not None:
+        invitation = identity.decode(text)
+        if invitation.authority != state.mesh.trust.authority:
+            raise InputError(
+                f"this host is in the mesh {state.settings.mesh!r} already, and the invitation is of another one: "
+                "run 'meshd leave' first, or pass another --state-dir, --interface, --bridge and ports"
+            )
+        # A reusable invitation gives nothing that a certificate by the authority itself does not have.
+        if invitation.certificate is not None or state.certificate.delegation is not None:
+            lifecycle.renew(state, invitation.admits(state.settings.name, state.settings.name))
     lifecycle.up(state)
 
 
@@ -467,21 +459,6 @@ def _finish(report: Any) -> None:
         click.echo(f"Error: {failure}", err=True)
     if report.failures:
         sys.exit(1)
-
-
-def _print_invitation(state: State, invitation: Any) -> None:
-    from meshd import identity  # noqa: PLC0415
-
-    settings, claim = state.settings, state.claim()
-    subnet = claim.record.subnet if claim else "?"
-    port = "" if settings.gossip_port == 7946 else f":{settings.gossip_port}"
-    click.echo(
-        f"The mesh {settings.mesh!r} runs on {settings.name}: its containers get addresses of {subnet}.\n"
-        "On every other host, run this line (it holds the mesh's secret):\n\n"
-        f"    MESHD_INVITE={identity.encode(invitation)} meshd join {settings.advertised}{port}\n"
-    )
-    if not settings.daemon:
-        _print_no_daemon(state)
 
 
 def _print_no_daemon(state: State) -> None:

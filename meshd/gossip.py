@@ -2,19 +2,21 @@
 
 import random
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from tenacity import Retrying, stop_after_delay, wait_fixed
 
-from meshd import files, serf, underlay
+from meshd import files, queries, serf, underlay
+from meshd.credentials import CredentialError
 from meshd.errors import SerfError
-from meshd.model import Endpoint, Goodbye, Member, Status
-from meshd.queries import APPLIED, EVENT_LIMIT, GONE, GoneQuestion, digest, pages, read_page
+from meshd.model import Certificate, Endpoint, Member, Record, Status
+from meshd.queries import APPLIED, CONFIRM, EVENT_LIMIT, GONE, RECORD, GoneQuestion
 from meshd.state import State
-from meshd.tags import encode
+from meshd.tags import RecordError, encode, from_wire, read_certificate, to_wire
+from meshd.tombstones import Graves
 
 # The names of those who are asked travel in the query; one of them would do.
 MOST_ASKED = 5
@@ -121,32 +123,73 @@ def rejoin(state: State, lost: Mapping[str, str]) -> int:
     return joined
 
 
-def tell_gone(state: State, gone: Mapping[str, Goodbye]) -> None:
-    """Tell all members of goodbyes. Raises SerfError."""
+def tell_gone(state: State, graves: Graves) -> None:
+    """Tell all members of tombstones. Raises SerfError."""
     with rpc(state) as client:
-        for page in pages(gone, EVENT_LIMIT):
+        for page in graves.pages(EVENT_LIMIT):
             client.event(GONE, page)
 
 
-def ask_gone(state: State, names: Collection[str], known: Mapping[str, Goodbye]) -> dict[str, Goodbye]:
-    """Ask members, MOST_ASKED of them at random, for the goodbyes that are not among the known. Raises SerfError."""
-    found: dict[str, Goodbye] = {}
+def ask_gone(state: State, names: Collection[str], known: Graves) -> Graves:
+    """Ask members, MOST_ASKED of them at random, for the tombstones that are not among the known. Raises SerfError."""
+    found = Graves()
     asked = random.sample(sorted(names), min(len(names), MOST_ASKED))
     after: dict[str, str] = dict.fromkeys(asked, "")
     while after:
         # Those who have the same answer nothing; those who have more than fits into an answer are asked on.
         begin = min(after.values())
-        question = GoneQuestion(state.settings.name, digest(known), begin)
-        answers: dict[str, dict[str, Goodbye]] = {}
-        with rpc(state) as client:
-            for name, page in client.query(GONE, question.payload(), timeout=ASK, nodes=sorted(after)):
-                answers[name] = read_page(page)
-                if answers.keys() >= after.keys():
-                    break
+        question = GoneQuestion(state.settings.name, known.digest, begin)
+        answers = {name: Graves.read(page) for name, page in _ask(state, GONE, question.payload(), sorted(after))}
         for answer in answers.values():
-            found |= {n: g for n, g in answer.items() if n not in found or g.seq > found[n].seq}
-        after = {name: max(answer) for name, answer in answers.items() if answer and max(answer) > begin}
+            found = found.merged(answer)
+        after = {name: answer.last for name, answer in answers.items() if answer.last > begin}
     return found
+
+
+def announce(state: State, record: Record) -> None:
+    """Publish the own record besides the tags, which Serf carries only where it knows this host. Raises SerfError."""
+    with rpc(state) as client:
+        client.event(RECORD, queries.announcement(state.settings.name, to_wire(record)))
+
+
+def ask_record(state: State, name: str, of: Collection[str]) -> Record | None:
+    """Ask members, MOST_ASKED of them at random, for the newest record of a host. Raises SerfError."""
+    asked = random.sample(sorted(of), min(len(of), MOST_ASKED))
+    found = []
+    for _, raw in _ask(state, RECORD, name.encode(), asked):
+        with suppress(RecordError, CredentialError):
+            record = read_record(state, raw)
+            state.mesh.trust.check(name, record)
+            found.append(record)
+    return max(found, key=lambda record: record.seq, default=None)
+
+
+def read_record(state: State, raw: bytes) -> Record:
+    """Read a record that came besides the tags; who signed it is not looked at. Raises RecordError."""
+    return from_wire(raw, state.settings.overlay, state.settings.subnet_length)
+
+
+def ask_confirmation(state: State) -> Certificate | None:
+    """Ask whoever holds the authority for a certificate of its own for this host. Raises SerfError."""
+    own, name = state.certificate, state.settings.name
+    for _, raw in _ask(state, CONFIRM, name.encode(), ()):
+        with suppress(RecordError, CredentialError):
+            certificate = read_certificate(raw, is_delegated=False)
+            state.mesh.trust.check_certificate(name, certificate)
+            if certificate.identity == own.identity:
+                return certificate
+    return None
+
+
+def _ask(state: State, name: str, payload: bytes, nodes: Collection[str]) -> Iterator[tuple[str, bytes]]:
+    """Ask these members, or all where none is named, until those who were named have answered or time is over."""
+    heard: set[str] = set()
+    with rpc(state) as client:
+        for sender, answer in client.query(name, payload, timeout=ASK, nodes=sorted(nodes)):
+            yield sender, answer
+            heard.add(sender)
+            if nodes and heard >= set(nodes):
+                return
 
 
 def follow_underlay(state: State) -> bool:

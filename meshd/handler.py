@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 from meshd.errors import MeshdError
-from meshd.queries import APPLIED, GONE, GoneQuestion, Question, answer_gone, read_page
+from meshd.queries import APPLIED, GONE, GoneQuestion, Question, answer_gone
 from meshd.state import DEFAULT, State
+from meshd.tombstones import Graves
 
 
 def main() -> None:
@@ -31,14 +32,14 @@ def handle(state: State, environment: "os._Environ[str]", payload: bytes) -> Non
     question = Question.parse(payload) if (event, name) == ("query", APPLIED) else None
     gone_question = GoneQuestion.parse(payload) if (event, name) == ("query", GONE) else None
     if gone_question is not None:
-        sys.stdout.buffer.write(answer_gone(gone_question, state.roster().gone))
+        sys.stdout.buffer.write(answer_gone(gone_question, state.roster().graves))
         return
     if event in {"query", "user"} and question is None and (event, name) != ("user", GONE):
         return
     # Imports that the cases above do without.
     from meshd.reconcile import WITHOUT_DOCKER, bury, reconcile  # noqa: PLC0415
 
-    if name == GONE and not bury(state, read_page(payload)):
+    if name == GONE and not bury(state, Graves.read(payload)):
         return
     # Serf runs handlers one after the other. `meshd init/join/up` have asked Docker, and nothing here changes that.
     report = reconcile(state, kinds=WITHOUT_DOCKER)

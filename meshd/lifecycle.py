@@ -7,17 +7,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Network
 
-from meshd import addressing, files, gossip, links, membership, preflight, serf, service
+from meshd import addressing, authority, files, gossip, links, membership, preflight, serf, service
 from meshd.bridge import Bridge
 from meshd.config import Settings
 from meshd.errors import ConflictError, InputError, MeshdError, SerfError
-from meshd.identity import Invitation
-from meshd.model import Endpoint, Goodbye, Host, Member, Record, Status
+from meshd.identity import Admission, Invitation
+from meshd.membership import Roster
+from meshd.model import Endpoint, Host, Member, Record, Status
 from meshd.queries import APPLIED, Question
 from meshd.reconcile import Report, bury, dismantle, endpoint, members, reconcile
 from meshd.reconcile import renumber as move
 from meshd.state import Claim, State
 from meshd.tags import encode
+from meshd.tombstones import Graves
 
 # An asker hears within this time from everybody who is ready; who is not is asked again.
 ASK = 1.0
@@ -33,41 +35,35 @@ class Readiness:
     missing: frozenset[str]
 
 
-def init(state: State, settings: Settings) -> Invitation:
+def init(state: State, settings: Settings) -> None:
     """Make a mesh with this host as its first. On any error the host is as it was before."""
     _not_set_up(state)
     with _all_or_nothing(state):
         _settle_in(state, settings)
+        authority.found(state, settings.mesh, settings.name)
         subnet = settings.subnet or addressing.choose(
             settings.overlay, settings.subnet_length, (), settings.advertised, settings.name
         )
         state.publish(subnet=subnet, endpoint=endpoint(settings), settled=True)
         _begin(state)
-    return invitation(state)
 
 
-def invitation(state: State) -> Invitation:
-    """Give what another host needs to join this one's mesh."""
-    settings = state.settings
-    return Invitation(
-        settings.mesh,
-        settings.overlay,
-        settings.subnet_length,
-        state.gossip_key,
-        settings.gossip_port,
-        (Endpoint(settings.advertised, settings.gossip_port),),
-    )
-
-
-def join(state: State, settings: Settings, gossip_key: bytes, member: Endpoint) -> None:
+def join(state: State, settings: Settings, invitation: Invitation, admission: Admission, member: Endpoint) -> None:
     """Join the mesh of the member at `member`. On any error the host is as it was before."""
     _not_set_up(state)
     preflight.reachable(member)
     with _all_or_nothing(state):
-        _settle_in(state, settings, gossip_key)
+        _settle_in(state, settings, invitation.gossip_key)
+        state.save_authority(invitation.authority)
+        state.save_certificate(admission.certificate, admission.seed)
         state.save_contacts({"": member})
+        allowed = admission.certificate.subnets
+        if settings.subnet is not None and allowed and not any(settings.subnet.subnet_of(p) for p in allowed):
+            raise InputError(
+                f"the invitation allows subnets of {', '.join(map(str, allowed))} only, not {settings.subnet}"
+            )
         subnet = settings.subnet or addressing.choose(
-            settings.overlay, settings.subnet_length, (), settings.advertised, settings.name
+            settings.overlay, settings.subnet_length, (), settings.advertised, settings.name, allowed=allowed
         )
         # Without a daemon nobody can be asked before the agent is started by hand.
         state.publish(subnet=subnet, endpoint=endpoint(settings), settled=not settings.daemon)
@@ -96,12 +92,10 @@ def _enter(state: State, member: Endpoint) -> None:
 
 def _settled(state: State, listed: list[Member]) -> IPv4Network:
     """Give the subnet to take: the one claimed already unless another member claims it too."""
-    settings, claim = state.settings, state.claim()
-    taken = membership.claimed(listed, settings.name, settings.overlay, settings.subnet_length)
+    settings, record, now = state.settings, _record(state.claim()), time.time()
+    taken = membership.claimed(settings.name, listed, state.mesh, Roster(), now)
     if settings.subnet is not None and settings.subnet in taken:
-        rivals = membership.subnet_rivals(
-            Host(settings.name, _record(claim)), listed, settings.overlay, settings.subnet_length
-        )
+        rivals = membership.subnet_rivals(Host(settings.name, record), listed, state.mesh, Roster(), now)
         raise ConflictError(f"the subnet {settings.subnet} is taken by {', '.join(rivals)}: pass another --subnet")
     return addressing.choose(
         settings.overlay,
@@ -109,8 +103,19 @@ def _settled(state: State, listed: list[Member]) -> IPv4Network:
         taken,
         settings.advertised,
         settings.name,
-        persisted=_record(claim).subnet,
+        persisted=record.subnet,
+        allowed=record.certificate.subnets,
     )
+
+
+def renew(state: State, admission: Admission) -> None:
+    """Take over a new certificate for this host, if it is one; nothing else changes, and no packet is lost."""
+    preflight.root()
+    if admission.certificate == state.certificate:
+        return
+    with state.lock():
+        state.save_certificate(admission.certificate, admission.seed)
+    state.hint("cli: a new certificate")
 
 
 def up(state: State) -> Report:
@@ -170,7 +175,7 @@ def _say_goodbye(state: State, claim: Claim) -> None:
 def forget(state: State, name: str) -> None:
     """Bury a host that will not come back: all others drop it, and its subnet is free.
 
-    Raises InputError for a name that is not known, ConflictError for a host that is alive.
+    Raises InputError for a name that is not known or without the authority, ConflictError for a host that is alive.
     """
     preflight.root()
     settings, roster = state.settings, state.roster()
@@ -180,17 +185,35 @@ def forget(state: State, name: str) -> None:
     if record is None:
         known = ", ".join(sorted(roster.hosts)) or "none"
         raise InputError(f"no host {name!r} is known to this mesh; known: {known}")
+    goodbye = authority.forget(state, name, record)
     with gossip.rpc(state) as client:
         member = next((m for m in client.members() if m.name == name), None)
         if member is not None and member.status is Status.ALIVE:
             raise ConflictError(f"{name} is alive: run 'meshd leave' there, or stop it first")
+    _end(state, name, Graves({name: goodbye}))
+
+
+def revoke(state: State, name: str) -> list[str]:
+    """Cut a host off everywhere, or end a reusable invitation; give the names of all that is revoked with it."""
+    preflight.root()
+    if name == state.settings.name:
+        raise InputError(f"{name} is this host: bring the authority to another one and revoke it from there")
+    revoked = authority.revoke(state, name)
+    _end(state, name, Graves(revoked=revoked))
+    return sorted({revocation.name for revocation in revoked.values()})
+
+
+def _end(state: State, name: str, graves: Graves) -> None:
+    bury(state, graves)
+    with suppress(SerfError), gossip.rpc(state) as client:
+        member = next((m for m in client.members() if m.name == name), None)
         if member is not None and member.status in {Status.FAILED, Status.LEFT}:
             client.force_leave(name, prune=True)
-    gone = {name: Goodbye(record.seq, record.public_key)}
-    bury(state, gone)
-    gossip.tell_gone(state, gone)
+    # Whoever does not hear it now asks for it later, or is told by those who have.
+    with suppress(SerfError):
+        gossip.tell_gone(state, graves)
     reconcile(state)
-    state.hint("cli: forget")
+    state.hint("cli: tombstones")
 
 
 def renumber(state: State, subnet: IPv4Network | None, *, force: bool, say: Callable[[str], None]) -> None:

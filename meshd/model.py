@@ -78,6 +78,46 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
+class Delegation:
+    """The authority's leave to certify hosts, which a reusable invitation carries.
+
+    `expires` is Unix seconds, 0 for never; names begin with `prefix`; without `subnets` every subnet is allowed.
+    """
+
+    serial: int
+    expires: int
+    key: bytes
+    prefix: str = ""
+    subnets: tuple[IPv4Network, ...] = ()
+    signature: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """Whose a name is: the Ed25519 key that signs its records, vouched for by the authority or by a delegation.
+
+    With a delegation, `serial` is the key's digest, and `expires` and `subnets` are the delegation's.
+    """
+
+    serial: int
+    expires: int
+    identity: bytes
+    subnets: tuple[IPv4Network, ...] = ()
+    delegation: Delegation | None = None
+    signature: bytes = b""
+
+    @property
+    def serials(self) -> frozenset[int]:
+        """The numbers under which it can be revoked."""
+        return frozenset({self.serial, self.delegation.serial} if self.delegation else {self.serial})
+
+    @property
+    def rank(self) -> tuple[bool, int]:
+        """Its place when two hosts claim one subnet: the lower one wins. Nobody chooses the authority's serials."""
+        return self.delegation is not None, self.serial
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """What a host publishes about itself: the tags, parsed and validated (docs/record.md)."""
 
@@ -85,7 +125,9 @@ class Record:
     subnet: IPv4Network
     endpoint: Endpoint
     seq: int
+    certificate: Certificate
     leaving: bool = False
+    signature: bytes = b""
 
     @property
     def address(self) -> IPv4Address:
@@ -103,14 +145,27 @@ class Host:
 
 @dataclass(frozen=True, slots=True)
 class Goodbye:
-    """The tombstone of a host that left or was forgotten. Who joins again does so with a new key and a newer record."""
+    """The tombstone of a host that left or was forgotten. Who joins again does so with a new key and a newer record.
+
+    `proof` shows it to others (meshd.tombstones); without one it counts on this host alone.
+    """
 
     seq: int
     public_key: str
+    proof: bytes = b""
 
     def voids(self, record: Record) -> bool:
         """Tell whether a record of this name is of the life that has ended."""
         return record.seq <= self.seq or record.public_key == self.public_key
+
+
+@dataclass(frozen=True, slots=True)
+class Revocation:
+    """The authority's word that a certificate, or all that a delegation signed, count no more; `name` is for people."""
+
+    serial: int
+    name: str
+    signature: bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,22 +8,27 @@ from ipaddress import IPv4Network
 from meshd import addressing, links, membership, plan, underlay
 from meshd.bridge import Bridge
 from meshd.config import Settings
-from meshd.errors import ConflictError, InputError, MeshdError, SerfError
+from meshd.errors import ApplyError, ConflictError, InputError, MeshdError, SerfError
 from meshd.firewall import Iptables, Nftables
 from meshd.membership import Roster
-from meshd.model import Action, Adapter, Change, Endpoint, Engine, Goodbye, Host, Member, Peer, Record, Resource, Sysctl
+from meshd.model import Action, Adapter, Change, Endpoint, Engine, Host, Member, Peer, Record, Resource, Sysctl
 from meshd.routes import Routes
 from meshd.rules import table_name
 from meshd.serf import Serf, SerfTags
 from meshd.state import Claim, State
 from meshd.tags import NAMES
+from meshd.tombstones import Graves
 from meshd.wireguard import WireGuard, find
 
 # WireGuard's own overhead over IPv6: 40 bytes of IP, 8 of UDP, 32 of its own. Over IPv4 it is 20 less.
 OVERHEAD = 80
 # What a change of members alone can change; a pass after Serf's hint reads nothing else.
 MEMBERSHIP = frozenset({"device", "peer", "route", "tags"})
-FORGOTTEN = "the mesh has forgotten this host: run 'meshd leave --force' here, then 'meshd join' again"
+ENDED = {
+    membership.REVOKED: "the authority has revoked this host",
+    membership.BURIED: "the mesh has forgotten this host: run 'meshd leave --force' here, then 'meshd join' again",
+}
+EXPIRED = "this host is a member no more, {reason}: 'meshd join' with a new invitation for its name renews it"
 MUST_MOVE = (
     "the subnet {subnet} is also claimed by {rival}, which keeps it: 'meshd renumber' gives this host another one"
 )
@@ -129,10 +134,18 @@ def members(state: State) -> list[Member]:
         return serf.members()
 
 
-def reconcile(state: State, *, dry: bool = False, force: bool = False, kinds: Collection[str] = plan.ORDER) -> Report:
+def reconcile(
+    state: State,
+    *,
+    dry: bool = False,
+    force: bool = False,
+    kinds: Collection[str] = plan.ORDER,
+    heard: Mapping[str, Record] | None = None,
+) -> Report:
     """Make one pass. With `dry` nothing is changed or written; with `force` the guard lets everything through.
 
-    Raises InputError for damaged state; whatever else fails is in the report.
+    `heard` are records that came another way than by tags. Raises InputError for damaged state; whatever else fails is
+    in the report.
     """
     settings = state.settings
     with state.lock():
@@ -144,20 +157,18 @@ def reconcile(state: State, *, dry: bool = False, force: bool = False, kinds: Co
             raise InputError("this host has not claimed its subnet yet: 'meshd join' has not finished")
         if not dry and (state.is_down or claim.record.leaving):
             raise InputError(f"the mesh {settings.mesh} is down on this host: 'meshd up' starts it")
-        own = Host(settings.name, claim.record)
-        buried = membership.is_void(own, known)
-        if buried:
-            failures.append(Failure("membership", MeshdError(FORGOTTEN)))
-        elif not dry:
-            own = Host(settings.name, renewed(state, claim).record)
+        now = time.time()
+        own = Host(settings.name, (claim if dry else renewed(state, claim)).record)
+        if ended := known.ended(own.name, own.record, now):
+            failures.append(Failure("membership", MeshdError(ENDED.get(ended, EXPIRED.format(reason=ended)))))
         roster, listed = known, []
         try:
             listed = members(state)
-            roster = _admit(settings, own, listed, known)
-        except SerfError as error:
+            roster = _admit(state, own, listed, known, heard=heard, now=now)
+        except (SerfError, ApplyError) as error:
             failures.append(Failure("members", error))
-        rival = membership.superseded_by(own, listed, known, settings.overlay, settings.subnet_length)
-        if rival is not None and not buried:
+        rival = membership.superseded_by(own, listed, state.mesh, known, now)
+        if rival is not None and not ended:
             failures.append(Failure("subnet", ConflictError(MUST_MOVE.format(subnet=own.record.subnet, rival=rival))))
         observed, readable, unread = machine.observe(kinds)
         failures += unread
@@ -165,7 +176,7 @@ def reconcile(state: State, *, dry: bool = False, force: bool = False, kinds: Co
         moved = {
             r.public_key for n, r in roster.hosts.items() if n in known.hosts and r.endpoint != known.hosts[n].endpoint
         }
-        changes = plan.diff(wanted, observed, now=time.time(), moved=moved, kinds=readable & set(kinds))
+        changes = plan.diff(wanted, observed, now=now, moved=moved, kinds=readable & set(kinds))
         changes, withheld = (changes, ()) if force else plan.guard(changes, observed, _departed(known, roster))
         if not dry:
             _remember(state, known, roster, listed, changes)
@@ -181,15 +192,15 @@ def reconcile(state: State, *, dry: bool = False, force: bool = False, kinds: Co
         )
 
 
-def bury(state: State, gone: Mapping[str, Goodbye]) -> bool:
-    """Keep goodbyes that others told of, for the next pass to act on; True if there was one that is news."""
+def bury(state: State, graves: Graves) -> bool:
+    """Keep tombstones that others told of, for the next pass to act on; True if there was one that is news."""
     with state.lock():
         known, claim = state.roster(), state.claim()
         own = state.settings.name
-        # What was said of an earlier host of this name is over; that of this host itself must be known (see FORGOTTEN).
-        current = {n: g for n, g in gone.items() if n != own or (claim is not None and g.voids(claim.record))}
-        roster = membership.bury(known, current)
-        if roster.gone == known.gone:
+        # What was said of an earlier host of this name is over; that of this host itself must be known (see ENDED).
+        current = {n: g for n, g in graves.gone.items() if n != own or (claim is not None and g.voids(claim.record))}
+        roster = membership.bury(known, state.mesh, Graves(current, graves.revoked))
+        if roster.graves == known.graves:
             return False
         state.save_roster(roster)
         return True
@@ -208,12 +219,13 @@ def renumber(state: State, subnet: IPv4Network | None = None) -> Record:
             raise InputError("this host has not claimed its subnet yet: 'meshd join' has not finished")
         if machine.bridge is not None and (attached := machine.bridge.containers()):
             raise ConflictError(f"containers are attached to {settings.bridge}: {', '.join(attached)}")
-        taken = membership.claimed(members(state), settings.name, overlay, length)
-        taken |= {record.subnet for record in state.roster().hosts.values()}
+        known, allowed = state.roster(), claim.record.certificate.subnets
+        taken = membership.claimed(settings.name, members(state), state.mesh, known, time.time())
+        taken |= {record.subnet for record in known.hosts.values()}
         if subnet is not None and subnet in taken:
             raise ConflictError(f"the subnet {subnet} is taken by another host: 'meshd members' shows who has which")
         new = subnet or addressing.choose(
-            overlay, length, taken | {claim.record.subnet}, settings.advertised, settings.name
+            overlay, length, taken | {claim.record.subnet}, settings.advertised, settings.name, allowed=allowed
         )
         # Docker refuses a bridge whose address is not the network's gateway: the network goes before the address does.
         observed, _, failures = machine.observe({"network", "address"})
@@ -224,13 +236,24 @@ def renumber(state: State, subnet: IPv4Network | None = None) -> Record:
         return state.publish(subnet=new, endpoint=endpoint(settings), settled=True).record
 
 
-def _admit(settings: Settings, own: Host, listed: Sequence[Member], known: Roster) -> Roster:
+def _admit(
+    state: State,
+    own: Host,
+    listed: Sequence[Member],
+    known: Roster,
+    *,
+    heard: Mapping[str, Record] | None,
+    now: float,
+) -> Roster:
+    settings = state.settings
     return membership.admit(
         own,
-        settings.overlay,
-        settings.subnet_length,
+        state.mesh,
         listed,
         known,
+        now=now,
+        heard=heard,
+        networks=underlay.networks(settings.overlay, {settings.wireguard, settings.bridge}),
         left_is_goodbye=not settings.daemon,
     )
 
@@ -249,8 +272,9 @@ def _engine(machine: Machine, kinds: Collection[str], readable: set[str], failur
 
 
 def _departed(known: Roster, roster: Roster) -> set[str]:
-    replaced = {r.public_key for n, r in known.hosts.items() if n in roster.hosts and r != roster.hosts[n]}
-    return replaced | {goodbye.public_key for goodbye in roster.gone.values()}
+    # `admit` drops and replaces nobody without evidence.
+    over = {r.public_key for n, r in known.hosts.items() if r != roster.hosts.get(n)}
+    return over | {goodbye.public_key for goodbye in roster.gone.values()}
 
 
 def _remember(state: State, known: Roster, roster: Roster, listed: Sequence[Member], changes: Sequence[Change]) -> None:
@@ -259,8 +283,13 @@ def _remember(state: State, known: Roster, roster: Roster, listed: Sequence[Memb
         state.save_roster(roster)
     contacts = state.contacts()
     kept = {n: e for n, e in contacts.items() if n not in roster.gone}
-    # The address that was joined through has no name yet; it goes when the first host is known by its own.
-    named = {m.name: Endpoint(m.address, m.port) for m in listed if m.name in roster.hosts}
+    # The address that was joined through has no name yet; it goes when the first host is known by its own. The host
+    # has signed its address; where Serf says another one, somebody may be using its name.
+    named = {
+        m.name: Endpoint(m.address, m.port)
+        for m in listed
+        if m.name in roster.hosts and m.address == roster.hosts[m.name].endpoint.address
+    }
     if named:
         kept.pop("", None)
     if (now_known := kept | named) != contacts:

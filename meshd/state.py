@@ -1,22 +1,25 @@
 """The state directory: one place, mode 0700, that holds all that a host must remember."""
 
+import base64
 import fcntl
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any, TypeVar
 
-from meshd import config, files, identity
+from meshd import config, credentials, files, identity
 from meshd.config import Settings
+from meshd.credentials import Trust
 from meshd.errors import InputError, MeshdError
-from meshd.membership import Roster
-from meshd.model import Endpoint, Goodbye, Record
+from meshd.membership import Mesh, Roster
+from meshd.model import Certificate, Endpoint, Goodbye, Record, Revocation
+from meshd.tags import RecordError, from_wire, pack_certificate, read_certificate, to_wire
 
 DEFAULT = Path("/var/lib/meshd")
 T = TypeVar("T")
@@ -91,13 +94,71 @@ class State:
         """What authenticates meshd to its own Serf agent."""
         return identity.key(self.directory / "rpc.key").hex()
 
+    @cached_property
+    def mesh(self) -> Mesh:
+        """What this host knows of its mesh. Raises InputError if the authority's public key is not there."""
+        settings, path = self.settings, self.directory / "authority.pub"
+        authority = identity.saved_key(path)
+        if authority is None:
+            raise InputError(f"{path} is missing: it is the mesh's authority, the same on every host")
+        return Mesh(settings.overlay, settings.subnet_length, Trust(settings.mesh, authority))
+
+    def save_authority(self, public_key: bytes) -> None:
+        identity.save_key(self.directory / "authority.pub", public_key)
+        self.__dict__.pop("mesh", None)
+
+    @property
+    def authority_key(self) -> bytes | None:
+        """The authority's seed, on the host that holds it."""
+        return identity.saved_key(self.directory / "authority.key")
+
+    def save_authority_key(self, seed: bytes) -> None:
+        identity.save_key(self.directory / "authority.key", seed)
+
+    @property
+    def identity_key(self) -> bytes:
+        """The seed of this host's identity. Raises InputError if it is not there."""
+        path = self.directory / "identity.key"
+        seed = identity.saved_key(path)
+        if seed is None:
+            raise InputError(f"{path} is missing: run 'meshd leave --force', and join with a new invitation")
+        return seed
+
+    @property
+    def certificate(self) -> Certificate:
+        """This host's certificate. Raises InputError if it is not there or damaged."""
+        values = self._json("certificate.json")
+        if values is None:
+            raise InputError(f"{self.directory / 'certificate.json'} is missing: join with a new invitation")
+        return self._guard(
+            "certificate.json",
+            lambda: read_certificate(_bytes(values["certificate"]), is_delegated=bool(values["delegated"])),
+        )
+
+    def save_certificate(self, certificate: Certificate, seed: bytes | None = None) -> None:
+        """Keep a certificate, and the seed of its identity if that is a new one."""
+        if seed is not None:
+            identity.save_key(self.directory / "identity.key", seed)
+        packed = {"certificate": _text(pack_certificate(certificate)), "delegated": certificate.delegation is not None}
+        files.write_json(self.directory / "certificate.json", packed)
+
+    def issued(self) -> dict[str, dict[str, Any]]:
+        """Give what the authority on this host has signed: serial -> name, expiry, and the identity if it is known."""
+        values = self._json("issued.json") or {}
+        return self._guard("issued.json", lambda: {str(serial): dict(entry) for serial, entry in values.items()})
+
+    def save_issued(self, issued: Mapping[str, Mapping[str, Any]]) -> None:
+        files.write_json(self.directory / "issued.json", issued)
+
     def claim(self) -> Claim | None:
         values = self._json("claim.json")
-        return None if values is None else self._guard("claim.json", lambda: _claim(values))
+        if values is None:
+            return None
+        return self._guard("claim.json", lambda: Claim(self._record(values["record"]), bool(values["settled"])))
 
     def save_claim(self, claim: Claim) -> None:
         files.write_json(
-            self.directory / "claim.json", {"record": _record_json(claim.record), "settled": claim.settled}
+            self.directory / "claim.json", {"record": _text(to_wire(claim.record)), "settled": claim.settled}
         )
 
     def publish(self, *, subnet: IPv4Network, endpoint: Endpoint, settled: bool, leaving: bool = False) -> Claim:
@@ -108,25 +169,52 @@ class State:
         """
         last = self.claim()
         seq = last.record.seq if last else 0
-        record = Record(identity.public_key(self.wireguard_key), subnet, endpoint, seq, leaving)
-        if last is None or record != last.record:
-            record = Record(record.public_key, subnet, endpoint, max(seq + 1, int(time.time())), leaving)
-        claim = Claim(record, settled)
+        public_key = identity.public_key(self.wireguard_key)
+        record = Record(public_key, subnet, endpoint, seq, self.certificate, leaving)
+        if last is not None and record == replace(last.record, signature=b""):
+            claim = Claim(last.record, settled)
+        else:
+            record = replace(record, seq=max(seq + 1, int(time.time())))
+            settings = self.settings
+            claim = Claim(credentials.sign(self.identity_key, settings.mesh, settings.name, record), settled)
         if claim != last:
             self.save_claim(claim)
         return claim
 
     def roster(self) -> Roster:
-        """Give the hosts and goodbyes that this host knows of."""
-        values = self._json("hosts.json") or {"hosts": {}, "gone": {}}
-        return self._guard("hosts.json", lambda: _roster(values))
+        """Give the hosts and tombstones that this host knows of."""
+        values = self._json("hosts.json") or {"hosts": {}, "gone": {}, "revoked": {}}
+        return self._guard("hosts.json", lambda: self._roster(values))
+
+    def _roster(self, values: dict[str, Any]) -> Roster:
+        return Roster(
+            {str(name): self._record(text) for name, text in values["hosts"].items()},
+            {
+                str(name): Goodbye(int(g["seq"]), str(g["public_key"]), _bytes(g["proof"]))
+                for name, g in values["gone"].items()
+            },
+            revoked={
+                int(serial): Revocation(int(serial), str(r["name"]), _bytes(r["signature"]))
+                for serial, r in values["revoked"].items()
+            },
+        )
+
+    def _record(self, text: str) -> Record:
+        return from_wire(_bytes(text), self.settings.overlay, self.settings.subnet_length)
 
     def save_roster(self, roster: Roster) -> None:
         files.write_json(
             self.directory / "hosts.json",
             {
-                "hosts": {name: _record_json(record) for name, record in roster.hosts.items()},
-                "gone": {name: {"seq": g.seq, "public_key": g.public_key} for name, g in roster.gone.items()},
+                "hosts": {name: _text(to_wire(record)) for name, record in roster.hosts.items()},
+                "gone": {
+                    name: {"seq": g.seq, "public_key": g.public_key, "proof": _text(g.proof)}
+                    for name, g in roster.gone.items()
+                },
+                "revoked": {
+                    str(serial): {"name": r.name, "signature": _text(r.signature)}
+                    for serial, r in roster.revoked.items()
+                },
             },
         )
 
@@ -225,54 +313,22 @@ class State:
     def _guard(self, name: str, reader: Callable[[], T]) -> T:
         try:
             return reader()
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecordError) as error:
             raise InputError(f"{self.directory / name} is damaged: {error!r}; remove it or restore it") from None
 
 
 # Every file that this class, or what it starts, writes here.
 _OURS = {
     *("settings.json", "claim.json", "contacts.json", "hosts.json", "originals.json", "serf.json"),
-    *(
-        "wireguard.key",
-        "gossip.key",
-        "rpc.key",
-        "serf.log",
-        "agent.log",
-        "agent.pid",
-        "agent.sock",
-        "lock",
-        "serf.lock",
-        "down",
-    ),
+    *("authority.pub", "authority.key", "identity.key", "certificate.json", "issued.json"),
+    *("wireguard.key", "gossip.key", "rpc.key", "serf.log", "agent.log"),
+    *("agent.pid", "agent.sock", "lock", "serf.lock", "down"),
 }
 
 
-def _record_json(record: Record) -> dict[str, Any]:
-    return {
-        "public_key": record.public_key,
-        "subnet": str(record.subnet),
-        "endpoint": str(record.endpoint),
-        "seq": record.seq,
-        "leaving": record.leaving,
-    }
+def _text(raw: bytes) -> str:
+    return base64.b64encode(raw).decode()
 
 
-def _record(values: dict[str, Any]) -> Record:
-    return Record(
-        str(values["public_key"]),
-        IPv4Network(values["subnet"]),
-        Endpoint.parse(values["endpoint"]),
-        int(values["seq"]),
-        bool(values["leaving"]),
-    )
-
-
-def _claim(values: dict[str, Any]) -> Claim:
-    return Claim(_record(values["record"]), bool(values["settled"]))
-
-
-def _roster(values: dict[str, Any]) -> Roster:
-    return Roster(
-        {str(name): _record(record) for name, record in values["hosts"].items()},
-        {str(name): Goodbye(int(g["seq"]), str(g["public_key"])) for name, g in values["gone"].items()},
-    )
+def _bytes(text: str) -> bytes:
+    return base64.b64decode(text, validate=True)

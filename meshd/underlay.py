@@ -2,8 +2,8 @@
 
 import errno
 import socket
-from collections.abc import Iterator
-from ipaddress import ip_address
+from collections.abc import Collection, Iterator
+from ipaddress import IPv4Network, ip_address
 from typing import Any
 
 from pyroute2.netlink.exceptions import NetlinkError
@@ -72,6 +72,18 @@ def _all_addresses(ipr: Any, family: int) -> Iterator[tuple[int, IPAddress]]:
     for row in ipr.addr("dump", family=family, dump_filter=None):
         # IFA_ADDRESS is the far end of a point-to-point link; IPv6 has no IFA_LOCAL elsewhere.
         yield row["index"], ip_address(row.get("IFA_LOCAL") or row.get("IFA_ADDRESS"))
+
+
+def networks(overlay: IPv4Network, ignore_links: Collection[str]) -> list[IPv4Network]:
+    """The networks inside of `overlay` in which this host has an address by other links. Raises ApplyError."""
+    found = []
+    with rtnetlink("looking for this host's own networks") as ipr:
+        ignored = {index for index, name in socket.if_nameindex() if name in ignore_links}
+        for row in ipr.addr("dump", family=socket.AF_INET, dump_filter=None):
+            network = IPv4Network((row.get("IFA_LOCAL") or row.get("IFA_ADDRESS"), row["prefixlen"]), strict=False)
+            if row["index"] not in ignored and network.overlaps(overlay):
+                found.append(network)
+    return sorted(found)
 
 
 def _holder(ipr: Any, address: IPAddress) -> Any | None:

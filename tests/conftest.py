@@ -3,14 +3,18 @@
 import base64
 import time
 from collections.abc import Callable
+from functools import cache
 from hashlib import sha256
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 import pytest
 
+from meshd import credentials
 from meshd.config import Settings
-from meshd.model import Endpoint, Host, Member, Record, Status
+from meshd.credentials import Trust
+from meshd.membership import Mesh
+from meshd.model import Certificate, Delegation, Endpoint, Host, Member, Record, Status
 from meshd.state import State
 from meshd.tags import encode
 
@@ -18,19 +22,63 @@ OVERLAY = IPv4Network("172.20.0.0/16")
 GOLDEN = Path(__file__).parent / "golden"
 
 
+def seed(name: str) -> bytes:
+    """A secret that is the same in each run."""
+    return sha256(name.encode()).digest()
+
+
+AUTHORITY = seed("authority")
+MESH = Mesh(OVERLAY, 24, Trust("meshd", credentials.public(AUTHORITY)))
+# Before every certificate of the tests that expires, and after those that have.
+NOW = 1_000_000.0
+
+
 def public_key(name: str) -> str:
-    return base64.b64encode(sha256(name.encode()).digest()).decode()
+    return base64.b64encode(seed(name)).decode()
 
 
-def record(number: int, *, seq: int = 1, key: str | None = None, leaving: bool = False) -> Record:
-    """The record of host bargeN: subnet 172.20.10N.0/24, underlay 10.10.10.10N."""
-    return Record(
-        public_key=public_key(key or f"barge{number}"),
-        subnet=IPv4Network(f"172.20.{100 + number}.0/24"),
-        endpoint=Endpoint(IPv4Address(f"10.10.10.{100 + number}"), 51820),
+@cache
+def certificate(name: str, *, serial: int = 0, expires: int = 0, subnets: tuple[IPv4Network, ...] = ()) -> Certificate:
+    """What the authority gives to a host of this name; its serial is the name's digest unless it is given."""
+    serial = serial or int.from_bytes(seed(name)[:7], "big")
+    unsigned = Certificate(serial, expires, credentials.public(seed(f"identity of {name}")), subnets)
+    return credentials.certify(AUTHORITY, "meshd", name, unsigned)
+
+
+@cache
+def delegation(prefix: str = "", *, expires: int = int(NOW) + 60, subnets: tuple[IPv4Network, ...] = ()) -> Delegation:
+    """What a reusable invitation carries; its seed is seed("delegate")."""
+    unsigned = Delegation(7, expires, credentials.public(seed("delegate")), prefix, subnets)
+    return credentials.delegate(AUTHORITY, "meshd", unsigned)
+
+
+def delegated(name: str, by: Delegation) -> Certificate:
+    """What a host of this name makes itself with a reusable invitation."""
+    identity = credentials.public(seed(f"identity of {name}"))
+    return credentials.certify_by(seed("delegate"), "meshd", name, identity, by)
+
+
+def record(
+    number: int,
+    *,
+    seq: int = 1,
+    key: str | None = None,
+    leaving: bool = False,
+    subnet: IPv4Network | None = None,
+    endpoint: Endpoint | None = None,
+    by: Certificate | None = None,
+) -> Record:
+    """The signed record of host bargeN: subnet 172.20.10N.0/24, underlay 10.10.10.10N."""
+    name = f"barge{number}"
+    unsigned = Record(
+        public_key=public_key(key or name),
+        subnet=subnet or IPv4Network(f"172.20.{100 + number}.0/24"),
+        endpoint=endpoint or Endpoint(IPv4Address(f"10.10.10.{100 + number}"), 51820),
         seq=seq,
+        certificate=by or certificate(name),
         leaving=leaving,
     )
+    return credentials.sign(seed(f"identity of {name}"), "meshd", name, unsigned)
 
 
 def host(number: int) -> Host:
@@ -55,6 +103,8 @@ def state(tmp_path: Path) -> State:
     """A state directory of a host that was set up as barge1."""
     state = State(tmp_path)
     state.save_settings(Settings(name="barge1", bind=IPv4Address("10.10.10.101")))
+    state.save_authority(MESH.trust.authority)
+    state.save_certificate(certificate("barge1"), seed("identity of barge1"))
     return state
 
 

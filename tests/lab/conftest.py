@@ -133,8 +133,8 @@ def peers(host: LabHost) -> list[str]:
 
 
 def invitation(host: LabHost) -> str:
-    """What `meshd invite` on a member gives to the next host."""
-    return host.run(["meshd", "invite"]).stdout.split("MESHD_INVITE=")[1].split()[0]
+    """What `meshd invite --reusable`, on the host that holds the authority, gives to the next hosts."""
+    return host.run(["meshd", "invite", "--reusable"]).stdout.split("MESHD_INVITE=")[1].split()[0]
 
 
 def serf(host: LabHost, *arguments: str) -> str:
@@ -151,7 +151,7 @@ def log(host: LabHost) -> str:
 def init(host: LabHost, *options: str) -> str:
     """Run `meshd init`; give the invitation that it prints."""
     output = host.run(["meshd", "init", *options]).stdout
-    found = re.search(rf"MESHD_INVITE=(meshd1\.\S+) meshd join {re.escape(str(host.address))}", output)
+    found = re.search(rf"MESHD_INVITE=(meshd2\.\S+) meshd join {re.escape(str(host.address))}", output)
     assert found, output
     return found[1]
 

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,7 +97,7 @@ def test_an_address_that_answers_but_is_no_mesh(scene: Scene) -> None:
 
 def test_an_invitation_to_another_mesh(scene: Scene) -> None:
     ours = identity.decode(scene.invitation)
-    other = identity.Invitation(ours.mesh, ours.overlay, ours.subnet_length, b"k" * 32, ours.gossip_port)
+    other = replace(ours, gossip_key=b"k" * 32)
     error = scene.refused(
         scene.guest, "join", "10.10.10.101", "--no-docker", env={"MESHD_INVITE": identity.encode(other)}
     )
@@ -220,7 +221,7 @@ def test_an_overlay_without_a_free_subnet(scene: Scene) -> None:
     options = ["--no-docker", *ports]
     small = ["--mesh", "small", "--overlay", "10.99.0.0/28", "--subnet-length", "30"]
     output = scene.member.run(["meshd", *apart, "init", *small, *options]).stdout
-    invitation = {"MESHD_INVITE": next(w for w in output.split() if "meshd1." in w).partition("=")[2]}
+    invitation = {"MESHD_INVITE": next(w for w in output.split() if "meshd2." in w).partition("=")[2]}
     try:
         scene.docker.run(["meshd", *apart, "join", "10.10.10.101:7956", *options], env=invitation)
         error = scene.refused(scene.guest, "join", "10.10.10.101:7956", *options, env=invitation)
@@ -298,7 +299,7 @@ def test_joining_another_mesh_needs_to_leave_the_first(scene: Scene) -> None:
     if not scene.state(guest):
         join(guest, scene.member, scene.invitation, "--no-docker")
     ours = identity.decode(scene.invitation)
-    other = identity.Invitation("other", ours.overlay, ours.subnet_length, b"k" * 32, ours.gossip_port)
+    other = replace(ours, mesh="other", authority=b"k" * 32)
     before = snapshot(guest)
     done = guest.run(["meshd", "join", "10.10.10.101"], check=False, env={"MESHD_INVITE": identity.encode(other)})
     assert done.returncode == 2

@@ -88,7 +88,7 @@ def test_a_host_that_reboots_while_it_is_cut_off_finds_the_mesh_after_the_healin
         # Somebody joins where it cannot hear it, which it has to learn afterwards.
         four = lab.power_on("barge4")
         lab.cut(["barge1"], ["barge4"])
-        join(four, two, invitation(two), "--no-docker")
+        join(four, two, invitation(one), "--no-docker")
         eventually(lambda: lost(two, "barge1"), 30, "it has failed")
         lab.heal()
         eventually(lambda: full_reach([one, two, three, four]), BACK, "all reach all")

@@ -50,7 +50,7 @@ def test_without_a_mesh_a_command_says_what_to_do(command: str, tmp_path: Path) 
         (["init", "--name", "a b"], "the host name 'a b'"),
         (["init", "--bind", "203.0.113.77"], "has no address 203.0.113.77"),
         (["join", "10.10.10.101"], "no invitation: set MESHD_INVITE"),
-        (["join", "10.10.10.101", "--invite", "meshd1.AAAA"], "the invitation is damaged"),
+        (["join", "10.10.10.101", "--invite", "meshd2.AAAA"], "the invitation is damaged"),
         (["join", "barge1", "--invite", "hello"], "this is not an invitation"),
     ],
 )

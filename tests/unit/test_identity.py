@@ -8,14 +8,71 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshd import identity
+from meshd import credentials, identity
 from meshd.errors import InputError
 from meshd.identity import Invitation
-from meshd.model import Endpoint
+from meshd.model import Delegation, Endpoint
+from tests.conftest import MESH, NOW, certificate, delegation, seed
 
-INVITATION = Invitation(
-    "meshd", IPv4Network("172.20.0.0/16"), 24, bytes(range(32)), 7946, (Endpoint(IPv4Address("10.10.10.101"), 7946),)
-)
+
+def invitation(**changes: object) -> Invitation:
+    fields: dict[str, object] = {
+        "mesh": "meshd",
+        "overlay": IPv4Network("172.20.0.0/16"),
+        "subnet_length": 24,
+        "gossip_key": bytes(range(32)),
+        "gossip_port": 7946,
+        "authority": MESH.trust.authority,
+        "seed": seed("identity of web1"),
+        "name": "web1",
+        "certificate": certificate("web1"),
+        "addresses": (Endpoint(IPv4Address("10.10.10.101"), 7946),),
+    }
+    return Invitation(**(fields | changes))  # type: ignore[arg-type]
+
+
+def reusable(by: Delegation) -> Invitation:
+    return invitation(name=None, certificate=None, delegation=by, seed=seed("delegate"))
+
+
+INVITATION = invitation()
+LATER = 2**32 - 1
+
+
+@pytest.mark.parametrize("original", [INVITATION, reusable(delegation("web-"))], ids=["named", "reusable"])
+def test_round_trip(original: Invitation) -> None:
+    assert identity.decode(identity.encode(original)) == original
+
+
+def test_a_named_invitation_makes_its_host_a_member_under_its_own_name() -> None:
+    admission = INVITATION.admits(None, "localhost")
+    assert (admission.name, admission.certificate) == ("web1", certificate("web1"))
+    assert credentials.public(admission.seed) == admission.certificate.identity
+    with pytest.raises(InputError, match="the invitation is for the host 'web1', not for 'web2'"):
+        INVITATION.admits("web2", "localhost")
+
+
+def test_a_reusable_invitation_makes_anybody_a_member_within_its_terms() -> None:
+    wanted = reusable(delegation("web-", expires=LATER))
+    one, two = wanted.admits(None, "web-1"), wanted.admits("web-2", "localhost")
+    assert (one.name, two.name) == ("web-1", "web-2")
+    assert one.seed != two.seed, "each host has an identity of its own"
+    MESH.trust.check_certificate("web-1", one.certificate)
+    with pytest.raises(InputError, match="for names that begin with 'web-', not for 'db1': pass --name"):
+        wanted.admits(None, "db1")
+    with pytest.raises(InputError, match="the host name 'web-_'"):
+        wanted.admits(None, "web-_")
+
+
+def test_an_expired_invitation_says_so() -> None:
+    for expired in (invitation(certificate=certificate("web1", expires=int(NOW))), reusable(delegation())):
+        with pytest.raises(InputError, match="the invitation expired on 1970-01-12"):
+            expired.admits(None, "web1")
+
+
+def test_an_invitation_that_the_authority_did_not_make_says_so() -> None:
+    with pytest.raises(InputError, match="not made by its mesh's authority"):
+        invitation(authority=seed("other")).admits(None, "web1")
 
 
 def test_round_trip_also_when_a_mail_program_wrapped_it() -> None:
@@ -30,8 +87,8 @@ def test_round_trip_also_when_a_mail_program_wrapped_it() -> None:
         ("", "not an invitation"),
         ("hello", "not an invitation"),
         ("meshd9.AAAA", "another version"),
-        ("meshd1.", "damaged"),
-        ("meshd1.!!!", "damaged"),
+        ("meshd2.", "damaged"),
+        ("meshd2.!!!", "damaged"),
     ],
 )
 def test_what_is_no_invitation_says_so(text: str, message: str) -> None:
@@ -60,12 +117,12 @@ def test_a_cut_invitation_is_noticed(length: int) -> None:
 @given(st.text())
 def test_any_text_gives_an_input_error_that_does_not_repeat_it_at_length(text: str) -> None:
     with pytest.raises(InputError) as error:
-        identity.decode("meshd1." + text)
+        identity.decode("meshd2." + text)
     assert len(str(error.value)) < 200
 
 
 def test_an_invitation_does_not_print_its_key() -> None:
-    assert repr(INVITATION) == "Invitation(mesh='meshd', overlay=172.20.0.0/16)"
+    assert repr(INVITATION) == "Invitation(mesh='meshd', overlay=172.20.0.0/16, name='web1')"
 
 
 def test_a_key_is_made_once_and_is_private(tmp_path: Path) -> None:

@@ -7,16 +7,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshd.membership import Roster, admit, bury, claimed, is_void, subnet_rivals, superseded_by
-from meshd.model import Goodbye, Host, Member, Record, Status
-from meshd.tags import encode
-from tests.conftest import OVERLAY, host, member, public_key, record
+from meshd import credentials, tombstones
+from meshd.membership import BURIED, REVOKED, Roster, admit, bury, claimed, subnet_rivals, superseded_by
+from meshd.model import Endpoint, Goodbye, Host, Member, Record, Status
+from meshd.tombstones import Graves
+from tests.conftest import (
+    AUTHORITY,
+    MESH,
+    NOW,
+    certificate,
+    delegated,
+    delegation,
+    host,
+    member,
+    public_key,
+    record,
+    seed,
+)
 
 OWN = host(1)
 
 
 def admitted(members: Sequence[Member], known: Roster | None = None, *, left_is_goodbye: bool = False) -> Roster:
-    return admit(OWN, OVERLAY, 24, members, known or Roster(), left_is_goodbye=left_is_goodbye)
+    return admit(OWN, MESH, members, known or Roster(), now=NOW, left_is_goodbye=left_is_goodbye)
 
 
 def test_valid_members_are_admitted_and_the_own_name_is_not_a_peer() -> None:
@@ -40,7 +53,7 @@ def test_a_goodbye_drops_a_host_and_is_remembered() -> None:
     known = admitted([member(2)])
     roster = admitted([member(2, of=record(2, seq=2, leaving=True))], known)
     assert roster.hosts == {}
-    assert roster.gone == {"barge2": Goodbye(2, public_key("barge2"))}
+    assert roster.gone == {"barge2": tombstones.said(record(2, seq=2, leaving=True))}
 
 
 def test_an_older_record_does_not_bring_a_departed_host_back() -> None:
@@ -92,23 +105,23 @@ def test_bad_tags_leave_the_last_good_record_in_force_and_harm_nobody_else() -> 
 
 
 def test_the_own_subnet_is_never_given_away() -> None:
-    thief = replace(member(2), tags=encode(replace(record(2), subnet=OWN.record.subnet)))
+    thief = member(2, of=record(2, subnet=OWN.record.subnet))
     roster = admitted([thief])
     assert roster.hosts == {}
     assert roster.refused["barge2"] == "subnet 172.20.101.0/24 is held by barge1"
-    assert subnet_rivals(OWN, [member(1), thief, member(3)], OVERLAY, 24) == ["barge2"]
+    assert list(subnet_rivals(OWN, [member(1), thief, member(3)], MESH, Roster(), NOW)) == ["barge2"]
 
 
 def test_an_incumbent_keeps_its_subnet() -> None:
     known = admitted([member(3)])
-    claimant = replace(member(2), tags=encode(replace(record(2), subnet=record(3).subnet)))
+    claimant = member(2, of=record(2, subnet=record(3).subnet))
     roster = admitted([claimant, member(3)], known)
     assert roster.refused == {"barge2": "subnet 172.20.103.0/24 is held by barge3"}
 
 
 def test_an_incumbent_that_moves_onto_a_held_subnet_keeps_its_old_one() -> None:
     known = admitted([member(2), member(3)])
-    mover = replace(member(2), tags=encode(replace(record(2, seq=2), subnet=record(3).subnet)))
+    mover = member(2, of=record(2, seq=2, subnet=record(3).subnet))
     roster = admitted([mover, member(3)], known)
     assert roster.hosts == known.hosts
     assert "barge2" in roster.refused
@@ -116,22 +129,22 @@ def test_an_incumbent_that_moves_onto_a_held_subnet_keeps_its_old_one() -> None:
 
 def test_a_moved_host_frees_its_old_subnet() -> None:
     known = admitted([member(2)])
-    moved = replace(member(2), tags=encode(replace(record(2, seq=2), subnet=record(9).subnet)))
-    heir = replace(member(3), tags=encode(replace(record(3), subnet=record(2).subnet)))
+    moved = member(2, of=record(2, seq=2, subnet=record(9).subnet))
+    heir = member(3, of=record(3, subnet=record(2).subnet))
     roster = admitted([moved, heir], known)
     assert roster.refused == {}
     assert roster.hosts["barge3"].subnet == record(2).subnet
 
 
 def test_a_stolen_key_is_refused() -> None:
-    roster = admitted([replace(member(2), tags=encode(record(2, key="barge1")))])
+    roster = admitted([member(2, of=record(2, key="barge1"))])
     assert roster.refused["barge2"] == "its WireGuard key is barge1's"
 
 
 @given(st.permutations([2, 3, 4]))
 def test_all_hosts_agree_on_the_winner_of_simultaneous_claims(order: list[int]) -> None:
     same = record(50).subnet
-    members = [replace(member(n), tags=encode(replace(record(n), subnet=same))) for n in order]
+    members = [member(n, of=record(n, subnet=same)) for n in order]
     winners = set(admitted(members).hosts)
     assert len(winners) == 1
     assert winners == set(admitted(sorted(members, key=lambda m: m.name)).hosts)
@@ -140,55 +153,236 @@ def test_all_hosts_agree_on_the_winner_of_simultaneous_claims(order: list[int]) 
 def test_claims_of_departed_and_invalid_members_do_not_count() -> None:
     noise = replace(member(3), tags={"wg": "x"})
     goodbye = member(4, of=record(4, leaving=True))
-    assert claimed([member(1), member(2), noise, goodbye], "barge1", OVERLAY, 24) == {record(2).subnet}
+    assert claimed("barge1", [member(1), member(2), noise, goodbye], MESH, Roster(), NOW) == {record(2).subnet}
+
+
+# --- who has signed it ---------------------------------------------------------------------------------------------
+
+
+def test_tags_of_another_host_are_nothing_under_an_own_name() -> None:
+    thief = replace(member(2), name="barge3")
+    assert "not from this mesh's authority, or for another name" in admitted([thief]).refused["barge3"]
+
+
+def test_a_record_that_somebody_changed_is_refused() -> None:
+    forged = replace(record(2), endpoint=record(3).endpoint)
+    roster = admitted([member(2, of=forged)])
+    assert roster.hosts == {}
+    assert roster.refused["barge2"] == "its record is not signed by its certificate's identity"
+
+
+def test_a_certificate_of_another_authority_is_refused() -> None:
+    other = credentials.certify(seed("other"), "meshd", "barge2", certificate("barge2"))
+    assert "not from this mesh's authority" in admitted([member(2, of=record(2, by=other))]).refused["barge2"]
+
+
+def test_a_certificate_of_another_mesh_by_the_same_authority_is_refused() -> None:
+    other = credentials.certify(AUTHORITY, "other", "barge2", certificate("barge2"))
+    assert "not from this mesh's authority" in admitted([member(2, of=record(2, by=other))]).refused["barge2"]
+
+
+def test_a_certificate_that_expires_drops_the_host() -> None:
+    soon = certificate("barge2", expires=int(NOW) + 10)
+    known = admitted([member(2, of=record(2, by=soon))])
+    assert sorted(known.hosts) == ["barge2"]
+    roster = admit(OWN, MESH, [], known, now=NOW + 10)
+    assert roster.hosts == {}
+    assert roster.refused["barge2"] == "its certificate expired on 1970-01-12 13:46 UTC"
+
+
+def test_a_subnet_that_the_certificate_does_not_allow_is_refused() -> None:
+    bound = certificate("barge2", subnets=(record(2).subnet,))
+    assert admitted([member(2, of=record(2, by=bound))]).refused == {}
+    other = record(2, by=bound, subnet=record(3).subnet)
+    assert "does not allow the subnet 172.20.103.0/24" in admitted([member(2, of=other)]).refused["barge2"]
+
+
+def test_a_delegation_admits_within_its_terms() -> None:
+    web = delegation("barge", subnets=(record(2).subnet,))
+    assert admitted([member(2, of=record(2, by=delegated("barge2", web)))]).refused == {}
+    elsewhere = record(3, by=delegated("barge3", web))
+    assert "does not allow the subnet" in admitted([member(3, of=elsewhere)]).refused["barge3"]
+    late = admit(OWN, MESH, [member(2, of=record(2, by=delegated("barge2", web)))], Roster(), now=NOW + 60)
+    assert "expired" in late.refused["barge2"]
+    named = delegated("barge2", delegation("web-"))
+    assert "begin with 'web-'" in admitted([member(2, of=record(2, by=named))]).refused["barge2"]
+
+
+def test_a_delegation_that_its_holder_has_widened_is_refused() -> None:
+    wide = replace(delegation("web-"), prefix="")
+    assert (
+        "delegation is not from" in admitted([member(2, of=record(2, by=delegated("barge2", wide)))]).refused["barge2"]
+    )
+
+
+def test_a_delegate_cannot_choose_its_terms_or_its_serial() -> None:
+    mine = delegated("barge2", delegation())
+    with pytest.raises(credentials.CredentialError):
+        MESH.trust.check_certificate("barge2", replace(mine, expires=0))
+    with pytest.raises(credentials.CredentialError):
+        MESH.trust.check_certificate("barge2", replace(mine, serial=1))
+
+
+@pytest.mark.parametrize("serial", ["certificate", "delegation"])
+def test_a_revocation_drops_the_host_and_keeps_it_out(serial: str) -> None:
+    mine = delegated("barge2", delegation())
+    known = admitted([member(2, of=record(2, by=mine)), member(3)])
+    number = mine.serial if serial == "certificate" else 7
+    word = credentials.revoke(AUTHORITY, "meshd", number, "barge2")
+    buried = bury(known, MESH, Graves(revoked={number: word}))
+    roster = admitted([member(2, of=record(2, seq=9, key="new", by=mine))], buried)
+    assert sorted(roster.hosts) == ["barge3"]
+    assert roster.refused["barge2"] == REVOKED
+    assert roster.revoked == {number: word}
+
+
+def test_who_is_not_the_authority_revokes_and_forgets_nobody() -> None:
+    known = admitted([member(2)])
+    word = credentials.revoke(seed("identity of barge3"), "meshd", certificate("barge2").serial, "barge2")
+    assert bury(known, MESH, Graves(revoked={word.serial: word})) == known
+    signature = credentials.forget(seed("identity of barge3"), "meshd", "barge2", 1, public_key("barge2"))
+    assert bury(known, MESH, Graves({"barge2": tombstones.forgotten(record(2), signature)})) == known
+
+
+# --- records that came besides the tags ------------------------------------------------------------------------------
+
+
+def test_a_newer_record_that_was_heard_goes_before_the_tags() -> None:
+    moved = record(2, seq=2, endpoint=Endpoint(record(9).endpoint.address, 51820))
+    roster = admit(OWN, MESH, [member(2)], Roster(), now=NOW, heard={"barge2": moved})
+    assert roster.hosts == {"barge2": moved}
+    again = admitted([member(2)], roster)
+    assert again.hosts == {"barge2": moved}
+    assert "older than 2" in again.refused["barge2"]
+
+
+def test_a_record_that_was_heard_replaces_spoiled_tags() -> None:
+    spoiled = replace(member(2), tags={"wg": "noise"})
+    assert admit(OWN, MESH, [spoiled], Roster(), now=NOW, heard={"barge2": record(2)}).hosts == {"barge2": record(2)}
+
+
+@pytest.mark.parametrize("what", ["forged", "older", "own", "leaving", "expired"])
+def test_a_record_that_was_heard_counts_as_little_as_tags_if_it_is_bad(what: str) -> None:
+    known = admitted([member(2, of=record(2, seq=5))])
+    bad = {
+        "forged": replace(record(2, seq=6), endpoint=record(3).endpoint),
+        "older": record(2, seq=4, key="old"),
+        "own": record(1, seq=99),
+        "leaving": record(2, seq=6, leaving=True),
+        "expired": record(2, seq=6, by=certificate("barge2", expires=int(NOW) - 1)),
+    }
+    name = "barge1" if what == "own" else "barge2"
+    assert admit(OWN, MESH, [], known, now=NOW, heard={name: bad[what]}).hosts == known.hosts
+
+
+# --- what a record must not touch ------------------------------------------------------------------------------------
+
+
+def test_the_endpoint_of_a_living_host_is_refused_to_others_and_that_of_a_dead_one_is_not() -> None:
+    known = admitted([member(2)])
+    thief = member(3, of=record(3, endpoint=record(2).endpoint))
+    assert admitted([member(2), thief], known).refused == {"barge3": "its endpoint 10.10.10.102:51820 is barge2's"}
+    assert admitted([member(2, Status.FAILED), thief], known).refused == {}
+    own = member(3, of=record(3, endpoint=OWN.record.endpoint))
+    assert "is barge1's" in admitted([own]).refused["barge3"]
+
+
+def test_two_hosts_can_swap_their_addresses() -> None:
+    known = admitted([member(2), member(3)])
+    two = member(2, of=record(2, seq=2, endpoint=record(3).endpoint))
+    three = member(3, of=record(3, seq=2, endpoint=record(2).endpoint))
+    assert admitted([two, three], known).refused == {}
+
+
+def test_a_subnet_that_overlaps_an_own_network_is_not_taken_and_an_incumbents_stays() -> None:
+    network = record(2).subnet.supernet()
+    roster = admit(OWN, MESH, [member(2)], Roster(), now=NOW, networks=[network])
+    assert roster.refused == {"barge2": f"subnet 172.20.102.0/24 overlaps this host's own network {network}"}
+    known = admitted([member(2)])
+    assert admit(OWN, MESH, [member(2)], known, now=NOW, networks=[network]).hosts == known.hosts
 
 
 # --- goodbyes that others tell of, and subnets that two hosts claim -------------------------------------------------
 
 
+def goodbye(number: int, seq: int) -> Goodbye:
+    return tombstones.said(record(number, seq=seq, leaving=True))
+
+
 def test_a_goodbye_that_others_tell_of_drops_the_host() -> None:
     known = Roster({"barge2": record(2, seq=5), "barge3": record(3)})
-    roster = bury(known, {"barge2": Goodbye(5, public_key("barge2"))})
+    roster = admitted([], bury(known, MESH, Graves({"barge2": goodbye(2, 5)})))
     assert sorted(roster.hosts) == ["barge3"]
-    assert roster.gone == {"barge2": Goodbye(5, public_key("barge2"))}
-    assert bury(roster, {"barge2": Goodbye(4, public_key("barge2"))}) == roster, "older news is no news"
+    assert roster.gone == {"barge2": goodbye(2, 5)}
+    assert bury(roster, MESH, Graves({"barge2": goodbye(2, 4)})) == roster, "older news is no news"
+
+
+@pytest.mark.parametrize("proof", ["none", "another's", "not leaving", "noise", "another number"])
+def test_a_goodbye_without_its_proof_is_nothing(proof: str) -> None:
+    known = Roster({"barge2": record(2, seq=5)})
+    real = goodbye(2, 5)
+    bad = {
+        "none": replace(real, proof=b""),
+        "another's": replace(real, proof=goodbye(3, 5).proof),
+        "not leaving": tombstones.said(record(2, seq=5)),
+        "noise": replace(real, proof=b"g" + bytes(300)),
+        "another number": replace(real, seq=6),
+    }
+    assert bury(known, MESH, Graves({"barge2": bad[proof]})) == known
+
+
+def test_the_authority_can_forget_a_host() -> None:
+    known = admitted([member(2)])
+    signature = credentials.forget(AUTHORITY, "meshd", "barge2", 1, public_key("barge2"))
+    roster = bury(known, MESH, Graves({"barge2": tombstones.forgotten(record(2), signature)}))
+    assert admitted([], roster).hosts == {}
 
 
 def test_a_goodbye_of_an_earlier_life_does_not_touch_the_host_that_joined_anew() -> None:
     known = Roster({"barge2": record(2, seq=9, key="new")})
-    assert bury(known, {"barge2": Goodbye(5, public_key("barge2"))}) == known
+    assert bury(known, MESH, Graves({"barge2": goodbye(2, 5)})) == known
 
 
 def test_a_host_that_the_others_have_buried_is_void() -> None:
-    own = host(1)
-    assert not is_void(own, Roster())
-    assert is_void(own, Roster(gone={"barge1": Goodbye(1, public_key("barge1"))}))
-    assert not is_void(own, Roster(gone={"barge1": Goodbye(0, public_key("earlier"))}))
+    own = OWN.record
+    assert Roster().ended("barge1", own, NOW) == ""
+    assert Roster(gone={"barge1": Goodbye(1, public_key("barge1"))}).ended("barge1", own, NOW) == BURIED
+    assert Roster(gone={"barge1": Goodbye(0, public_key("earlier"))}).ended("barge1", own, NOW) == ""
 
 
-def rival_record(key: str) -> Record:
+def rival_record(serial: int) -> Record:
     """What a barge2 publishes that claims the subnet of barge1."""
-    return replace(record(2, key=key), subnet=record(1).subnet)
+    return record(2, subnet=OWN.record.subnet, by=certificate("barge2", serial=serial))
+
+
+def superseded(own: Host, *members: Member, known: Roster | None = None) -> str | None:
+    return superseded_by(own, members, MESH, known or Roster(), NOW)
 
 
 def test_of_two_hosts_that_claim_one_subnet_both_name_the_same_loser() -> None:
-    for n in range(20):
-        one = Host("barge1", record(1, key=f"one{n}"))
-        two = Host("barge2", replace(record(2, key=f"two{n}"), subnet=record(1).subnet))
-        ones, twos = member(1, of=one.record), member(2, of=two.record)
-        verdicts = {
-            superseded_by(one, [ones, twos], Roster(), OVERLAY, 24),
-            superseded_by(two, [ones, twos], Roster(), OVERLAY, 24),
-        }
-        assert verdicts in ({None, "barge1"}, {None, "barge2"})
+    mine = OWN.record.certificate.serial
+    for serial, loser in ((mine - 1, "barge1"), (mine + 1, "barge2")):
+        two = Host("barge2", rival_record(serial))
+        ones, twos = member(1), member(2, of=two.record)
+        verdicts = superseded(OWN, ones, twos), superseded(two, ones, twos)
+        assert verdicts == (("barge2", None) if loser == "barge1" else (None, "barge1"))
 
 
-@pytest.mark.parametrize("why", ["dead", "departed", "leaving", "elsewhere"])
+def test_who_came_by_a_reusable_invitation_and_chose_its_own_key_wins_against_nobody() -> None:
+    chosen = delegated("barge2", delegation())
+    assert superseded(OWN, member(2, of=record(2, subnet=OWN.record.subnet, by=chosen))) is None
+
+
+@pytest.mark.parametrize("why", ["dead", "departed", "leaving", "elsewhere", "unsigned"])
 def test_who_is_not_there_takes_no_subnet(why: str) -> None:
-    # Some key goes before barge1's: nobody would have to try long.
-    records = (rival_record(f"k{n}") for n in range(99))
-    winning = next(r for r in records if superseded_by(OWN, [member(2, of=r)], Roster(), OVERLAY, 24))
-    claim = {"leaving": replace(winning, leaving=True), "elsewhere": replace(winning, subnet=record(2).subnet)}
+    winning = rival_record(1)
+    assert superseded(OWN, member(2, of=winning)) == "barge2"
+    low = certificate("barge2", serial=1)
+    claim = {
+        "leaving": record(2, subnet=OWN.record.subnet, by=low, leaving=True),
+        "elsewhere": record(2, by=low),
+        "unsigned": replace(winning, signature=bytes(64)),
+    }
     gone = {"barge2": Goodbye(1, winning.public_key)} if why == "departed" else {}
     found = member(2, Status.FAILED if why == "dead" else Status.ALIVE, claim.get(why, winning))
-    assert superseded_by(OWN, [found], Roster(gone=gone), OVERLAY, 24) is None
+    assert superseded(OWN, found, known=Roster(gone=gone)) is None

@@ -1,28 +1,14 @@
 """The question whether a record is applied, and who may ask what."""
 
-import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshd.model import Goodbye
-from meshd.queries import (
-    ANSWER_LIMIT,
-    EVENT_LIMIT,
-    GoneQuestion,
-    Question,
-    answer_gone,
-    digest,
-    pages,
-    read_page,
-)
-from meshd.tags import MAX_SEQ
-from tests.conftest import public_key
-
-names = st.from_regex(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,61}[A-Za-z0-9])?", fullmatch=True)
-goodbyes = st.dictionaries(
-    names, st.builds(Goodbye, st.integers(1, MAX_SEQ - 1), st.integers().map(lambda n: public_key(str(n)))), max_size=40
-)
+from meshd.queries import GoneQuestion, Question, announcement, answer_gone, name_question, read_announcement
+from meshd.tags import MAX_SEQ, to_wire
+from meshd.tombstones import Graves
+from tests.conftest import record
+from tests.unit.test_tombstones import graves
 
 
 @given(st.from_regex(r"[A-Za-z0-9.-]{1,63}", fullmatch=True), st.integers(1, MAX_SEQ - 1))
@@ -51,50 +37,39 @@ def test_only_who_has_applied_that_record_or_a_newer_one_says_yes() -> None:
     assert not question.answered_by({"barge2": 7})
 
 
-@given(goodbyes, st.sampled_from([EVENT_LIMIT, ANSWER_LIMIT]))
-def test_goodbyes_survive_their_way_in_messages_that_serf_carries(gone: dict[str, Goodbye], limit: int) -> None:
-    messages = list(pages(gone, limit))
-    assert all(len(message) <= limit for message in messages)
-    found: dict[str, Goodbye] = {}
-    for message in messages:
-        found |= read_page(message)
-    assert found == gone
-
-
-@given(st.binary(max_size=1024))
-def test_whatever_comes_as_goodbyes_is_goodbyes_or_nothing(payload: bytes) -> None:
-    for name, goodbye in read_page(payload).items():
-        assert len(name) <= 63
-        assert 0 < goodbye.seq < MAX_SEQ
-
-
-def test_what_is_no_goodbye_is_left_out_of_a_message() -> None:
-    good, key = ["barge1", 5, bytes(31) + b"x"], bytes(32)
-    bad = [["", 5, good[2]], ["a b", 5, good[2]], ["b", 0, good[2]], ["c", True, good[2]], ["d", 5, key], ["e", 5], 7]
-    assert list(read_page(msgpack.packb([*bad, good]))) == ["barge1"]
-
-
-@given(goodbyes)
-def test_asking_page_by_page_gives_all(gone: dict[str, Goodbye]) -> None:
-    found: dict[str, Goodbye] = {}
+@given(graves)
+def test_asking_page_by_page_gives_all(known: Graves) -> None:
+    found = Graves()
     after = ""
-    for _ in range(len(gone) + 1):
+    for _ in range(len(known.gone) + len(known.revoked) + 1):
         question = GoneQuestion.parse(GoneQuestion("asker", "0" * 16, after).payload())
         assert question is not None
-        page = read_page(answer_gone(question, gone))
+        page = Graves.read(answer_gone(question, known))
         if not page:
             break
-        found |= page
-        after = max(page)
-    assert found == gone
+        found, after = found.merged(page), page.last
+    assert found == known
 
 
-def test_who_knows_the_same_goodbyes_keeps_silent() -> None:
-    gone = {"barge1": Goodbye(5, public_key("barge1"))}
-    assert answer_gone(GoneQuestion("asker", digest(gone)), gone) == b""
-    assert answer_gone(GoneQuestion("asker", digest({})), gone) != b""
+@given(graves)
+def test_who_knows_the_same_tombstones_keeps_silent(known: Graves) -> None:
+    assert answer_gone(GoneQuestion("asker", known.digest), known) == b""
+    assert not known or answer_gone(GoneQuestion("asker", Graves().digest), known) != b""
 
 
-@pytest.mark.parametrize("payload", [b"", b"a", b"a b", b"a b c d", b"\xff b ", b"a b /"])
-def test_nonsense_does_not_ask_for_goodbyes(payload: bytes) -> None:
+@pytest.mark.parametrize("payload", [b"", b"a", b"a b", b"a b c d", b"\xff b ", b"/ b a"])
+def test_nonsense_does_not_ask_for_tombstones(payload: bytes) -> None:
     assert GoneQuestion.parse(payload) is None
+
+
+def test_an_announcement_survives_its_way_and_fits_into_a_user_event() -> None:
+    wire = to_wire(record(1))
+    assert read_announcement(announcement("barge1", wire)) == ("barge1", wire)
+
+
+@given(st.binary(max_size=512))
+def test_whatever_comes_is_an_announcement_or_nothing(payload: bytes) -> None:
+    news = read_announcement(payload)
+    assert news is None or len(news[0]) <= 63
+    name = name_question(payload)
+    assert name is None or len(name) <= 63

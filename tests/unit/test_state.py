@@ -11,13 +11,17 @@ import pytest
 from meshd import files
 from meshd.errors import InputError, MeshdError
 from meshd.membership import Roster
-from meshd.model import Endpoint, Goodbye
+from meshd.model import Endpoint, Goodbye, Revocation
 from meshd.state import Claim, State
-from tests.conftest import public_key, record
+from tests.conftest import MESH, certificate, delegated, delegation, public_key, record
 
 
 def test_the_roster_round_trips(state: State) -> None:
-    roster = Roster({"barge2": record(2, seq=7)}, {"barge3": Goodbye(4, public_key("barge3"))})
+    roster = Roster(
+        {"barge2": record(2, seq=7), "barge4": record(4, by=delegated("barge4", delegation()))},
+        {"barge3": Goodbye(4, public_key("barge3"), b"proof")},
+        revoked={9: Revocation(9, "barge5", b"signature")},
+    )
     state.save_roster(roster)
     assert State(state.directory).roster() == roster
 
@@ -32,6 +36,17 @@ def test_a_sequence_number_grows_exactly_with_the_record(state: State) -> None:
     goodbye = state.publish(subnet=subnet, endpoint=Endpoint(endpoint.address, 51821), settled=True, leaving=True)
     assert goodbye.record.seq > moved.record.seq
     assert goodbye.record.leaving
+
+
+def test_what_is_published_is_signed_and_a_new_certificate_is_published(state: State) -> None:
+    subnet, endpoint = record(1).subnet, record(1).endpoint
+    first = state.publish(subnet=subnet, endpoint=endpoint, settled=True).record
+    MESH.trust.check("barge1", first)
+    state.save_certificate(certificate("barge1", serial=99))
+    second = state.publish(subnet=subnet, endpoint=endpoint, settled=True).record
+    MESH.trust.check("barge1", second)
+    assert second.seq > first.seq
+    assert second.certificate.serial == 99
 
 
 def test_a_sequence_number_survives_a_clock_that_went_back(state: State) -> None:
@@ -54,6 +69,11 @@ DAMAGE = {
     "contacts.json": lambda s: s.contacts(),
     "originals.json": lambda s: s.originals(),
     "wireguard.key": lambda s: s.wireguard_key,
+    "certificate.json": lambda s: s.certificate,
+    "identity.key": lambda s: s.identity_key,
+    "authority.pub": lambda s: s.mesh,
+    "authority.key": lambda s: s.authority_key,
+    "issued.json": lambda s: s.issued(),
 }
 
 

@@ -1,0 +1,247 @@
+"""What this host and the others tell each other over Serf besides the tags: questions, answers and news.
+
+Nothing here decides who is a host. What is heard is either proved by a signature or only a reason to look again, and
+nothing needs to arrive: who has heard nothing asks once more.
+"""
+
+import logging
+import queue
+import random
+import time
+from collections.abc import Callable, Collection
+from functools import partial
+from threading import Event, Lock
+
+from meshd import authority, gossip
+from meshd.credentials import CredentialError
+from meshd.errors import MeshdError, SerfError
+from meshd.model import Record, Status
+from meshd.queries import (
+    APPLIED,
+    CONFIRM,
+    GONE,
+    RECORD,
+    GoneQuestion,
+    Question,
+    answer_gone,
+    name_question,
+    read_announcement,
+)
+from meshd.reconcile import Report, bury
+from meshd.state import State
+from meshd.tags import RecordError, pack_certificate, to_wire
+from meshd.tombstones import Graves
+
+log = logging.getLogger("meshd")
+
+# How long a question waits for the pass that lets it be answered; the asker asks again after its own time-out.
+PATIENCE = 5.0
+# Seconds before the same thing is asked of the same ones again.
+PAUSE = 10.0
+# Seconds between asking anybody for tombstones, with no occasion for it; and the longest before asking the authority.
+ASK_AGAIN = 60.0
+LONGEST_PAUSE = 300.0
+# Records that are asked for after one pass: a thousand bogus members must not keep everybody busy.
+MOST_RECORDS = 3
+
+
+class Exchange:
+    """One daemon's side of the talk. `watch` and `ask` run in threads of their own, `after` after each pass."""
+
+    def __init__(self, state: State, hint: Callable[[str], None], stopping: Event) -> None:
+        self.state = state
+        self.hint = hint
+        self.stopping = stopping
+        self.heard: dict[str, Record] = {}
+        self._applied: dict[str, int] = {}
+        self._questions: dict[Question, tuple[Callable[[bytes], None], float]] = {}
+        self._answering = Lock()
+        self._alive: frozenset[str] = frozenset()
+        self._announced = 0
+        self._jobs: queue.Queue[Callable[[], None]] = queue.Queue()
+        self._asked_at: dict[object, float] = {}
+        self._confirm_pause = PAUSE / 2
+
+    def stop(self) -> None:
+        self._jobs.put(lambda: None)
+
+    # --- after a pass ----------------------------------------------------------------------------------------------
+
+    def after(self, report: Report) -> None:
+        """Answer who has waited for this pass, and take up what it gives reason to ask or to tell."""
+        self._applied = report.applied
+        self._answer()
+        self.heard = {n: r for n, r in self.heard.items() if r.seq > report.applied.get(n, 0)}
+        if not report.members:
+            return
+        own = self.state.settings.name
+        alive = frozenset(m.name for m in report.members if m.status is Status.ALIVE and m.name != own)
+        newcomers, self._alive = alive - self._alive, alive
+        # Who meets many at once has been away itself; a single newcomer asks by itself.
+        away = bool(newcomers) and len(newcomers) * 2 >= len(alive)
+        if away:
+            self._ask_soon(partial(self._ask_gone, newcomers), newcomers)
+        self._announce(again=away)
+        self._ask_for_records(report)
+        self._ask_for_confirmation()
+
+    def _announce(self, *, again: bool) -> None:
+        claim = self.state.claim()
+        if claim is not None and self._alive and (again or claim.record.seq != self._announced):
+            self._announced = claim.record.seq
+            self._jobs.put(partial(gossip.announce, self.state, claim.record))
+
+    def _ask_for_records(self, report: Report) -> None:
+        """Ask the others for who cannot be read here: anybody with the gossip key can spoil tags."""
+        unknown = [name for name in report.roster.refused if name not in report.roster.hosts]
+        hosts = self._alive & report.roster.hosts.keys()
+        for name in random.sample(unknown, min(len(unknown), MOST_RECORDS)) if hosts else ():
+            self._ask_soon(partial(self._ask_record, name, hosts), name)
+
+    def _ask_for_confirmation(self) -> None:
+        if self._alive and self.state.certificate.delegation is not None:
+            self._ask_soon(self._ask_confirmation, "confirm", self._confirm_pause)
+
+    def _ask_soon(self, job: Callable[[], None], what: object, pause: float = PAUSE) -> None:
+        now = time.monotonic()
+        self._asked_at = {key: until for key, until in self._asked_at.items() if until > now}
+        if what not in self._asked_at:
+            self._asked_at[what] = now + pause
+            self._jobs.put(job)
+
+    # --- asking ----------------------------------------------------------------------------------------------------
+
+    def ask(self) -> None:
+        """Ask and tell, one thing after the other, until `stopping` is set."""
+        while not self.stopping.is_set():
+            try:
+                job = self._jobs.get(timeout=max(ASK_AGAIN, len(self._alive)))
+            except queue.Empty:
+                # Messages get lost. The larger the mesh, the more others ask.
+                job = partial(self._ask_gone, random.sample(sorted(self._alive), min(1, len(self._alive))))
+            try:
+                job()
+            except MeshdError as error:
+                log.debug("asking the others: %s", error)
+
+    def _ask_gone(self, names: Collection[str]) -> None:
+        if not names:
+            return
+        known = self.state.roster().graves
+        found = gossip.ask_gone(self.state, names, known)
+        if self._bury(found):
+            # The others may have been away together with this host.
+            gossip.tell_gone(self.state, found.without(known))
+
+    def _ask_record(self, name: str, of: Collection[str]) -> None:
+        record = gossip.ask_record(self.state, name, of)
+        if record is not None:
+            self._hear(name, record)
+
+    def _ask_confirmation(self) -> None:
+        certificate = gossip.ask_confirmation(self.state)
+        if certificate is None:
+            self._confirm_pause = min(self._confirm_pause * 2, LONGEST_PAUSE)
+            return
+        self.state.save_certificate(certificate)
+        log.info("the authority has confirmed this host's certificate")
+        self.hint("serf: certificate confirmed")
+
+    # --- hearing and answering -------------------------------------------------------------------------------------
+
+    def watch(self) -> None:
+        """Hear the others' questions and news until the connection breaks. Raises SerfError."""
+        with gossip.rpc(self.state) as client:
+            for event in client.stream(f"query,user:{GONE},user:{RECORD}"):
+                name, payload, identity = event["Name"], event.get("Payload"), event.get("ID")
+                if not isinstance(payload, bytes):
+                    continue
+                if event["Event"] == "user":
+                    self._told(name, payload)
+                elif isinstance(identity, int):
+                    self._asked(name, payload, partial(client.respond, identity))
+
+    def _told(self, name: str, payload: bytes) -> None:
+        if name == GONE:
+            self._bury(Graves.read(payload))
+        elif name == RECORD and (news := read_announcement(payload)) is not None:
+            try:
+                record = gossip.read_record(self.state, news[1])
+                self.state.mesh.trust.check(news[0], record)
+            except (RecordError, CredentialError) as error:
+                log.debug("a record of %s: %s", news[0], error)
+                return
+            self._hear(news[0], record)
+
+    def _hear(self, name: str, record: Record) -> None:
+        """Keep a record that its owner has signed for the next pass."""
+        known = self.heard.get(name)
+        if name != self.state.settings.name and (known is None or record.seq > known.seq):
+            self.heard[name] = record
+            self.hint(f"serf: record of {name}")
+
+    def _bury(self, graves: Graves) -> bool:
+        if not graves or not bury(self.state, graves):
+            return False
+        names = [*graves.gone, *(r.name for r in graves.revoked.values())]
+        self.hint("serf: goodbye of " + ", ".join(sorted(set(names)))[:80])
+        return True
+
+    def _asked(self, name: str, payload: bytes, respond: Callable[[bytes], None]) -> None:
+        answer: bytes | None = None
+        if name == APPLIED:
+            self._asked_for_readiness(payload, respond)
+        elif name == GONE:
+            answer = self._gone_answer(payload)
+        elif name == RECORD:
+            answer = self._record_answer(name_question(payload))
+        elif name == CONFIRM and self.state.authority_key is not None:
+            answer = self._confirmation(name_question(payload))
+        if answer:
+            respond(answer)
+
+    def _asked_for_readiness(self, payload: bytes, respond: Callable[[bytes], None]) -> None:
+        question = Question.parse(payload)
+        if question is None or question.name == self.state.settings.name:
+            return
+        with self._answering:
+            self._questions[question] = (respond, time.monotonic() + PATIENCE)
+        self._answer()
+        if not question.answered_by(self._applied):
+            self.hint("serf: asked for readiness")
+
+    def _answer(self) -> None:
+        """Say yes to those who asked for records that are applied now; the others wait for a later pass."""
+        with self._answering:
+            now = time.monotonic()
+            waiting = {q: (respond, until) for q, (respond, until) in self._questions.items() if until > now}
+            for question in [q for q in waiting if q.answered_by(self._applied)]:
+                respond, _ = waiting.pop(question)
+                try:
+                    respond(Question.YES)
+                except SerfError as error:
+                    log.debug("answering %s: %s", question.name, error)
+            self._questions = waiting
+
+    def _gone_answer(self, payload: bytes) -> bytes | None:
+        question = GoneQuestion.parse(payload)
+        if question is None:
+            return None
+        graves = self.state.roster().graves
+        if question.digest != graves.digest and question.asker != self.state.settings.name:
+            # Who knows others than this host may know more than this host.
+            asker = frozenset({question.asker})
+            self._ask_soon(partial(self._ask_gone, asker), asker)
+        return answer_gone(question, graves)
+
+    def _record_answer(self, name: str | None) -> bytes | None:
+        claim = self.state.claim()
+        if name == self.state.settings.name:
+            return to_wire(claim.record) if claim is not None and claim.settled else None
+        record = self.state.roster().hosts.get(name or "")
+        return to_wire(record) if record is not None else None
+
+    def _confirmation(self, name: str | None) -> bytes | None:
+        record = self.state.roster().hosts.get(name or "")
+        certificate = authority.confirm(self.state, name, record) if name and record is not None else None
+        return pack_certificate(certificate) if certificate is not None else None

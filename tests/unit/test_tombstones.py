@@ -1,0 +1,83 @@
+"""Tombstones on their way: whole, in messages that Serf carries, and nothing but tombstones comes out."""
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshd import credentials, tombstones
+from meshd.model import Goodbye, Revocation
+from meshd.queries import ANSWER_LIMIT, EVENT_LIMIT
+from meshd.tags import MAX_PREFIX, MAX_SEQ
+from meshd.tombstones import Graves
+from tests.conftest import AUTHORITY, MESH, OVERLAY, delegated, delegation, public_key, record
+
+names = st.from_regex(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,61}[A-Za-z0-9])?", fullmatch=True)
+keys = st.integers().map(lambda n: public_key(str(n)))
+# As long as a goodbye's own record can be: delegated, with a prefix and a subnet, IPv6.
+proofs = st.binary(min_size=1, max_size=350)
+goodbyes = st.dictionaries(names, st.builds(Goodbye, st.integers(1, MAX_SEQ - 1), keys, proofs), max_size=20)
+revocations = st.dictionaries(st.integers(1, 2**63 - 1), st.tuples(names, st.binary(max_size=64)), max_size=20).map(
+    lambda found: {serial: Revocation(serial, *fields) for serial, fields in found.items()}
+)
+graves = st.builds(Graves, goodbyes, revocations)
+
+
+@given(graves, st.sampled_from([EVENT_LIMIT, ANSWER_LIMIT]))
+def test_tombstones_survive_their_way_in_messages_that_serf_carries(known: Graves, limit: int) -> None:
+    found = Graves()
+    for message in known.pages(limit):
+        assert len(message) <= limit + 10
+        found = found.merged(Graves.read(message))
+    assert found == known
+
+
+def test_the_longest_goodbye_fits_into_a_user_event() -> None:
+    longest = delegated("barge1", delegation("barge1" + "x" * (MAX_PREFIX - 6), subnets=(record(1).subnet,)))
+    proof = tombstones.said(record(1, seq=MAX_SEQ - 1, by=longest, leaving=True))
+    (message,) = Graves({"b" * 63: proof}).pages(EVENT_LIMIT)
+    assert len(message) <= EVENT_LIMIT
+
+
+def test_what_has_no_proof_is_not_told() -> None:
+    assert list(Graves({"barge1": Goodbye(1, public_key("barge1"))}).pages(EVENT_LIMIT)) == []
+
+
+@given(st.binary(max_size=1024))
+def test_whatever_comes_as_tombstones_is_tombstones_or_nothing(payload: bytes) -> None:
+    found = Graves.read(payload)
+    for name, goodbye in found.gone.items():
+        assert len(name) <= 63
+        assert 0 < goodbye.seq < MAX_SEQ
+    assert all(0 < serial < 2**63 for serial in found.revoked)
+
+
+@given(st.binary(max_size=400))
+def test_no_noise_proves_a_goodbye(proof: bytes) -> None:
+    assert not tombstones.is_proved(MESH.trust, "barge1", Goodbye(1, public_key("barge1"), proof), OVERLAY, 24)
+
+
+def test_what_is_no_tombstone_is_left_out_of_a_message() -> None:
+    good, key = ["barge1", 5, bytes(31) + b"x", b"p"], bytes(32)
+    bad = [
+        ["", *good[1:]],
+        ["a b", *good[1:]],
+        ["b", 0, *good[2:]],
+        ["c", True, *good[2:]],
+        ["d", 5, key, b"p"],
+        ["e"],
+        7,
+    ]
+    assert list(Graves.read(msgpack.packb([*bad, good])).gone) == ["barge1"]
+
+
+@pytest.mark.parametrize("change", [{"name": "barge2"}, {"seq": 6}, {"public_key": public_key("barge2")}])
+def test_the_authoritys_word_is_about_one_life_of_one_host(change: dict[str, str | int]) -> None:
+    said = {"name": "barge1", "seq": 5, "public_key": public_key("barge1")}
+    signature = credentials.forget(AUTHORITY, "meshd", "barge1", 5, public_key("barge1"))
+
+    def proved(name: str, seq: int, public_key: str) -> bool:
+        return tombstones.is_proved(MESH.trust, name, Goodbye(seq, public_key, b"f" + signature), OVERLAY, 24)
+
+    assert proved(**said)  # type: ignore[arg-type]
+    assert not proved(**(said | change))  # type: ignore[arg-type]
