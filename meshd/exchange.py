@@ -12,24 +12,14 @@ from collections.abc import Callable, Collection
 from functools import partial
 from threading import Event, Lock
 
-from meshd import authority, gossip
+from meshd import answers, gossip
 from meshd.credentials import CredentialError
 from meshd.errors import MeshdError, SerfError
 from meshd.model import Record, Status
-from meshd.queries import (
-    APPLIED,
-    CONFIRM,
-    GONE,
-    RECORD,
-    GoneQuestion,
-    Question,
-    answer_gone,
-    name_question,
-    read_announcement,
-)
+from meshd.queries import APPLIED, GONE, RECORD, GoneQuestion, Question, read_announcement
 from meshd.reconcile import Report, bury
 from meshd.state import State
-from meshd.tags import RecordError, pack_certificate, to_wire
+from meshd.tags import RecordError
 from meshd.tombstones import Graves
 
 log = logging.getLogger("meshd")
@@ -139,13 +129,11 @@ class Exchange:
             self._hear(name, record)
 
     def _ask_confirmation(self) -> None:
-        certificate = gossip.ask_confirmation(self.state)
-        if certificate is None:
+        if gossip.confirm(self.state):
+            log.info("the authority has confirmed this host's certificate")
+            self.hint("serf: certificate confirmed")
+        else:
             self._confirm_pause = min(self._confirm_pause * 2, LONGEST_PAUSE)
-            return
-        self.state.save_certificate(certificate)
-        log.info("the authority has confirmed this host's certificate")
-        self.hint("serf: certificate confirmed")
 
     # --- hearing and answering -------------------------------------------------------------------------------------
 
@@ -188,16 +176,12 @@ class Exchange:
         return True
 
     def _asked(self, name: str, payload: bytes, respond: Callable[[bytes], None]) -> None:
-        answer: bytes | None = None
         if name == APPLIED:
             self._asked_for_readiness(payload, respond)
-        elif name == GONE:
-            answer = self._gone_answer(payload)
-        elif name == RECORD:
-            answer = self._record_answer(name_question(payload))
-        elif name == CONFIRM and self.state.authority_key is not None:
-            answer = self._confirmation(name_question(payload))
-        if answer:
+            return
+        if name == GONE and (question := GoneQuestion.parse(payload)) is not None:
+            self._ask_back(question)
+        if answer := answers.answer(self.state, name, payload):
             respond(answer)
 
     def _asked_for_readiness(self, payload: bytes, respond: Callable[[bytes], None]) -> None:
@@ -223,25 +207,8 @@ class Exchange:
                     log.debug("answering %s: %s", question.name, error)
             self._questions = waiting
 
-    def _gone_answer(self, payload: bytes) -> bytes | None:
-        question = GoneQuestion.parse(payload)
-        if question is None:
-            return None
-        graves = self.state.roster().graves
-        if question.digest != graves.digest and question.asker != self.state.settings.name:
-            # Who knows others than this host may know more than this host.
+    def _ask_back(self, question: GoneQuestion) -> None:
+        """Ask who knows other tombstones than this host: it may know more."""
+        if question.asker != self.state.settings.name and question.digest != self.state.roster().graves.digest:
             asker = frozenset({question.asker})
             self._ask_soon(partial(self._ask_gone, asker), asker)
-        return answer_gone(question, graves)
-
-    def _record_answer(self, name: str | None) -> bytes | None:
-        claim = self.state.claim()
-        if name == self.state.settings.name:
-            return to_wire(claim.record) if claim is not None and claim.settled else None
-        record = self.state.roster().hosts.get(name or "")
-        return to_wire(record) if record is not None else None
-
-    def _confirmation(self, name: str | None) -> bytes | None:
-        record = self.state.roster().hosts.get(name or "")
-        certificate = authority.confirm(self.state, name, record) if name and record is not None else None
-        return pack_certificate(certificate) if certificate is not None else None

@@ -32,7 +32,7 @@ def handler_command(state: State) -> str:
 def event_handlers(state: State) -> list[str]:
     """Give what Serf's `-event-handler` takes. With a daemon, that answers the queries itself."""
     command = handler_command(state)
-    alone = [f"query:{APPLIED}={command}", f"query:{GONE}={command}", f"user:{GONE}={command}"]
+    alone = [f"query:{name}={command}" for name in (APPLIED, GONE, RECORD, CONFIRM)] + [f"user:{GONE}={command}"]
     return [f"{MEMBER_EVENTS}={command}", *([] if state.settings.daemon else alone)]
 
 
@@ -169,8 +169,18 @@ def read_record(state: State, raw: bytes) -> Record:
     return from_wire(raw, state.settings.overlay, state.settings.subnet_length)
 
 
-def ask_confirmation(state: State) -> Certificate | None:
-    """Ask whoever holds the authority for a certificate of its own for this host. Raises SerfError."""
+def confirm(state: State) -> bool:
+    """Take the authority's own certificate in the place of a delegation's, if who holds it is there. Raises SerfError.
+
+    The next pass publishes it.
+    """
+    certificate = _ask_confirmation(state)
+    if certificate is not None:
+        state.save_certificate(certificate)
+    return certificate is not None
+
+
+def _ask_confirmation(state: State) -> Certificate | None:
     own, name = state.certificate, state.settings.name
     for _, raw in _ask(state, CONFIRM, name.encode(), ()):
         with suppress(RecordError, CredentialError):

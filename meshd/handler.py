@@ -7,8 +7,9 @@ import os
 import sys
 from pathlib import Path
 
+from meshd import answers
 from meshd.errors import MeshdError
-from meshd.queries import APPLIED, GONE, GoneQuestion, Question, answer_gone
+from meshd.queries import APPLIED, GONE, Question
 from meshd.state import DEFAULT, State
 from meshd.tombstones import Graves
 
@@ -30,13 +31,13 @@ def handle(state: State, environment: "os._Environ[str]", payload: bytes) -> Non
     event = environment.get("SERF_EVENT")
     name = environment.get("SERF_QUERY_NAME") or environment.get("SERF_USER_EVENT")
     question = Question.parse(payload) if (event, name) == ("query", APPLIED) else None
-    gone_question = GoneQuestion.parse(payload) if (event, name) == ("query", GONE) else None
-    if gone_question is not None:
-        sys.stdout.buffer.write(answer_gone(gone_question, state.roster().graves))
+    if event == "query" and question is None:
+        sys.stdout.buffer.write(answers.answer(state, name or "", payload) or b"")
         return
-    if event in {"query", "user"} and question is None and (event, name) != ("user", GONE):
+    if event == "user" and name != GONE:
         return
     # Imports that the cases above do without.
+    from meshd import gossip  # noqa: PLC0415
     from meshd.reconcile import WITHOUT_DOCKER, bury, reconcile  # noqa: PLC0415
 
     if name == GONE and not bury(state, Graves.read(payload)):
@@ -45,8 +46,10 @@ def handle(state: State, environment: "os._Environ[str]", payload: bytes) -> Non
     report = reconcile(state, kinds=WITHOUT_DOCKER)
     for failure in report.failures:
         print(f"meshd: {failure}", file=sys.stderr)  # noqa: T201  Serf's log
-    if question is not None and question.answered_by(report.applied):
-        sys.stdout.write(Question.YES.decode())
+    if question is not None:
+        sys.stdout.write(Question.YES.decode() if question.answered_by(report.applied) else "")
+    elif report.roster.hosts and state.certificate.delegation is not None:
+        gossip.confirm(state)
 
 
 if __name__ == "__main__":

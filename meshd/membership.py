@@ -95,7 +95,9 @@ def admit(
         try:
             record = _newest(member, mesh, known, now)
         except (RecordError, CredentialError) as error:
-            refused[member.name] = str(error)
+            # Who is neither known nor there is not worth a word.
+            if member.status is Status.ALIVE or member.name in known.hosts:
+                refused[member.name] = str(error)
             continue
         if record is None:
             continue

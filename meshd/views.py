@@ -29,12 +29,14 @@ def gather(state: State) -> Report:
 
 
 def members(state: State, report: Report) -> list[Row]:
-    """Give a row for each member and each known host, sorted by name."""
+    """Give a row for each host, each that has left, and each member that is there and refused, sorted by name."""
     claim = state.claim()
     own = Host(state.settings.name, claim.record) if claim else None
     listed = {member.name: member for member in report.members}
     handshakes = {peer.public_key: peer.handshake for peer in report.peers}
-    names = listed.keys() | report.roster.hosts.keys() | ({own.name} if own else set())
+    roster = report.roster
+    names = roster.hosts.keys() | roster.refused.keys() | (listed.keys() & roster.gone.keys())
+    names |= {own.name} if own else set()
     return [_row(name, own, listed.get(name), report, handshakes) for name in sorted(names)]
 
 

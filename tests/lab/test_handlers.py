@@ -43,12 +43,12 @@ def alone(lab: Lab) -> Iterator[Alone]:
     key = base64.b64encode(identity.decode(invitation).gossip_key).decode()
     agents = []
     for host in hosts:
-        output = host.run(["meshd", "invite"]).stdout if host is hosts[0] else ""
-        if not output:
-            output = join(host, hosts[0], invitation, "--no-docker", "--no-daemon")
+        if host is not hosts[0]:
+            join(host, hosts[0], invitation, "--no-docker", "--no-daemon")
+        output = host.run(["meshd", "up"]).stdout
         handlers = re.findall(r"-event-handler '([^']+)'", output)
-        # Member events, the two questions of other hosts, and goodbyes that they tell of.
-        assert len(handlers) == 4, output
+        # Member events, the four questions of other hosts, and goodbyes that they tell of.
+        assert len(handlers) == 6, output
         options = [f"-event-handler={handler}" for handler in handlers]
         options += [f"-node={host.name}", f"-bind={host.address}", f"-encrypt={key}"]
         # Nothing of meshd's own configuration: the tags must come from the handler.

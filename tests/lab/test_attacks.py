@@ -1,0 +1,477 @@
+"""What must not work, with real packets: outsiders, holders of the gossip key, and members that overreach.
+
+barge1 to barge3 are the mesh; barge4 is on the underlay beside them and does the attacking.
+"""
+
+import base64
+import json
+import os
+import re
+import struct
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from ipaddress import IPv4Network
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meshd import credentials
+from meshd.lab.hosts import Lab, LabHost
+from meshd.model import Certificate, Delegation, Endpoint, Record
+from meshd.state import State
+from meshd.tags import encode
+from tests.lab.conftest import (
+    PCAP_HEADER,
+    assemble,
+    capture,
+    eventually,
+    full_reach,
+    invitation,
+    join,
+    log,
+    members,
+    nothing_in_clear,
+    overlay,
+    peers,
+    ping,
+    serf,
+)
+
+pytestmark = [pytest.mark.root, pytest.mark.lab]
+
+FORGE = Path(__file__).with_name("forge.py")
+STATE = "/var/lib/meshd"
+HUGE = 2**32 - 1
+
+
+class Scene:
+    """A mesh of three and a stranger, who may have got hold of the gossip key."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+        self.mesh = assemble(lab, docker=0, plain=3)
+        self.stranger = lab.power_on("barge4")
+        self.gossip_key = state(self.mesh[0]).gossip_key
+
+    def listed(self) -> dict[str, dict[str, Any]]:
+        """What Serf on the first host says of each member."""
+        rows = json.loads(serf(self.mesh[0], "members", "-format=json"))["members"]
+        return {row["name"]: row for row in rows}
+
+    def tags(self, name: str) -> dict[str, str]:
+        return dict(self.listed()[name]["tags"])
+
+    def forge(self, *messages: tuple[str, Mapping[str, Any]], key: bytes | None = b"", targets: int = 3) -> None:
+        """Send gossip to the hosts of the mesh: encrypted with the mesh's key, with another one, or (None) not."""
+        used = self.gossip_key if key == b"" else key
+        addresses = [str(host.address) for host in self.mesh[:targets]]
+        task = {"key": used.hex() if used else None, "targets": addresses, "messages": messages}
+        self.stranger.run([sys.executable, str(FORGE)], text=json.dumps(task))
+
+    @contextmanager
+    def agent(self, name: str, tags: Mapping[str, str], *, key: bytes | None = None) -> Iterator[None]:
+        """Run a plain Serf agent on the stranger, which joins the mesh's gossip if its key is the mesh's."""
+        path = self.stranger.directory / "rogue.json"
+        config = {
+            "node_name": name,
+            "bind": str(self.stranger.address),
+            "encrypt_key": base64.b64encode(key or self.gossip_key).decode(),
+            "tags": dict(tags),
+            "disable_name_resolution": True,
+            "retry_join": [str(host.address) for host in self.mesh],
+            "retry_interval": "1s",
+        }
+        path.write_text(json.dumps(config))
+        process = self.stranger.popen(["serf", "agent", f"-config-file={path}"], stdout=-3, stderr=-3)
+        try:
+            yield
+        finally:
+            self.stranger.run(["pkill", "-KILL", "-f", str(path)], check=False)
+            process.wait(timeout=10)
+
+    def refused(self, name: str, reason: str) -> None:
+        """Require that every host refuses a member for this reason, and says so in its log."""
+        for host in self.mesh:
+            eventually(lambda h=host: reason in members(h).get(name, {}).get("reason", ""), 10, f"{name}: {reason}")  # type: ignore[misc]
+            assert members(host)[name]["state"] == "refused"
+            eventually(lambda h=host: re.search(f"WARNING refused {name}: .*{re.escape(reason)}", log(h)), 5, "logged")  # type: ignore[misc]
+
+    def unharmed(self, others: int = 2) -> None:
+        """Require that the three have each other as they had, nobody else, and reach each other."""
+        for host in self.mesh:
+            assert len(peers(host)) == others, host.name
+            routes = host.run(["ip", "route", "show", "proto", "77"]).stdout.splitlines()
+            assert len([line for line in routes if "dev wg0" in line]) == others, routes
+            assert "Traceback" not in log(host)
+        assert full_reach(self.mesh)
+
+
+def state(host: LabHost) -> State:
+    return State(host.directory / "meshd")
+
+
+def keys(host: LabHost) -> tuple[bytes, Record]:
+    """The identity's seed and the record of a host, as its root can read them."""
+    claim = state(host).claim()
+    assert claim is not None
+    return state(host).identity_key, claim.record
+
+
+def signed(host: LabHost, record: Record, name: str | None = None) -> dict[str, str]:
+    """The tags of a record that the host's own identity has signed: what a member can do that overreaches."""
+    return encode(credentials.sign(keys(host)[0], "meshd", name or host.name, record))
+
+
+@pytest.fixture(scope="module")
+def scene(lab: Lab) -> Scene:
+    return Scene(lab)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_happened(scene: Scene) -> Iterator[None]:
+    eventually(lambda: settled_three(scene), 60, "the mesh is whole before the attack")
+    with nothing_in_clear(scene.lab):
+        yield
+        scene.unharmed()
+
+
+def settled_three(scene: Scene) -> bool:
+    """Tell whether the three see each other alive, whatever else is listed, and have nothing to change."""
+    names = {"barge1", "barge2", "barge3"}
+    return all(
+        names <= {n for n, row in members(host).items() if row["state"] == "alive"}
+        and host.run(["meshd", "plan"], check=False).stdout == "no changes\n"
+        for host in scene.mesh
+    )
+
+
+# --- outsiders -------------------------------------------------------------------------------------------------------
+
+
+def test_outsider_without_the_key_does_not_join(scene: Scene) -> None:
+    with scene.agent("outsider", scene.tags("barge2"), key=os.urandom(32)):
+        time.sleep(3)
+        for host in scene.mesh:
+            assert "outsider" not in members(host)
+
+
+@pytest.mark.parametrize("key", [None, os.urandom(32)], ids=["in clear", "another key"])
+def test_outsider_forges_gossip(scene: Scene, key: bytes | None) -> None:
+    before = scene.listed()
+    scene.forge(
+        ("alive", alive(scene, "outsider", {})),
+        ("alive", alive(scene, "barge2", {"wg": "noise"}, incarnation=HUGE)),
+        ("dead", {"name": "barge3", "incarnation": HUGE, "from": "barge1"}),
+        ("leave", {"name": "barge2", "time": 10_000}),
+        *(("raw", {"hex": os.urandom(200).hex()}) for _ in range(50)),
+        key=key,
+    )
+    time.sleep(2)
+    assert scene.listed() == before
+
+
+def alive(scene: Scene, name: str, tags: Mapping[str, str], incarnation: int = 1) -> dict[str, Any]:
+    return {"name": name, "address": str(scene.stranger.address), "incarnation": incarnation, "tags": dict(tags)}
+
+
+def test_outsider_replays_what_it_has_heard(scene: Scene) -> None:
+    """Of a host that moved to another subnet: its old record, and the packets by which Serf spread it."""
+    mover = scene.mesh[2]
+    with capture(scene.lab, "udp port 7946") as heard:
+        mover.run(["meshd", "renumber", "--subnet", "172.20.203.0/24"])
+        eventually(lambda: all(members(h)["barge3"]["subnet"] == "172.20.203.0/24" for h in scene.mesh), 10, "moved")
+        mover.run(["meshd", "renumber", "--subnet", overlay(mover) + "/24"])
+        eventually(
+            lambda: all(members(h)["barge3"]["subnet"] == f"{overlay(mover)}/24" for h in scene.mesh), 10, "back"
+        )
+    packets = [("raw", {"hex": payload.hex()}) for payload in udp_payloads(heard[0])]
+    assert len(packets) > 20, "there was gossip to replay"
+    scene.forge(*packets[-400:], key=None)
+    time.sleep(2)
+    for host in scene.mesh:
+        assert members(host)["barge3"]["subnet"] == f"{overlay(mover)}/24"
+
+
+def move(scene: Scene, host: LabHost, subnet: str) -> None:
+    host.run(["meshd", "renumber", "--subnet", subnet])
+    for other in scene.mesh:
+        eventually(lambda h=other: members(h)[host.name]["subnet"] == subnet, 10, f"{host.name} has {subnet}")  # type: ignore[misc]
+
+
+def udp_payloads(pcap: bytes) -> Iterator[bytes]:
+    """Give the payloads of a capture of UDP over IPv4 over Ethernet (pcap-savefile(5))."""
+    at = PCAP_HEADER
+    while at + 16 <= len(pcap):
+        (length,) = struct.unpack_from("=I", pcap, at + 8)
+        packet, at = pcap[at + 16 : at + 16 + length], at + 16 + length
+        header = 14 + (packet[14] & 15) * 4
+        yield packet[header + 8 :]
+
+
+# --- who has the gossip key, and no certificate ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tags", "reason"),
+    [
+        ({}, "no record"),
+        ({"wg": "A" * 43 + "=", "subnet": "172.20.99.0/24", "meshd": "2.AAAA"}, "ends early"),
+        ({"noise": base64.b85encode(os.urandom(390)).decode()}, "no record"),
+    ],
+    ids=["none", "made up", "512 bytes of noise"],
+)
+def test_key_holder_under_an_own_name(scene: Scene, tags: dict[str, str], reason: str) -> None:
+    with scene.agent("stranger", tags):
+        scene.refused("stranger", reason)
+
+
+def test_key_holder_copies_the_tags_of_a_host(scene: Scene) -> None:
+    with scene.agent("copycat", scene.tags("barge2")):
+        scene.refused("copycat", "not from this mesh's authority, or for another name")
+
+
+def test_key_holder_takes_the_name_of_a_living_host(scene: Scene) -> None:
+    with scene.agent("barge2", {"wg": "noise"}):
+        time.sleep(3)
+        scene.unharmed()
+
+
+@pytest.mark.parametrize("tags", ["none", "copied"])
+def test_key_holder_takes_the_name_of_a_host_that_failed(scene: Scene, tags: str) -> None:
+    victim = scene.mesh[2]
+    copied = scene.tags("barge3") if tags == "copied" else {}
+    stop_agents(victim)
+    eventually(lambda: members(scene.mesh[0])["barge3"]["state"] == "failed", 30, "it is seen as failed")
+    with scene.agent("barge3", copied):
+        taken = f"{scene.stranger.address}:7946"
+        eventually(lambda: scene.listed()["barge3"]["addr"] == taken, 60, "the name is taken")
+        time.sleep(2)
+        scene.unharmed()
+    victim.run(["meshd", "up", "--timeout", "1"])
+
+
+def stop_agents(host: LabHost) -> None:
+    # The daemon first, which would start Serf again.
+    host.run(["sh", "-ec", f"kill -KILL $(cat {STATE}/agent.pid); kill -KILL $(pgrep -f '^[^ ]*serf agent')"])
+
+
+def test_key_holder_forges_a_leave_and_a_death(scene: Scene) -> None:
+    target = overlay(scene.mesh[1])
+    flow = scene.mesh[0].popen(["busybox", "ping", "-i", "0.05", target], stdout=-1)
+    time.sleep(0.5)
+    for _ in range(20):
+        # The host itself contradicts at once; whoever believes it for a moment must not act on it.
+        scene.forge(
+            ("dead", {"name": "barge2", "incarnation": HUGE // 2, "from": "barge2"}),
+            ("dead", {"name": "barge2", "incarnation": HUGE // 2, "from": "barge1"}),
+            ("leave", {"name": "barge2", "time": 100_000}),
+        )
+    scene.mesh[0].run(["meshd", "sync"])
+    scene.unharmed()
+    scene.mesh[0].run(["pkill", "-INT", "-f", "busybox ping -i"])
+    answered = [int(number) for number in re.findall(r"seq=(\d+)", flow.communicate(timeout=10)[0])]
+    assert answered == list(range(len(answered)))
+    assert len(answered) > 10
+
+
+# --- members that overreach ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def insider(scene: Scene) -> Iterator[LabHost]:
+    """barge4 as a member, whose agents are stopped: the test speaks in its name."""
+    join(scene.stranger, scene.mesh[0], invitation(scene.mesh[0]), "--no-docker")
+    eventually(lambda: state(scene.stranger).certificate.delegation is None, 20, "the authority has confirmed it")
+    eventually(lambda: confirmed(scene), 20, "and all have its newest record")
+    stop_agents(scene.stranger)
+    try:
+        yield scene.stranger
+    finally:
+        scene.stranger.run(["meshd", "up", "--timeout", "1"], check=False)
+        scene.stranger.run(["meshd", "leave", "--force"], check=False)
+        eventually(lambda: all(len(peers(host)) == 2 for host in scene.mesh), 20, "it has left")
+
+
+def confirmed(scene: Scene) -> bool:
+    newest = keys(scene.stranger)[1]
+    return all(state(host).roster().hosts.get("barge4") == newest for host in scene.mesh)
+
+
+CLAIMS = {
+    "another's subnet": ("172.20.102.0/24", "is held by barge2"),
+    "a /8": ("172.0.0.0/8", "outside of the overlay"),
+    "everything": ("0.0.0.0/0", "outside of the overlay"),
+    "the underlay's own network": ("10.10.10.0/24", "outside of the overlay"),
+    "a longer prefix of another's": ("172.20.102.0/25", "is not a /24"),
+}
+
+
+@pytest.mark.parametrize("what", CLAIMS)
+def test_member_claims_what_is_not_its_own(scene: Scene, insider: LabHost, what: str) -> None:
+    subnet, reason = CLAIMS[what]
+    own = keys(insider)[1]
+    record = replace(own, seq=own.seq + 1, subnet=IPv4Network(subnet))
+    with scene.agent("barge4", signed(insider, record)):
+        scene.refused("barge4", reason)
+        scene.unharmed(others=3)
+
+
+def test_member_claims_anothers_endpoint(scene: Scene, insider: LabHost) -> None:
+    own, victim = keys(insider)[1], keys(scene.mesh[1])[1]
+    with scene.agent("barge4", signed(insider, replace(own, seq=own.seq + 1, endpoint=victim.endpoint))):
+        scene.refused("barge4", "its endpoint 10.10.10.102:51820 is barge2's")
+
+
+def test_member_uses_a_second_name(scene: Scene, insider: LabHost) -> None:
+    own = keys(insider)[1]
+    with scene.agent("barge9", signed(insider, replace(own, seq=own.seq + 1), "barge9")):
+        scene.refused("barge9", "not from this mesh's authority, or for another name")
+
+
+def test_member_signs_for_another_host(scene: Scene, insider: LabHost) -> None:
+    victim = keys(scene.mesh[1])[1]
+    forged = signed(insider, replace(victim, seq=victim.seq + 1, public_key=keys(insider)[1].public_key), "barge2")
+    scene.forge(("alive", alive(scene, "barge2", forged, incarnation=1000)), targets=1)
+    time.sleep(2)
+    assert state(scene.mesh[0]).roster().hosts["barge2"] == victim
+
+
+@pytest.mark.usefixtures("insider")
+def test_member_publishes_an_older_record_of_another_host(scene: Scene) -> None:
+    victim = scene.mesh[2]
+    older = encode(keys(victim)[1])
+    move(scene, victim, "172.20.203.0/24")
+    stop_agents(victim)
+    eventually(lambda: members(scene.mesh[0])["barge3"]["state"] == "failed", 30, "and failed")
+    with scene.agent("barge3", older):
+        eventually(lambda: "is older than" in members(scene.mesh[0])["barge3"]["reason"], 60, "refused")
+        assert members(scene.mesh[0])["barge3"]["subnet"] == "172.20.203.0/24"
+        scene.unharmed(others=3)
+    victim.run(["meshd", "up", "--timeout", "1"])
+    move(scene, victim, f"{overlay(victim)}/24")
+
+
+def test_member_whose_certificate_has_expired(scene: Scene, insider: LabHost) -> None:
+    founder, seed = state(scene.mesh[0]).authority_key, keys(insider)[0]
+    assert founder is not None
+    brief = Certificate(99, int(time.time()) + 6, credentials.public(seed))
+    own = keys(insider)[1]
+    brief = credentials.certify(founder, "meshd", "barge4", brief)
+    with scene.agent("barge4", signed(insider, replace(own, seq=own.seq + 1, certificate=brief))):
+        eventually(lambda: not any(peer_of(host, own) for host in scene.mesh), 25, "it is cut off everywhere")
+        scene.refused("barge4", "its certificate expired on")
+
+
+def peer_of(host: LabHost, record: Record) -> bool:
+    return record.public_key in peers(host)
+
+
+@pytest.mark.parametrize("what", ["authority", "mesh"])
+def test_member_with_a_certificate_of_another_mesh(scene: Scene, what: str) -> None:
+    founder = state(scene.mesh[0]).authority_key
+    assert founder is not None
+    seed, signer = os.urandom(32), os.urandom(32) if what == "authority" else founder
+    mesh = "other" if what == "mesh" else "meshd"
+    made = credentials.certify(signer, mesh, "guest", Certificate(5, 0, credentials.public(seed)))
+    record = credentials.sign(seed, "meshd", "guest", made_up(scene, made, "172.20.99.0/24"))
+    with scene.agent("guest", encode(record)):
+        scene.refused("guest", "not from this mesh's authority")
+
+
+BEYOND = {
+    "a name": ("other1", "172.20.99.0/24", 60, "names that begin with 'web-'"),
+    "a subnet": ("web-1", "172.20.98.0/24", 60, "does not allow the subnet 172.20.98.0/24"),
+    "its time": ("web-2", "172.20.99.0/24", -60, "expired"),
+}
+
+
+@pytest.mark.parametrize("what", BEYOND)
+def test_delegated_key_goes_beyond_its_terms(scene: Scene, what: str) -> None:
+    name, subnet, ttl, reason = BEYOND[what]
+    founder = state(scene.mesh[0]).authority_key
+    assert founder is not None
+    seed, own = os.urandom(32), os.urandom(32)
+    terms = Delegation(3, int(time.time()) + ttl, credentials.public(seed), "web-", (IPv4Network("172.20.99.0/24"),))
+    terms = credentials.delegate(founder, "meshd", terms)
+    made = credentials.certify_by(seed, "meshd", name, credentials.public(own), terms)
+    with scene.agent(name, encode(credentials.sign(own, "meshd", name, made_up(scene, made, subnet)))):
+        scene.refused(name, reason)
+
+
+def made_up(scene: Scene, certificate: Certificate, subnet: str) -> Record:
+    """A record that is right but for what its certificate says."""
+    key = base64.b64encode(os.urandom(32)).decode()
+    return Record(key, IPv4Network(subnet), Endpoint(scene.stranger.address, 51820), 1, certificate)
+
+
+def test_revoked_host_is_cut_off_everywhere_and_stays_so(scene: Scene, insider: LabHost) -> None:
+    one, two, three = scene.mesh
+    record = keys(insider)[1]
+    insider.run(["meshd", "up", "--timeout", "5"])
+    scene.lab.power_off(three)
+    one.run(["meshd", "revoke", "barge4"])
+    eventually(lambda: not peer_of(one, record) and not peer_of(two, record), 5, "it is cut off by who is up")
+    assert not ping(insider, overlay(one))
+    assert "the authority has revoked this host" in insider.run(["meshd", "status"], check=False).stdout
+    # The host that was down hears it from others, not only from the one that said it.
+    stop_agents(one)
+    scene.mesh[2] = three = scene.lab.power_on("barge3")
+    three.run(["meshd", "up", "--timeout", "5"])
+    eventually(lambda: not peer_of(three, record), 15, "and by who was down")
+    one.run(["meshd", "up", "--timeout", "1"])
+    # Everybody reboots.
+    for host in list(scene.mesh):
+        scene.lab.power_off(host)
+    scene.mesh[:] = [scene.lab.power_on(name) for name in ("barge1", "barge2", "barge3")]
+    for host in scene.mesh:
+        host.run(["meshd", "up", "--timeout", "1"])
+    eventually(lambda: settled_three(scene), 60, "the three are back")
+    scene.refused("barge4", "its certificate was revoked")
+    scene.unharmed()
+
+
+# --- tags that somebody has spoiled ----------------------------------------------------------------------------------
+
+
+def test_spoiled_tags_do_not_hide_a_host_from_a_late_joiner(scene: Scene) -> None:
+    """The last one: against a number that cannot be outdone the victim's own Serf is helpless until it restarts."""
+    victim = scene.mesh[1]
+    before = state(scene.mesh[0]).roster().hosts["barge2"]
+    spoiled = {"wg": base64.b64encode(os.urandom(32)).decode(), "subnet": "172.20.102.0/24", "meshd": "2.AAAA"}
+    forged = {**alive(scene, "barge2", spoiled, incarnation=HUGE), "address": str(victim.address)}
+    scene.forge(("alive", forged))
+    eventually(lambda: scene.tags("barge2") == spoiled, 10, "the tags are spoiled")
+    eventually(lambda: members(scene.mesh[0])["barge2"]["state"] == "refused", 10, "there is an alarm")
+    assert "WARNING refused barge2: the record ends early" in log(scene.mesh[0])
+    assert state(scene.mesh[0]).roster().hosts["barge2"] == before, "the last good record stays in force"
+    scene.unharmed()
+    # Who joins now learns of it by asking.
+    join(scene.stranger, scene.mesh[0], invitation(scene.mesh[0]), "--no-docker", "--timeout", "5", "--name", "late")
+    try:
+        eventually(lambda: ping(scene.stranger, overlay(victim)), 20, "the late joiner reaches it")
+    finally:
+        scene.stranger.run(["meshd", "leave"])
+    eventually(lambda: all(len(peers(host)) == 2 for host in scene.mesh), 20, "it has left")
+    serf_pid = "$(pgrep -f '^[^ ]*serf agent')"
+    for host in scene.mesh:
+        host.run(["sh", "-c", f"kill -KILL {serf_pid}"])
+
+
+def test_key_holder_makes_a_thousand_members_at_once(scene: Scene) -> None:
+    bogus = [("alive", alive(scene, f"bogus{n}", {"wg": "x", "subnet": f"172.20.{n % 256}.0/24"})) for n in range(1000)]
+    scene.forge(*bogus)
+    eventually(lambda: len(members(scene.mesh[1])) > 500, 30, "Serf has taken them in")
+    scene.unharmed()
+    assert log(scene.mesh[0]).count("refused bogus") < 300, "nor do they fill the log"
+    # And the mesh is not closed by it.
+    offer = invitation(scene.mesh[0])
+    join(scene.stranger, scene.mesh[1], offer, "--no-docker", "--name", "newcomer")
+    try:
+        assert members(scene.mesh[0])["newcomer"]["state"] == "alive"
+    finally:
+        scene.stranger.run(["meshd", "leave"])
+    eventually(lambda: len(peers(scene.mesh[0])) == len(peers(scene.mesh[1])) == 2, 10, "it has left")
