@@ -103,6 +103,7 @@ class Agent:
         while not self.stopping.is_set():
             full = time.monotonic() >= full_pass_due or not all(hint.startswith("serf:") for hint in hints)
             if full:
+                self.state.reload_settings()
                 self._follow_underlay()
             ok = self._keep_serf() and self._pass(hints, plan.ORDER if full else MEMBERSHIP)
             if full:

@@ -91,6 +91,9 @@ def main(ctx: click.Context, state_dir: Path) -> None:
     ctx.obj = State(state_dir)
 
 
+ALLOW_HELP = "What the overlay may reach on the host itself besides ICMP: tcp/22, udp/5000-5010, all. Repeatable."
+
+
 def setting(flag: str, *names: str, **attributes: Any) -> Callable[[F], F]:
     """Give an option that the environment can set too: `--wireguard-port` is MESHD_WIREGUARD_PORT."""
     variable = "MESHD_" + flag.partition("/")[0].lstrip("-").upper().replace("-", "_")
@@ -101,6 +104,7 @@ def setting(flag: str, *names: str, **attributes: Any) -> Callable[[F], F]:
 def host_options(command: F) -> F:
     """Add the options that say how this one host takes part."""
     options = [
+        setting("--allow", multiple=True, help=ALLOW_HELP),
         setting("--name", help="This host's name in the mesh; by default its host name."),
         setting("--subnet", type=Prefix(), help="This host's share of the overlay; by default a free one."),
         setting("--bind", type=Address(), help="This host's underlay address; by default found by its routes."),
@@ -285,18 +289,24 @@ def sync(state: State, as_json: bool, force: bool) -> None:
 
 
 @main.command()
+@click.option("--allow", multiple=True, help=f"{ALLOW_HELP} It replaces what was allowed before; 'none' is nothing.")
 @wait_option
 @strict_option
 @click.pass_obj
-def up(state: State, timeout: float, strict: bool) -> None:
+def up(state: State, allow: tuple[str, ...], timeout: float, strict: bool) -> None:
     """Start meshd on this host again after 'meshd down', with the same keys and the same subnet.
+
+    Where it is up, that is harmless; with --allow it opens or closes the host to the overlay.
 
     \b
     Example:
       meshd up
+      meshd up --allow tcp/22 --allow tcp/9100
     """
     from meshd import lifecycle  # noqa: PLC0415
 
+    if allow:
+        lifecycle.allow(state, () if allow == ("none",) else allow)
     lifecycle.up(state)
     _wait(state, timeout, strict=strict)
 

@@ -13,6 +13,7 @@ from meshd.model import IPAddress, is_name
 VERSION = 1
 # IFNAMSIZ is 16 with the final NUL; the alphabet keeps it safe in nft rules and /proc paths.
 INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,14}")
+ALLOWED = re.compile(r"all|(?:tcp|udp)/([0-9]{1,5})(?:-([0-9]{1,5}))?")
 # The hand-made recipe's prefix; it lies in Docker's automatic pool, so the preflight looks for it there.
 OVERLAY = IPv4Network("172.20.0.0/16")
 PORTS = ("wireguard_port", "gossip_port", "rpc_port")
@@ -40,6 +41,7 @@ class Settings:
     keepalive: int = 25
     docker: bool = True
     daemon: bool = True
+    allow: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for what, text in (("host name", self.name), ("mesh name", self.mesh)):
@@ -54,6 +56,8 @@ class Settings:
             raise InputError(f"the WireGuard backend {self.wireguard_backend!r} is not auto, kernel or userspace")
         self._check_numbers()
         self._check_prefixes()
+        for entry in self.allow:
+            check_allowed(entry)
 
     def _check_numbers(self) -> None:
         for name in PORTS:
@@ -93,11 +97,21 @@ class Settings:
         return f"meshd:{self.wireguard}"
 
 
+def check_allowed(entry: str) -> None:
+    """Refuse what is not `tcp/22`, `udp/5000-5010` or `all`. Raises InputError."""
+    found = ALLOWED.fullmatch(entry)
+    first, last = (int(found[1]), int(found[2] or found[1])) if found and found[1] else (1, 1)
+    if found is None or not 0 < first <= last < 65536:
+        raise InputError(
+            f"what the overlay may reach on this host, {entry!r}, is not like tcp/22, udp/5000-5010 or all"
+        )
+
+
 def to_json(settings: Settings) -> dict[str, Any]:
     """Give the settings as plain JSON values, with a version."""
     values = asdict(settings)
     plain = {k: v if v is None or isinstance(v, bool | int) else str(v) for k, v in values.items()}
-    return {"version": VERSION, **plain}
+    return {"version": VERSION, **plain, "allow": list(settings.allow)}
 
 
 def from_json(values: dict[str, Any]) -> Settings:
@@ -122,6 +136,10 @@ def _typed(name: str, value: Any, kind: str) -> Any:
                 return reader(value)
             except ValueError:
                 raise InputError(f"{name} {value!r} is not a prefix or an address") from None
+    if kind.startswith("tuple"):
+        if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+            raise InputError(f"{name} {value!r} is not a list of texts")
+        return tuple(value)
     expected = bool if "bool" in kind else int if "int" in kind else str
     if type(value) is not expected or any(text in kind for text in readers):
         raise InputError(f"{name} {value!r} is not what it should be")

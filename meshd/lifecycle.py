@@ -132,6 +132,14 @@ def up(state: State) -> Report:
     return _begin(state)
 
 
+def allow(state: State, entries: tuple[str, ...]) -> None:
+    """Set what the overlay may reach on this host itself, from the next pass on. Raises InputError."""
+    preflight.root()
+    with state.lock():
+        state.save_settings(replace(state.settings, allow=entries))
+    state.hint("cli: settings")
+
+
 def down(state: State, *, force: bool = False) -> Report:
     """Stop everything and leave the host as it was found; keep the identity and the subnet; say no goodbye."""
     preflight.root()

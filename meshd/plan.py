@@ -48,13 +48,20 @@ class Local:
     owner: str
     bridge: str | None = None
     engine: Engine | None = None
+    allow: tuple[str, ...] = ()
 
 
 def desired(local: Local, hosts: Iterable[Host]) -> tuple[Resource, ...]:
     """Give everything that should be on this host, in the order in which it is made."""
     record = local.host.record
     resources: list[Resource] = [
-        rules.table(wireguard=local.wireguard, bridge=local.bridge, overlay=local.overlay, subnet=record.subnet),
+        rules.table(
+            wireguard=local.wireguard,
+            bridge=local.bridge,
+            overlay=local.overlay,
+            subnet=record.subnet,
+            allow=local.allow,
+        ),
         Device(local.wireguard, record.public_key, local.port),
         Link(local.wireguard, "wireguard", local.mtu),
         Address(local.wireguard, IPv4Interface((record.address, 32))),

@@ -326,6 +326,7 @@ def local(settings: Settings, own: Host, engine: Engine | None) -> plan.Local:
         owner=settings.owner,
         bridge=settings.bridge if settings.docker else None,
         engine=engine,
+        allow=settings.allow,
     )
 
 

@@ -5,6 +5,7 @@ undoes what it does. Docker's chains get only what nothing but a rule inside of 
 """
 
 import re
+from collections.abc import Collection
 from hashlib import sha256
 from ipaddress import IPv4Network
 
@@ -26,15 +27,30 @@ def rule(text: str) -> Rule:
     return Rule(sha256(text.encode()).hexdigest()[:16], text)
 
 
-def table(*, wireguard: str, bridge: str | None, overlay: IPv4Network, subnet: IPv4Network) -> Table:
-    """Give the mesh's table: sources are kept, nothing leaves in clear, nothing but the overlay enters the bridge."""
-    inside = ", ".join(f'"{name}"' for name in (wireguard, bridge, "lo") if name)
-    in_clear = f"ip daddr {overlay} oifname != {{ {inside} }} drop"
+def table(
+    *,
+    wireguard: str,
+    bridge: str | None,
+    overlay: IPv4Network,
+    subnet: IPv4Network,
+    allow: Collection[str] = (),
+) -> Table:
+    """Give the mesh's table: sources are kept, nothing leaves in clear, nothing but the overlay enters the bridge.
+
+    `allow` is what the overlay may reach on the host itself: `tcp/22`, `udp/5000-5010`, `all`.
+    """
+    inside = _names(wireguard, bridge, "lo")
+    in_clear = f"ip daddr {overlay} oifname != {inside} drop"
     # With the path's ICMP lost, only a segment size that fits gets large answers through (RFC 2923).
     clamp = "tcp flags syn / syn,rst tcp option maxseg size set rt mtu"
     forward = [in_clear]
     if bridge is not None:
-        forward += [f'oifname "{wireguard}" {clamp}', f'iifname "{wireguard}" {clamp}', *_guard(wireguard, bridge)]
+        forward += [f'oifname "{wireguard}" {clamp}', f'iifname "{wireguard}" {clamp}']
+        # The others' WireGuard drops it as well: no container speaks for another host's.
+        forward.append(f'iifname "{bridge}" oifname "{wireguard}" ip saddr != {subnet} drop')
+    forward += _inbound(wireguard, subnet)
+    if bridge is not None:
+        forward += _guard(wireguard, bridge)
     return Table(
         table_name(wireguard),
         (
@@ -42,8 +58,35 @@ def table(*, wireguard: str, bridge: str | None, overlay: IPv4Network, subnet: I
             _chain("postrouting", "nat", BEFORE_SRCNAT, f'ip saddr {subnet} oifname "{wireguard}" snat to ip saddr'),
             _chain("forward", "filter", BEFORE_FILTER, *forward),
             _chain("output", "filter", BEFORE_FILTER, in_clear),
+            _chain("input", "filter", BEFORE_FILTER, *_input(_names(wireguard, bridge), allow)),
         ),
     )
+
+
+def _names(*links: str | None) -> str:
+    return "{ " + ", ".join(f'"{name}"' for name in links if name) + " }"
+
+
+def _inbound(wireguard: str, subnet: IPv4Network) -> list[str]:
+    """Let what comes through the tunnel go to this host's own subnet alone: it is no way to the networks behind it."""
+    return [
+        f'iifname "{wireguard}" ct state established,related accept',
+        f'iifname "{wireguard}" ct status dnat accept',
+        f'iifname "{wireguard}" ip daddr != {subnet} drop',
+    ]
+
+
+def _input(links: str, allow: Collection[str]) -> list[str]:
+    """Close the host itself to the overlay, its own containers included, but for what is allowed and for ICMP."""
+    if "all" in allow:
+        return []
+    ports = [entry.split("/") for entry in sorted(allow)]
+    return [
+        f"iifname {links} ct state established,related accept",
+        f"iifname {links} ip protocol icmp accept",
+        *(f"iifname {links} {protocol} dport {port} accept" for protocol, port in ports),
+        f"iifname {links} drop",
+    ]
 
 
 def _guard(wireguard: str, bridge: str) -> list[str]:

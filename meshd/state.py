@@ -72,6 +72,10 @@ class State:
     def mark_up(self) -> None:
         (self.directory / "down").unlink(missing_ok=True)
 
+    def reload_settings(self) -> None:
+        """Read the settings again when they are asked for: a command may have changed them."""
+        self.__dict__.pop("settings", None)
+
     def save_settings(self, settings: Settings) -> None:
         files.write_json(self.directory / "settings.json", config.to_json(settings))
         self.__dict__.pop("settings", None)

@@ -143,6 +143,7 @@ def status(state: State) -> dict[str, Any]:
         "serf": f"{alive} of {len(present)} members alive" if report.members else "not answering",
         "wireguard": f"{settings.wireguard} ({machine.wireguard.backend}), udp port {settings.wireguard_port}",
         "docker": engine if settings.docker else "not used",
+        "reachable by the overlay": "ICMP" + "".join(f", {entry}" for entry in settings.allow),
         "peers": f"{len(report.peers)}, {_fresh(report.peers)} with a handshake in the last 3 minutes",
         "pending": [str(change) for change in report.changes],
         "refused": [f"{name}: {reason}" for name, reason in sorted(report.roster.refused.items())],

@@ -189,6 +189,87 @@ def test_a_source_is_kept_whatever_masquerades(netns_pair: tuple[Namespace, Name
     assert source_seen(netns_pair) == "172.20.101.0"
 
 
+def connects(pair: tuple[Namespace, Namespace], port: int) -> bool:
+    """Tell whether the second namespace reaches a TCP port of the first one, where something listens."""
+    one, two = pair
+    serve = f"import socket; s = socket.create_server(('10.9.0.1', {port})); print(1, flush=True); s.accept()"
+    with one.entered():
+        server = subprocess.Popen([sys.executable, "-c", serve], stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    assert server.stdout.readline() == "1\n"
+    try:
+        with two.entered():
+            client = f"import socket; socket.create_connection(('10.9.0.1', {port}), 0.5)"
+            return (
+                subprocess.run([sys.executable, "-c", client], check=False, stderr=subprocess.DEVNULL).returncode == 0
+            )
+    finally:
+        server.kill()
+        server.communicate()
+
+
+def test_the_host_itself_is_closed_to_the_overlay_but_for_what_is_allowed(
+    netns_pair: tuple[Namespace, Namespace],
+) -> None:
+    one, two = netns_pair
+    assert connects(netns_pair, 80), "without the table it is open, or this test shows nothing"
+    for allow, open_ports in (((), []), (("tcp/80",), [80]), (("tcp/8000-8001",), [8001]), (("all",), [80, 8001])):
+        table = rules.table(wireguard="u0", bridge=None, overlay=OVERLAY, subnet=SUBNET, allow=allow)
+        with one.entered():
+            Nftables(table.name).apply(Change(Action.SET, table))
+        assert [port for port in (80, 8001) if connects(netns_pair, port)] == open_ports
+        with two.entered():
+            assert "1 packets received" in sh("busybox ping -c 1 -W 1 10.9.0.1")
+
+
+@contextmanager
+def inner(space: Namespace, name: str, network: str) -> Iterator[None]:
+    """A namespace behind `space`, on a link `name` of it: NETWORK.1 on this side, NETWORK.2 inside."""
+    with space.entered():
+        sh(f"ip netns add {name} && ip link add {name} type veth peer name eth0 netns {name}")
+        try:
+            sh(f"ip addr add {network}.1/24 dev {name} && ip link set {name} up && sysctl -qw net.ipv4.ip_forward=1")
+            sh(f"ip netns exec {name} ip addr add {network}.2/24 dev eth0 && ip netns exec {name} ip link set eth0 up")
+            sh(f"ip netns exec {name} ip route add default via {network}.1")
+            yield
+        finally:
+            sh(f"ip netns del {name}")
+
+
+def reaches(space: Namespace, target: str, inside: str = "", source: str = "") -> bool:
+    """Tell whether a ping from a namespace, or from one behind it, is answered."""
+    command = f"busybox ping -c 1 -W 1 {f'-I {source}' if source else ''} {target}"
+    with space.entered():
+        return " 1 packets received" in sh(f"{f'ip netns exec {inside} ' if inside else ''}{command}", check=False)
+
+
+def test_a_tunnel_is_no_way_to_the_networks_behind_a_host(netns_pair: tuple[Namespace, Namespace]) -> None:
+    one, two = netns_pair
+    with inner(one, "ovl0", "172.20.101"), inner(one, "lan", "192.168.7"):
+        with two.entered():
+            sh("ip route add 172.20.101.0/24 via 10.9.0.1 && ip route add 192.168.7.0/24 via 10.9.0.1")
+        assert reaches(two, "192.168.7.2"), "without the table it is one, or this test shows nothing"
+        with one.entered():
+            Nftables(OVER_U0.name).apply(Change(Action.ADD, OVER_U0))
+        assert not reaches(two, "192.168.7.2")
+        assert reaches(two, "172.20.101.2")
+        assert reaches(one, "10.9.0.2", inside="lan"), "what others begin is answered"
+
+
+def test_a_container_does_not_speak_for_another_hosts(netns_pair: tuple[Namespace, Namespace]) -> None:
+    one, two = netns_pair
+    with inner(one, "ovl0", "172.20.101"):
+        with one.entered():
+            sh("ip netns exec ovl0 ip addr add 172.20.102.1/32 dev lo && ip route add 172.20.102.1/32 dev ovl0")
+        with two.entered():
+            sh("ip route add 172.20.0.0/16 via 10.9.0.1")
+        assert reaches(one, "10.9.0.2", "ovl0", "172.20.102.1"), "without the table it does, or this shows nothing"
+        with one.entered():
+            Nftables(OVER_U0.name).apply(Change(Action.ADD, OVER_U0))
+        assert not reaches(one, "10.9.0.2", "ovl0", "172.20.102.1")
+        assert reaches(one, "10.9.0.2", "ovl0", "172.20.101.2")
+
+
 # --- iptables ------------------------------------------------------------------------------------------------------
 
 
