@@ -303,6 +303,7 @@ def _begin(state: State) -> Report:
     if state.settings.daemon:
         service.start(state)
         gossip.connect(state).close()
+        _let_the_daemon_begin(state)
     report = reconcile(state)
     # Without a daemon there is no agent yet to list members and to take the tags; the handler publishes them. A rival
     # for the subnet, one that joins just now, is the daemon's to settle.
@@ -312,6 +313,14 @@ def _begin(state: State) -> Report:
         raise failures[0].error if len(failures) == 1 else MeshdError("\n".join(map(str, failures)))
     state.hint("cli: configured")
     return report
+
+
+def _let_the_daemon_begin(state: State) -> None:
+    """Where systemd confines the daemon, have it start wireguard-go, which is then confined as well."""
+    deadline = time.monotonic() + ASK
+    state.hint("cli: begin")
+    while service.has_systemd() and state.settings.wireguard not in links.link_names() and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from meshd.errors import MeshdError
+from meshd.serf import clean_environment
 from meshd.state import DEFAULT, State
 
 UNITS = Path("/etc/systemd/system")
@@ -27,6 +28,7 @@ Before=docker.service
 [Service]
 Type=notify
 ExecStart={python} -I -m meshd --state-dir {directory} agent
+WorkingDirectory=/
 Restart=always
 RestartSec=1
 KillMode=process
@@ -34,6 +36,36 @@ KillMode=process
 TimeoutStartSec=60
 Environment=PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 UMask=0077
+
+# Serf, wireguard-go, nft and iptables are started in here and may do no more than the daemon: links, routes and rules.
+# It is root all the same where it matters: whoever can write to Docker's socket can become root.
+CapabilityBoundingSet=CAP_NET_ADMIN CAP_NET_RAW CAP_NET_BIND_SERVICE
+NoNewPrivileges=yes
+ProtectSystem=strict
+# /run holds wireguard-go's socket, Docker's, and the lock of iptables.
+ReadWritePaths={directory} /run
+ProtectHome={home}
+PrivateTmp=yes
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+# The kernel loads what a link or a rule needs by itself.
+ProtectKernelModules=yes
+# No ProtectKernelTunables: forwarding and proxy_arp are below /proc/sys. No ProtectProc: Serf is found by its process.
+DevicePolicy=closed
+DeviceAllow=/dev/net/tun rw
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+RemoveIPC=yes
+KeyringMode=private
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallErrorNumber=EPERM
 
 [Install]
 WantedBy=multi-user.target
@@ -54,7 +86,20 @@ def has_systemd() -> bool:
 
 def unit(state: State) -> str:
     """Give the text of the unit."""
-    return UNIT.format(mesh=state.settings.mesh, python=sys.executable, directory=state.directory)
+    # What it runs, or what it writes to, may be somebody's below /home or /root.
+    homes = ("/home/", "/root/", "/run/user/")
+    at_home = any(str(path).startswith(homes) for path in (sys.prefix, sys.base_prefix, state.directory))
+    return UNIT.format(
+        mesh=state.settings.mesh,
+        python=_quoted(sys.executable),
+        directory=_quoted(str(state.directory)),
+        home="read-only" if at_home else "yes",
+    )
+
+
+def _quoted(text: str) -> str:
+    """Write a path as one word of a unit file (systemd.syntax(7)), whatever is in it."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$") + '"'
 
 
 def start(state: State) -> None:
@@ -70,7 +115,13 @@ def start(state: State) -> None:
     descriptor = os.open(state.agent_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
         process = subprocess.Popen(
-            arguments, stdin=subprocess.DEVNULL, stdout=descriptor, stderr=descriptor, start_new_session=True, cwd="/"
+            arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=descriptor,
+            stderr=descriptor,
+            start_new_session=True,
+            cwd="/",
+            env=clean_environment(),
         )
     finally:
         os.close(descriptor)

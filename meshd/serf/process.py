@@ -74,6 +74,7 @@ def start(config_path: Path, log_path: Path, extra: Path | None = None) -> int:
             stderr=descriptor,
             start_new_session=True,
             cwd="/",
+            env=clean_environment(),
         )
     finally:
         os.close(descriptor)
@@ -83,6 +84,11 @@ def start(config_path: Path, log_path: Path, extra: Path | None = None) -> int:
     while running(config_path) is None and _alive(process.pid):
         time.sleep(POLL / 10)
     return process.pid
+
+
+def clean_environment() -> dict[str, str]:
+    """Give the environment for what outlives a command: without meshd's settings, which may hold an invitation."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("MESHD_")}
 
 
 def running(config_path: Path) -> int | None:

@@ -1,6 +1,7 @@
 """A machine that boots with systemd: the unit, its order before Docker's, restarts and a power cut."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -118,6 +119,27 @@ def show(host: LabHost, unit: str, what: str) -> str:
     return host.run(["systemctl", "show", unit, f"--property={what}", "--value"]).stdout.strip()
 
 
+# CAP_NET_BIND_SERVICE, CAP_NET_ADMIN and CAP_NET_RAW (capabilities(7)).
+CAPABILITIES = 1 << 10 | 1 << 12 | 1 << 13
+
+
+def confined(host: LabHost) -> None:
+    """Require that daemon, Serf and wireguard-go can change links and rules, and no file but their own."""
+    daemon = show(host, "meshd", "MainPID")
+    pids = [daemon, *host.run(["pgrep", "-x", "serf|wireguard-go"]).stdout.split()]
+    assert len(pids) == 3
+    for pid in pids:
+        status = host.run(["cat", f"/proc/{pid}/status"]).stdout
+        fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+        assert int(fields["CapEff"], 16) | int(fields["CapBnd"], 16) == CAPABILITIES, fields["Name"]
+        assert (fields["NoNewPrivs"], fields["Seccomp"]) == ("1", "2"), fields["Name"]
+        for path in ("/etc/passwd", "/usr/local/bin/meshd-was-here", "/boot/x"):
+            tried = host.run(["nsenter", f"--target={pid}", "--mount", "touch", path], check=False)
+            assert "Read-only file system" in tried.stderr
+    score = host.run(["systemd-analyze", "security", "--no-pager", "meshd.service"]).stdout
+    assert float(re.findall(r"exposure level for meshd.service: ([0-9.]+)", score)[0]) <= 3.0
+
+
 def test_a_host_with_systemd_comes_back_by_itself_after_a_power_cut(lab: Lab, machine: Machine) -> None:
     one, booted = lab.host("barge1"), machine.boot()
     before = snapshot(booted)
@@ -126,6 +148,8 @@ def test_a_host_with_systemd_comes_back_by_itself_after_a_power_cut(lab: Lab, ma
     assert ping(one, "172.20.102.0")
     assert show(booted, "meshd", "UnitFileState") == "enabled"
     assert show(booted, "meshd", "ActiveState") == "active"
+
+    confined(booted)
 
     # A restart of the unit ends the daemon alone, and nobody notices.
     def alive() -> str:

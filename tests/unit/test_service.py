@@ -31,7 +31,7 @@ def test_a_restart_of_the_unit_ends_the_daemon_alone(state: State) -> None:
 def test_the_unit_runs_this_python_isolated_with_this_state_directory(state: State) -> None:
     command = directives(state)["ExecStart"]
     assert command.split()[1:4] == ["-I", "-m", "meshd"]
-    assert command.endswith(f"--state-dir {state.directory} agent")
+    assert command.endswith(f'--state-dir "{state.directory}" agent')
 
 
 @pytest.mark.parametrize(
