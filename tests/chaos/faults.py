@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from random import Random
@@ -19,6 +19,11 @@ WITH_DOCKER = NAMES[:2]
 # Seconds until all reach all, and until Serf has told everybody who is there (docs/faults.md).
 BACK, AGREED = 15.0, 40.0
 
+# Warnings that a fault explains. While dockerd is away, its network and its rules cannot be read.
+DOCKER_AWAY = r"WARNING (network|docker|iptables).*: the Docker engine does not answer"
+# A host that was forgotten comes back: all others refuse it, and it hears why.
+FORGOTTEN = r"WARNING (refused .*: it said goodbye, or was forgotten|membership: the mesh has forgotten this host)"
+
 
 @dataclass(frozen=True, slots=True)
 class Scene:
@@ -28,9 +33,11 @@ class Scene:
     host: LabHost
     rng: Random
     say: Callable[[str], None]
+    near: Sequence[str] = NAMES
 
     def other(self) -> LabHost:
-        return self.rng.choice([host for host in self.lab.hosts() if host.name != self.host.name])
+        """Any other host, of those that are near while there is a partition."""
+        return self.rng.choice([h for h in self.lab.hosts() if h.name in self.near and h.name != self.host.name])
 
     def box(self) -> LabHost:
         """The other host with a container."""
@@ -74,27 +81,55 @@ def _off_and_on(scene: Scene, hosts: Sequence[LabHost]) -> None:
 
 def _cut(scene: Scene) -> None:
     """One or two against the rest, or one against one; sometimes something else happens meanwhile."""
-    name = scene.host.name
+    name, what = scene.host.name, scene.rng.choice(["", "", *MEANWHILE])
     others = scene.rng.sample([other for other in NAMES if other != name], len(NAMES) - 1)
     sides = [([name], others), ([name, others[0]], others[1:]), ([name], others[:1])]
-    left, right = scene.rng.choice(sides)
-    seconds, what = scene.rng.uniform(1, 8), scene.rng.choice(["", "", *MEANWHILE])
-    scene.say(f"{'+'.join(left)} | {'+'.join(right)} for {seconds:.1f} s, meanwhile: {what or 'nothing'}")
+    _apart(scene, *scene.rng.choice(sides), what)
+
+
+def _cut_from_a_newcomer(scene: Scene) -> None:
+    """A host leaves and joins, and half of the others hear of it when it is over."""
+    left = [scene.host.name, scene.other().name]
+    _apart(scene, left, [name for name in NAMES if name not in left], "leaves and joins")
+
+
+def _apart(scene: Scene, left: Sequence[str], right: Sequence[str], meanwhile: str) -> None:
+    seconds = scene.rng.uniform(1, 8)
+    scene.say(f"{'+'.join(left)} | {'+'.join(right)} for {seconds:.1f} s, meanwhile: {meanwhile or 'nothing'}")
     until = time.monotonic() + seconds
     scene.lab.cut(left, right)
     try:
-        if what:
-            FAULTS[what].act(scene)
+        if meanwhile:
+            FAULTS[meanwhile].act(replace(scene, near=left))
         time.sleep(max(0.0, until - time.monotonic()))
     finally:
         scene.lab.heal()
+
+
+def _unplugged(scene: Scene) -> None:
+    seconds = scene.rng.uniform(1, 8)
+    scene.say(f"for {seconds:.1f} s")
+    scene.lab.switch.run(["ip", "link", "set", scene.host.name, "down"])
+    time.sleep(seconds)
+    scene.lab.switch.run(["ip", "link", "set", scene.host.name, "up"])
+
+
+def _frozen(scene: Scene) -> None:
+    """A process hangs: the daemon or Serf."""
+    processes = {"the daemon": f"$(cat {faults.STATE}/agent.pid)", "Serf": faults.SERF}
+    what, seconds = scene.rng.choice(sorted(processes)), scene.rng.uniform(1, 10)
+    scene.say(f"{what} for {seconds:.1f} s")
+    pid = scene.host.run(["sh", "-ec", f"echo {processes[what]}"]).stdout.strip()
+    scene.host.run(["kill", "-STOP", pid])
+    time.sleep(seconds)
+    scene.host.run(["kill", "-CONT", pid])
 
 
 def _two_at_once(scene: Scene) -> None:
     """Two faults of one host each, at the same time on two hosts."""
     other, what = scene.other(), scene.rng.sample(sorted(MEANWHILE), 2)
     scene.say(f"{what[0]}, and on {other.name} {what[1]}")
-    scenes = [scene, Scene(scene.lab, other, Random(scene.rng.random()), scene.say)]
+    scenes = [scene, replace(scene, host=other, rng=Random(scene.rng.random()))]
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda name, where: FAULTS[name].act(where), what, scenes))
 
@@ -142,6 +177,10 @@ def _forget(scene: Scene) -> None:
 
 
 # --- Docker ----------------------------------------------------------------------------------------------------------
+
+
+def _docker_restart(number: str) -> Callable[[Scene], None]:
+    return lambda scene: restart_docker(scene.lab, scene.host, number)
 
 
 def _network_made_again(scene: Scene) -> None:
@@ -195,15 +234,19 @@ FAULTS = {
     "sync in a loop": Fault(_on_host(faults.sync_in_a_loop)),
     "package upgraded": Fault(_on_host(faults.upgrade)),
     "new WireGuard key": Fault(_on_host(faults.new_key), reach=5),
-    "power cut": Fault(_power_cycle, reach=BACK),
-    "power cut of all": Fault(_power_cycle_all, reach=BACK),
-    "partition": Fault(_cut, reach=BACK),
-    "two at once": Fault(_two_at_once, reach=BACK),
+    "power cut": Fault(_power_cycle, reach=BACK, says=(DOCKER_AWAY,)),
+    "power cut of all": Fault(_power_cycle_all, reach=BACK, says=(DOCKER_AWAY,)),
+    "partition": Fault(_cut, reach=BACK, says=(DOCKER_AWAY,)),
+    # Serf may not have noticed the partition, and then tells of what happened meanwhile with its next full exchange.
+    "partition from a newcomer": Fault(_cut_from_a_newcomer, reach=AGREED),
+    "cable pulled": Fault(_unplugged, reach=BACK),
+    "process frozen": Fault(_frozen, reach=BACK),
+    "two at once": Fault(_two_at_once, reach=BACK, says=(DOCKER_AWAY,)),
     "leaves and joins": Fault(_leave_and_join, reach=5),
     "down and up": Fault(_down_and_up, reach=5),
-    "dies and is forgotten": Fault(_forget, reach=5),
-    "dockerd restarted by TERM": Fault(lambda s: restart_docker(s.lab, s.host, "TERM"), reach=10, docker=True),
-    "dockerd restarted by KILL": Fault(lambda s: restart_docker(s.lab, s.host, "KILL"), reach=10, docker=True),
+    "dies and is forgotten": Fault(_forget, reach=5, says=(FORGOTTEN, DOCKER_AWAY)),
+    "dockerd restarted by TERM": Fault(_docker_restart("TERM"), reach=10, docker=True, says=(DOCKER_AWAY,)),
+    "dockerd restarted by KILL": Fault(_docker_restart("KILL"), reach=10, docker=True, says=(DOCKER_AWAY,)),
     "Docker network removed": Fault(_network_made_again, docker=True),
     "containers come and go": Fault(_churn, docker=True),
     "a masquerade put first": Fault(_masquerade_first, docker=True),

@@ -94,8 +94,8 @@ class _Run:
         self.outcome.took.setdefault(name, []).append(took)
 
     def _tell(self, news: Mapping[str, Sequence[str]]) -> None:
-        for name, lines in news.items():
-            self.say("\n".join(f"       {name}: {line}" for line in lines[-40:]))
+        for line in (f"       {name}: {line}" for name, lines in news.items() for line in lines[-40:]):
+            self.say(line)
 
     def recovered(self) -> list[str]:
         """Wait until all is well; give what is not, after all that time."""
