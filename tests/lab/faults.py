@@ -42,6 +42,7 @@ HANDS = {
     "wg0 down": Hand("ip link set wg0 down"),
     "wg0 deleted": Hand("ip link del wg0"),
     "ovl0 down": Hand("ip link set ovl0 down", docker=True),
+    "ovl0 deleted": Hand("ip link del ovl0", docker=True),
     "another MTU of wg0": Hand("ip link set wg0 mtu 1300"),
     "another MTU of ovl0": Hand("ip link set ovl0 mtu 1300", docker=True),
     "proxy_arp off": Hand("sysctl -qw net.ipv4.conf.ovl0.proxy_arp=0", docker=True),
