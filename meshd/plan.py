@@ -57,7 +57,13 @@ def desired(local: Local, hosts: Iterable[Host]) -> tuple[Resource, ...]:
     """Give everything that should be on this host, in the order in which it is made."""
     record = local.host.record
     resources: list[Resource] = [
-        rules.table(wireguard=local.wireguard, bridge=local.bridge, overlay=local.overlay, subnet=record.subnet),
+        rules.table(
+            wireguard=local.wireguard,
+            port=local.port,
+            bridge=local.bridge,
+            overlay=local.overlay,
+            subnet=record.subnet,
+        ),
         Device(local.wireguard, record.public_key, local.port),
         Link(local.wireguard, "wireguard", local.mtu),
         Address(local.wireguard, IPv4Interface((record.address, 32))),

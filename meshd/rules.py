@@ -26,12 +26,18 @@ def rule(text: str) -> Rule:
     return Rule(sha256(text.encode()).hexdigest()[:16], text)
 
 
-def table(*, wireguard: str, bridge: str | None, overlay: IPv4Network, subnet: IPv4Network) -> Table:
-    """Give the mesh's table: sources are kept, nothing leaves in clear, nothing but the overlay enters the bridge."""
+def table(*, wireguard: str, port: int, bridge: str | None, overlay: IPv4Network, subnet: IPv4Network) -> Table:
+    """Give the mesh's table: sources are kept, nothing leaves in clear, nothing but the overlay enters the bridge.
+
+    `port` is WireGuard's UDP port.
+    """
     inside = ", ".join(f'"{name}"' for name in (wireguard, bridge, "lo") if name)
     in_clear = f"ip daddr {overlay} oifname != {{ {inside} }} drop"
     # With the path's ICMP lost, only a segment size that fits gets large answers through (RFC 2923).
     clamp = "tcp flags syn / syn,rst tcp option maxseg size set rt mtu"
+    # wireguard-go forbids routers to fragment, and then nothing large passes a narrow path whose ICMP is lost. The
+    # kernel's WireGuard allows it (send4 in drivers/net/wireguard/socket.c).
+    fragment = f"udp sport {port} ip frag-off set 0"
     forward = [in_clear]
     if bridge is not None:
         forward += [f'oifname "{wireguard}" {clamp}', f'iifname "{wireguard}" {clamp}', *_guard(wireguard, bridge)]
@@ -41,7 +47,7 @@ def table(*, wireguard: str, bridge: str | None, overlay: IPv4Network, subnet: I
             # A plain accept would not stop a later MASQUERADE: each nat chain is asked until one has decided.
             _chain("postrouting", "nat", BEFORE_SRCNAT, f'ip saddr {subnet} oifname "{wireguard}" snat to ip saddr'),
             _chain("forward", "filter", BEFORE_FILTER, *forward),
-            _chain("output", "filter", BEFORE_FILTER, in_clear),
+            _chain("output", "filter", BEFORE_FILTER, in_clear, fragment),
         ),
     )
 

@@ -27,7 +27,10 @@ FORGOTTEN = r"WARNING (refused .*: it said goodbye, or was forgotten|membership:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Where a fault happens: the lab, the host, the draw of all else. `say` tells the details."""
+    """Where a fault happens: the lab, the host, the draw of all else. `say` tells the details.
+
+    `near` are the hosts on the same side of a partition.
+    """
 
     lab: Lab
     host: LabHost
@@ -35,9 +38,8 @@ class Scene:
     say: Callable[[str], None]
     near: Sequence[str] = NAMES
 
-    def other(self) -> LabHost:
-        """Any other host, of those that are near while there is a partition."""
-        return self.rng.choice([h for h in self.lab.hosts() if h.name in self.near and h.name != self.host.name])
+    def other(self, among: Sequence[str] = NAMES) -> LabHost:
+        return self.rng.choice([h for h in self.lab.hosts() if h.name in among and h.name != self.host.name])
 
     def box(self) -> LabHost:
         """The other host with a container."""
@@ -139,7 +141,7 @@ def _two_at_once(scene: Scene) -> None:
 
 def _leave_and_join(scene: Scene) -> None:
     scene.host.run(["meshd", "leave", "--force"])
-    _join(scene.host, scene.other(), scene)
+    _join(scene.host, scene.other(scene.near), scene)
 
 
 def _join(host: LabHost, via: LabHost, scene: Scene) -> None:

@@ -19,8 +19,8 @@ pytestmark = [pytest.mark.root]
 
 SUBNET = IPv4Network("172.20.101.0/24")
 # The veth of the pair of namespaces stands in for wg0 where packets are to cross it.
-TABLE = rules.table(wireguard="wg0", bridge="ovl0", overlay=OVERLAY, subnet=SUBNET)
-OVER_U0 = rules.table(wireguard="u0", bridge="ovl0", overlay=OVERLAY, subnet=SUBNET)
+TABLE = rules.table(wireguard="wg0", port=51820, bridge="ovl0", overlay=OVERLAY, subnet=SUBNET)
+OVER_U0 = rules.table(wireguard="u0", port=51820, bridge="ovl0", overlay=OVERLAY, subnet=SUBNET)
 BACK, ADMIT, JUMP, RAW = rules.iptables(
     wireguard="wg0", bridge="ovl0", subnet=SUBNET, engine=Engine("29.0"), owner="meshd:wg0"
 )
@@ -47,7 +47,7 @@ def iptables(netns: object) -> Iptables:
 
 @pytest.mark.parametrize("bridge", ["ovl0", None])
 def test_a_table_is_read_back_as_it_was_written(nft: Nftables, bridge: str | None) -> None:
-    table = rules.table(wireguard="wg0", bridge=bridge, overlay=OVERLAY, subnet=SUBNET)
+    table = rules.table(wireguard="wg0", port=51820, bridge=bridge, overlay=OVERLAY, subnet=SUBNET)
     assert nft.read() == []
     for _ in range(2):
         nft.apply(Change(Action.ADD, table))
