@@ -8,7 +8,7 @@ PACKAGES := python3 python3-venv serf wireguard-go nftables iptables docker.io i
 RUNTIME := python3 python3-venv serf nftables iptables
 PREFIX ?= /opt/meshd
 
-.PHONY: install uninstall setup demo demo-down test test-unit check format clean
+.PHONY: install uninstall setup demo demo-down test chaos test-unit check format clean
 
 setup: .make/packages .make/wheel
 
@@ -52,6 +52,12 @@ demo-down: setup
 test: setup
 	rm -rf .make/tests && mkdir -p .make/tests && cp -r tests pyproject.toml .make/tests/
 	cd .make/tests && ../../$(BIN)/python -m pytest $(PYTEST)
+
+# Random faults and a check of everything after each: `make chaos CHAOS=50 CHAOS_SEED=7`.
+CHAOS ?= 200
+chaos: setup
+	rm -rf .make/chaos && mkdir -p .make/chaos && cp -r tests .make/chaos/
+	cd .make/chaos && ../../$(BIN)/python -m tests.chaos --faults $(CHAOS) $(addprefix --seed ,$(CHAOS_SEED))
 
 test-unit: setup
 	$(BIN)/python -m pytest tests/unit $(PYTEST)

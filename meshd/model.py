@@ -223,6 +223,22 @@ class Link:
 
 
 @dataclass(frozen=True, slots=True)
+class Port:
+    """A container's link, and the bridge that it is on or should be on; None for one that has lost its bridge."""
+
+    kind: ClassVar[str] = "port"
+    link: str
+    bridge: str | None
+
+    @property
+    def key(self) -> str:
+        return self.link
+
+    def __str__(self) -> str:
+        return f"port {self.link} of {self.bridge}"
+
+
+@dataclass(frozen=True, slots=True)
 class Address:
     """An IPv4 address with its prefix length on a link."""
 

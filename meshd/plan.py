@@ -15,6 +15,7 @@ from meshd.model import (
     Link,
     Network,
     Peer,
+    Port,
     Record,
     Resource,
     Route,
@@ -32,7 +33,7 @@ IP_FORWARD = "net/ipv4/ip_forward"
 
 # Changes are made in this order, and removed in the reverse one: first what keeps overlay traffic from leaving in
 # clear, then links before addresses, peers before the routes that lead to them, and the tags that invite traffic last.
-ORDER = ("table", "sysctl", "device", "link", "address", "iptables", "peer", "route", "network", "tags")
+ORDER = ("table", "sysctl", "device", "link", "port", "address", "iptables", "peer", "route", "network", "tags")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +50,8 @@ class Local:
     bridge: str | None = None
     engine: Engine | None = None
     allow: tuple[str, ...] = ()
+    # The links of the containers that have lost the bridge.
+    loose: tuple[str, ...] = ()
 
 
 def desired(local: Local, hosts: Iterable[Host]) -> tuple[Resource, ...]:
@@ -57,6 +60,7 @@ def desired(local: Local, hosts: Iterable[Host]) -> tuple[Resource, ...]:
     resources: list[Resource] = [
         rules.table(
             wireguard=local.wireguard,
+            port=local.port,
             bridge=local.bridge,
             overlay=local.overlay,
             subnet=record.subnet,
@@ -79,6 +83,7 @@ def _bridge(local: Local, bridge: str) -> list[Resource]:
     record = local.host.record
     resources: list[Resource] = [
         Link(bridge, "bridge", local.mtu),
+        *(Port(link, bridge) for link in local.loose),
         # The whole overlay is on-link here: Docker adopts the address, and no packet for an unknown subnet can
         # leave by the default route.
         Address(bridge, IPv4Interface((record.address, local.overlay.prefixlen))),
@@ -157,8 +162,9 @@ def diff(
         target = _keep_roaming(resource, old, now, moved)
         if target != old:
             changes.append(Change(Action.SET, target, old))
-    # A sysctl that is not wanted is not ours to remove: `down` puts the original value back instead.
-    extra = [r for key, r in there.items() if key not in want and r.kind != "sysctl"]
+    # A sysctl that is not wanted is not ours to remove: `down` puts the original value back instead. Nor is a port,
+    # which is Docker's.
+    extra = [r for key, r in there.items() if key not in want and r.kind not in {"sysctl", "port"}]
     return (*changes, *(Change(Action.REMOVE, r) for r in sorted(extra, key=_rank, reverse=True)))
 
 

@@ -11,7 +11,21 @@ from meshd.config import Settings
 from meshd.errors import ApplyError, ConflictError, InputError, MeshdError, SerfError
 from meshd.firewall import Iptables, Nftables
 from meshd.membership import Roster
-from meshd.model import Action, Adapter, Change, Endpoint, Engine, Host, Member, Peer, Record, Resource, Sysctl
+from meshd.model import (
+    Action,
+    Adapter,
+    Change,
+    Endpoint,
+    Engine,
+    Host,
+    Member,
+    Peer,
+    Port,
+    Record,
+    Resource,
+    Sysctl,
+)
+from meshd.ports import Ports
 from meshd.routes import Routes
 from meshd.rules import table_name
 from meshd.serf import Serf, SerfTags
@@ -96,7 +110,7 @@ class Machine:
             SerfTags(settings.rpc_port, state.rpc_key, settings.name, NAMES),
         ]
         if self.bridge is not None:
-            self.adapters += [Iptables(settings.owner), self.bridge]
+            self.adapters += [Ports(settings.overlay), Iptables(settings.owner), self.bridge]
 
     def observe(self, kinds: Collection[str]) -> tuple[list[Resource], set[str], list[Failure]]:
         """Read every adapter that knows one of `kinds`: the resources, the kinds that were read, the failures."""
@@ -172,7 +186,8 @@ def reconcile(
             failures.append(Failure("subnet", ConflictError(MUST_MOVE.format(subnet=own.record.subnet, rival=rival))))
         observed, readable, unread = machine.observe(kinds)
         failures += unread
-        wanted = plan.desired(local(settings, own, _engine(machine, kinds, readable, failures)), roster.sorted_hosts())
+        here = local(settings, own, _engine(machine, kinds, readable, failures), observed)
+        wanted = plan.desired(here, roster.sorted_hosts())
         moved = {
             r.public_key for n, r in roster.hosts.items() if n in known.hosts and r.endpoint != known.hosts[n].endpoint
         }
@@ -314,7 +329,7 @@ def endpoint(settings: Settings) -> Endpoint:
     return Endpoint(settings.advertised, settings.wireguard_port)
 
 
-def local(settings: Settings, own: Host, engine: Engine | None) -> plan.Local:
+def local(settings: Settings, own: Host, engine: Engine | None, observed: Iterable[Resource]) -> plan.Local:
     """Put together what the desired state depends on."""
     return plan.Local(
         host=own,
@@ -327,6 +342,7 @@ def local(settings: Settings, own: Host, engine: Engine | None) -> plan.Local:
         bridge=settings.bridge if settings.docker else None,
         engine=engine,
         allow=settings.allow,
+        loose=tuple(r.link for r in observed if isinstance(r, Port)),
     )
 
 

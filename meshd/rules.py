@@ -30,6 +30,7 @@ def rule(text: str) -> Rule:
 def table(
     *,
     wireguard: str,
+    port: int,
     bridge: str | None,
     overlay: IPv4Network,
     subnet: IPv4Network,
@@ -37,12 +38,16 @@ def table(
 ) -> Table:
     """Give the mesh's table: sources are kept, nothing leaves in clear, nothing but the overlay enters the bridge.
 
-    `allow` is what the overlay may reach on the host itself: `tcp/22`, `udp/5000-5010`, `all`.
+    `port` is WireGuard's UDP port; `allow` what the overlay may reach on the host itself: `tcp/22`, `udp/5000-5010`,
+    `all`.
     """
     inside = _names(wireguard, bridge, "lo")
     in_clear = f"ip daddr {overlay} oifname != {inside} drop"
     # With the path's ICMP lost, only a segment size that fits gets large answers through (RFC 2923).
     clamp = "tcp flags syn / syn,rst tcp option maxseg size set rt mtu"
+    # wireguard-go forbids routers to fragment, and then nothing large passes a narrow path whose ICMP is lost. The
+    # kernel's WireGuard allows it (send4 in drivers/net/wireguard/socket.c).
+    fragment = f"udp sport {port} ip frag-off set 0"
     forward = [in_clear]
     if bridge is not None:
         forward += [f'oifname "{wireguard}" {clamp}', f'iifname "{wireguard}" {clamp}']
@@ -57,7 +62,7 @@ def table(
             # A plain accept would not stop a later MASQUERADE: each nat chain is asked until one has decided.
             _chain("postrouting", "nat", BEFORE_SRCNAT, f'ip saddr {subnet} oifname "{wireguard}" snat to ip saddr'),
             _chain("forward", "filter", BEFORE_FILTER, *forward),
-            _chain("output", "filter", BEFORE_FILTER, in_clear),
+            _chain("output", "filter", BEFORE_FILTER, in_clear, fragment),
             _chain("input", "filter", BEFORE_FILTER, *_input(_names(wireguard, bridge), allow)),
         ),
     )

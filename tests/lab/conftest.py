@@ -34,29 +34,37 @@ def lab() -> Iterator[Lab]:
 @contextmanager
 def capture(lab: Lab, expression: str = "not arp and not icmp6") -> Iterator[list[bytes]]:
     """Hear the packets on the underlay while the block runs; afterwards the list holds the whole capture."""
+    heard: list[bytes] = []
+    with capturing(lab, expression) as path:
+        yield heard
+    heard.append(path.read_bytes())
+    path.unlink()
+
+
+@contextmanager
+def capturing(lab: Lab, expression: str) -> Iterator[Path]:
+    """Hear the packets on the underlay while the block runs; the file holds what was heard so far."""
     path = lab.directory / f"capture-{time.monotonic_ns()}"
     command = ["tcpdump", "-ni", network.BRIDGE, "--immediate-mode", "-U", "-w", str(path), expression]
     dump = lab.switch.popen(command, stderr=subprocess.PIPE)
-    heard: list[bytes] = []
     assert dump.stderr is not None
     try:
         while "listening on" not in dump.stderr.readline():
             assert dump.poll() is None
-        yield heard
+        yield path
     finally:
         lab.switch.run(["pkill", "-INT", "-f", str(path)], check=False)
         dump.communicate(timeout=10)
-        heard.append(path.read_bytes())
-        path.unlink()
 
 
 PCAP_HEADER = 24
+IN_CLEAR = "src net 172.20.0.0/16 and dst net 172.20.0.0/16"
 
 
 @contextmanager
 def nothing_in_clear(lab: Lab) -> Iterator[None]:
     """Fail if a packet between two overlay addresses is on the underlay outside of WireGuard while the block runs."""
-    with capture(lab, "src net 172.20.0.0/16 and dst net 172.20.0.0/16") as heard:
+    with capture(lab, IN_CLEAR) as heard:
         yield
     assert len(heard[0]) == PCAP_HEADER, f"overlay traffic in clear: {heard[0][:200]!r}"
 

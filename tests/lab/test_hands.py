@@ -8,39 +8,12 @@ import pytest
 
 from meshd.lab.hosts import Lab, LabHost
 from tests.lab.conftest import assemble, eventually, log, nothing_in_clear, overlay, peers, rtt, run_box, run_container
+from tests.lab.faults import FLUSHED, HANDS, TOLD, restart_docker
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
-# The kernel or Docker tells of it; only the timer finds it.
-TOLD, FOUND = 1.0, 10.0
 # What the host may take on top, to notice and to have made the change, on a machine that is busy with other tests.
 SLACK = 1.0
-
-HANDS = {
-    "a peer removed": ("wg set wg0 peer $(wg show wg0 peers | head -1) remove", FOUND),
-    "a route removed": ("ip route del 172.20.102.0/24", TOLD),
-    "the unreachable route removed": ("ip route del unreachable 172.20.0.0/16 metric 4278198272", TOLD),
-    "the address of wg0 removed": ("ip addr del 172.20.101.0/32 dev wg0", TOLD),
-    "the address of ovl0 removed": ("ip addr del 172.20.101.0/16 dev ovl0", TOLD),
-    "wg0 down": ("ip link set wg0 down", TOLD),
-    "wg0 deleted": ("ip link del wg0", TOLD),
-    "ovl0 down": ("ip link set ovl0 down", TOLD),
-    "another MTU of wg0": ("ip link set wg0 mtu 1300", TOLD),
-    "another MTU of ovl0": ("ip link set ovl0 mtu 1300", TOLD),
-    "proxy_arp off": ("sysctl -qw net.ipv4.conf.ovl0.proxy_arp=0", TOLD),
-    "ip_forward off": ("sysctl -qw net.ipv4.ip_forward=0", TOLD),
-    "proxy_delay back": ("sysctl -qw net.ipv4.neigh.ovl0.proxy_delay=80", FOUND),
-    "a firewall rule removed": (
-        "nft delete rule ip meshd_wg0 output handle $(nft -a list chain ip meshd_wg0 output | sed -n 's/.*drop.* //p')",
-        TOLD,
-    ),
-    "the firewall table removed": ("nft delete table ip meshd_wg0", TOLD),
-    "a rule put before": ("nft insert rule ip meshd_wg0 postrouting masquerade", TOLD),
-    "a rule removed from Docker's chain": ("iptables -w -D DOCKER-USER 1", TOLD),
-    "iptables -F": ("iptables -w -F", TOLD),
-    "nft flush ruleset": ("nft flush ruleset", TOLD),
-    "wireguard-go killed": ("pkill -KILL -x wireguard-go", 3.0),
-}
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +24,12 @@ def hosts(lab: Lab) -> list[LabHost]:
 @pytest.mark.parametrize("what", HANDS)
 def test_what_somebody_undoes_is_put_right(lab: Lab, hosts: list[LabHost], what: str) -> None:
     one, two = hosts
-    command, limit = HANDS[what]
+    limit = HANDS[what].limit
     _settle(hosts)
     key, before = one.run(["wg", "show", "wg0", "public-key"]).stdout, len(log(one))
     with nothing_in_clear(lab):
         begun = time.time()
-        one.run(["sh", "-ec", command])
+        HANDS[what].on(one, two)
         eventually(lambda: re.search(r"INFO (add|set|remove) ", log(one)[before:]), limit + 5, "it is logged")
         eventually(lambda: one.run(["meshd", "plan"]).stdout == "no changes\n", 5, "nothing is left to be changed")
         eventually(lambda: rtt(one, "box", overlay(two, 1)), 5, "a container reaches the other side")
@@ -67,8 +40,8 @@ def test_what_somebody_undoes_is_put_right(lab: Lab, hosts: list[LabHost], what:
     assert took <= limit + SLACK
     assert all("(seen by " in line for line in lines)
     assert one.run(["wg", "show", "wg0", "public-key"]).stdout == key
-    if what in {"iptables -F", "nft flush ruleset"}:
-        _restart_docker(lab, one, "TERM")  # its own rules come back with it alone
+    if what in FLUSHED:
+        restart_docker(lab, one, "TERM")  # its own rules come back with it alone
 
 
 def _settle(hosts: list[LabHost]) -> None:
@@ -82,20 +55,12 @@ def _logged_at(line: str) -> float:
     return datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S,%f").astimezone().timestamp()
 
 
-def _restart_docker(lab: Lab, host: LabHost, number: str) -> None:
-    host.run(["sh", "-c", f"kill -{number} $(cat /run/docker.pid)"])
-    eventually(lambda: not host.run(["pgrep", "-x", "dockerd"], check=False).stdout, 20, "dockerd has stopped")
-    host.run(["sh", "-c", "pkill -KILL -f 'containerd.*--config' ; rm -f /run/docker.pid"], check=False)
-    lab.start_docker(host)
-    eventually(lambda: "Up" in host.run(["docker", "ps", "--filter", "name=box"]).stdout, 20, "its container runs")
-
-
 @pytest.mark.parametrize("number", ["TERM", "KILL"])
 def test_dockerd_restarted(lab: Lab, hosts: list[LabHost], number: str) -> None:
     one, two = hosts
     _settle(hosts)
     with nothing_in_clear(lab):
-        _restart_docker(lab, one, number)
+        restart_docker(lab, one, number)
         eventually(lambda: rtt(two, "box", overlay(one, 1)), 10, "its container is reached")
         eventually(lambda: rtt(one, "box", overlay(two, 1)), 5, "and reaches others")
         eventually(lambda: one.run(["meshd", "plan"]).stdout == "no changes\n", 10, "nothing is to be changed")

@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
@@ -23,10 +22,10 @@ from tests.lab.conftest import (
     serf,
     settled,
 )
+from tests.lab.faults import boot
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
-STATE = "/var/lib/meshd"
 BACK = 15
 
 
@@ -144,19 +143,6 @@ def test_after_a_power_cut_the_mesh_is_back_by_itself(lab: Lab, which: str) -> N
         eventually(lambda: full_reach(hosts), BACK, "all reach all")
         eventually(lambda: rtt(hosts[0], "box", overlay(hosts[2])), 10, "from the container too")
         eventually(lambda: settled(hosts), 30, "and all agree")
-
-
-def boot(lab: Lab, host: LabHost, *, docker_first: bool = False) -> None:
-    """Power on, and start what a service manager starts: meshd before Docker unless told otherwise."""
-    with_docker = (host.directory / "docker").exists()
-    host = lab.power_on(host.name)
-    if with_docker and docker_first:
-        lab.start_docker(host)
-    daemon = ["sh", "-c", "meshd agent </dev/null >>$0 2>&1 &", f"{STATE}/agent.log"]
-    host.run(daemon)
-    eventually(lambda: Path(f"/proc/{host.pid}/root{STATE}/agent.pid").exists(), 5, "the daemon runs")
-    if with_docker and not docker_first:
-        lab.start_docker(host)
 
 
 @pytest.mark.parametrize("docker_first", [False, True], ids=["meshd first", "dockerd first"])

@@ -1,24 +1,18 @@
 """A restart is invisible: under steady traffic between containers, nothing of meshd's may cost a packet."""
 
-import json
 import re
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import metadata
 
 import pytest
 
 from meshd.lab.hosts import Lab, LabHost
-from tests.lab.conftest import assemble, eventually, log, nothing_in_clear, overlay, serf, settled
+from tests.lab.conftest import assemble, eventually, log, nothing_in_clear, overlay, settled
+from tests.lab.faults import kill_both, kill_daemon, kill_serf, leave_serf, sync_in_a_loop, upgrade
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
-
-STATE = "/var/lib/meshd"
-KILL_DAEMON = f"kill -KILL $(cat {STATE}/agent.pid)"
-SERF = f"$(pgrep -f '^[^ ]*serf agent -config-file={STATE}')"
 
 
 @pytest.fixture(scope="module")
@@ -69,48 +63,6 @@ def traffic(source: LabHost, target: LabHost) -> Iterator[None]:
     assert answered == list(range(len(answered))), statistics[-200:]
     assert int(statistics.partition(" packets transmitted")[0].split()[-1]) - len(answered) <= 1
     assert int(received) == sent > 0
-
-
-def status(host: LabHost) -> dict[str, object]:
-    facts: dict[str, object] = json.loads(host.run(["meshd", "status", "--json"], check=False).stdout)
-    return facts
-
-
-def kill_daemon(host: LabHost) -> None:
-    host.run(["sh", "-ec", KILL_DAEMON])
-    host.run(["meshd", "up"])
-
-
-def kill_serf(host: LabHost) -> None:
-    before = host.run(["sh", "-ec", f"echo {SERF}"]).stdout
-    host.run(["sh", "-ec", f"kill -KILL {SERF}"])
-    eventually(lambda: host.run(["sh", "-c", f"echo {SERF}"]).stdout not in {before, "\n"}, 5, "the daemon starts Serf")
-
-
-def kill_both(host: LabHost) -> None:
-    host.run(["sh", "-ec", f"{KILL_DAEMON}; kill -KILL {SERF}"])
-    host.run(["meshd", "up"])
-
-
-def leave_serf(host: LabHost) -> None:
-    """Serf ends with exit code 0, and the others hear that it has left."""
-    before = host.run(["sh", "-ec", f"echo {SERF}"]).stdout
-    serf(host, "leave")
-    eventually(lambda: host.run(["sh", "-c", f"echo {SERF}"]).stdout not in {before, "\n"}, 5, "the daemon starts Serf")
-
-
-def sync_in_a_loop(host: LabHost) -> None:
-    for _ in range(5):
-        assert host.run(["meshd", "sync"]).stdout == "no changes\n"
-
-
-def upgrade(host: LabHost) -> None:
-    """Put the package's files in place anew and restart the daemon, as an upgrade does."""
-    origin = json.loads(metadata.distribution("meshd").read_text("direct_url.json") or "{}")
-    options = ["--quiet", "--no-deps", "--force-reinstall", "--no-build-isolation", "--disable-pip-version-check"]
-    editable = ["--editable"] if origin.get("dir_info", {}).get("editable") else []
-    subprocess.run([sys.executable, "-m", "pip", "install", *options, *editable, origin["url"]], check=True)
-    kill_daemon(host)
 
 
 @pytest.mark.parametrize(

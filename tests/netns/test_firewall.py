@@ -19,8 +19,8 @@ pytestmark = [pytest.mark.root]
 
 SUBNET = IPv4Network("172.20.101.0/24")
 # The veth of the pair of namespaces stands in for wg0 where packets are to cross it.
-TABLE = rules.table(wireguard="wg0", bridge="ovl0", overlay=OVERLAY, subnet=SUBNET)
-OVER_U0 = rules.table(wireguard="u0", bridge="ovl0", overlay=OVERLAY, subnet=SUBNET)
+TABLE = rules.table(wireguard="wg0", port=51820, bridge="ovl0", overlay=OVERLAY, subnet=SUBNET)
+OVER_U0 = rules.table(wireguard="u0", port=51820, bridge="ovl0", overlay=OVERLAY, subnet=SUBNET)
 BACK, ADMIT, JUMP, RAW = rules.iptables(
     wireguard="wg0", bridge="ovl0", subnet=SUBNET, engine=Engine("29.0"), owner="meshd:wg0"
 )
@@ -47,7 +47,7 @@ def iptables(netns: object) -> Iptables:
 
 @pytest.mark.parametrize("bridge", ["ovl0", None])
 def test_a_table_is_read_back_as_it_was_written(nft: Nftables, bridge: str | None) -> None:
-    table = rules.table(wireguard="wg0", bridge=bridge, overlay=OVERLAY, subnet=SUBNET)
+    table = rules.table(wireguard="wg0", port=51820, bridge=bridge, overlay=OVERLAY, subnet=SUBNET)
     assert nft.read() == []
     for _ in range(2):
         nft.apply(Change(Action.ADD, table))
@@ -214,7 +214,7 @@ def test_the_host_itself_is_closed_to_the_overlay_but_for_what_is_allowed(
     one, two = netns_pair
     assert connects(netns_pair, 80), "without the table it is open, or this test shows nothing"
     for allow, open_ports in (((), []), (("tcp/80",), [80]), (("tcp/8000-8001",), [8001]), (("all",), [80, 8001])):
-        table = rules.table(wireguard="u0", bridge=None, overlay=OVERLAY, subnet=SUBNET, allow=allow)
+        table = rules.table(wireguard="u0", port=51820, bridge=None, overlay=OVERLAY, subnet=SUBNET, allow=allow)
         with one.entered():
             Nftables(table.name).apply(Change(Action.SET, table))
         assert [port for port in (80, 8001) if connects(netns_pair, port)] == open_ports

@@ -18,6 +18,7 @@ from meshd.model import (
     Link,
     Network,
     Peer,
+    Port,
     Resource,
     Route,
     Sysctl,
@@ -208,3 +209,17 @@ def test_a_host_without_docker_has_no_bridge_and_still_never_speaks_in_clear() -
     assert Route(IPv4Network(OVERLAY), None, metric=plan.LAST_METRIC) in resources
     assert [r for r in resources if isinstance(r, Address)] == [Address("wg0", IPv4Interface("172.20.101.0/32"))]
     assert [r.name for r in resources if isinstance(r, Link)] == ["wg0"]
+
+
+def test_a_container_that_lost_its_bridge_is_plugged_in_after_the_bridge_is_made() -> None:
+    loose = Port("veth1", None)
+    without_bridge = [r for r in wanted(2) if not isinstance(r, Link) or r.name != "ovl0"]
+    changes = plan.diff(wanted(2, of=replace(local(), loose=("veth1",))), [*without_bridge, loose], now=NOW)
+    assert [str(change) for change in changes] == [
+        "add link ovl0 (bridge, mtu 1420, up)",
+        "set port veth1 of ovl0",
+    ]
+
+
+def test_a_port_is_never_removed() -> None:
+    assert plan.diff((), [Port("veth1", None)], now=NOW) == ()

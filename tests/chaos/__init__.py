@@ -1,0 +1,1 @@
+"""A run of random faults on a mesh of five hosts, with everything checked after each: `make chaos`."""

@@ -1,0 +1,281 @@
+"""The faults that are drawn: what is done, how soon all is well again, and what the daemons may say of it."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
+from random import Random
+
+from meshd.lab.hosts import Lab, LabHost
+from tests.lab import faults
+from tests.lab.conftest import eventually, full_reach, invitation, join, members, overlay, rtt, run_box, run_container
+from tests.lab.faults import FLUSHED, HANDS, boot, restart_docker
+
+NAMES = tuple(f"barge{number}" for number in range(1, 6))
+WITH_DOCKER = NAMES[:2]
+
+# Seconds until all reach all, and until Serf has told everybody who is there (docs/faults.md).
+BACK, AGREED = 15.0, 40.0
+
+# Warnings that a fault explains. While dockerd is away, its network and its rules cannot be read.
+DOCKER_AWAY = r"WARNING (network|docker|iptables).*: the Docker engine does not answer"
+# A host that was forgotten comes back: all others refuse it, and it hears why.
+FORGOTTEN = r"WARNING (refused .*: it said goodbye, or was forgotten|membership: the mesh has forgotten this host)"
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """Where a fault happens: the lab, the host, the draw of all else. `say` tells the details.
+
+    `near` are the hosts on the same side of a partition.
+    """
+
+    lab: Lab
+    host: LabHost
+    rng: Random
+    say: Callable[[str], None]
+    near: Sequence[str] = NAMES
+
+    def other(self, among: Sequence[str] = NAMES) -> LabHost:
+        return self.rng.choice([h for h in self.lab.hosts() if h.name in among and h.name != self.host.name])
+
+    def box(self) -> LabHost:
+        """The other host with a container."""
+        return next(h for h in self.lab.hosts() if h.name in WITH_DOCKER and h.name != self.host.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Within `reach` seconds after `act` all reach all, and within `agree` all agree on everything.
+
+    `says` are patterns of the warnings that the daemons may log meanwhile.
+    """
+
+    act: Callable[[Scene], None]
+    reach: float = 0.0
+    agree: float = AGREED
+    docker: bool = False
+    says: tuple[str, ...] = ()
+
+
+# --- power, and the wires --------------------------------------------------------------------------------------------
+
+
+def _power_cycle(scene: Scene) -> None:
+    _off_and_on(scene, [scene.host])
+
+
+def _power_cycle_all(scene: Scene) -> None:
+    _off_and_on(scene, scene.lab.hosts())
+
+
+def _off_and_on(scene: Scene, hosts: Sequence[LabHost]) -> None:
+    docker_first, seconds = scene.rng.random() < 0.5, scene.rng.uniform(0, 4)
+    scene.say(f"off for {seconds:.1f} s, {'dockerd' if docker_first else 'meshd'} first")
+    for host in hosts:
+        scene.lab.power_off(host)
+    time.sleep(seconds)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda host: boot(scene.lab, host, docker_first=docker_first), hosts))
+
+
+def _cut(scene: Scene) -> None:
+    """One or two against the rest, or one against one; sometimes something else happens meanwhile."""
+    name, what = scene.host.name, scene.rng.choice(["", "", *MEANWHILE])
+    others = scene.rng.sample([other for other in NAMES if other != name], len(NAMES) - 1)
+    sides = [([name], others), ([name, others[0]], others[1:]), ([name], others[:1])]
+    _apart(scene, *scene.rng.choice(sides), what)
+
+
+def _cut_from_a_newcomer(scene: Scene) -> None:
+    """A host leaves and joins, and half of the others hear of it when it is over."""
+    left = [scene.host.name, scene.other().name]
+    _apart(scene, left, [name for name in NAMES if name not in left], "leaves and joins")
+
+
+def _apart(scene: Scene, left: Sequence[str], right: Sequence[str], meanwhile: str) -> None:
+    seconds = scene.rng.uniform(1, 8)
+    scene.say(f"{'+'.join(left)} | {'+'.join(right)} for {seconds:.1f} s, meanwhile: {meanwhile or 'nothing'}")
+    until = time.monotonic() + seconds
+    scene.lab.cut(left, right)
+    try:
+        if meanwhile:
+            FAULTS[meanwhile].act(replace(scene, near=left))
+        time.sleep(max(0.0, until - time.monotonic()))
+    finally:
+        scene.lab.heal()
+
+
+def _unplugged(scene: Scene) -> None:
+    seconds = scene.rng.uniform(1, 8)
+    scene.say(f"for {seconds:.1f} s")
+    scene.lab.switch.run(["ip", "link", "set", scene.host.name, "down"])
+    time.sleep(seconds)
+    scene.lab.switch.run(["ip", "link", "set", scene.host.name, "up"])
+
+
+def _frozen(scene: Scene) -> None:
+    """A process hangs: the daemon or Serf."""
+    processes = {"the daemon": f"$(cat {faults.STATE}/agent.pid)", "Serf": faults.SERF}
+    what, seconds = scene.rng.choice(sorted(processes)), scene.rng.uniform(1, 10)
+    scene.say(f"{what} for {seconds:.1f} s")
+    pid = scene.host.run(["sh", "-ec", f"echo {processes[what]}"]).stdout.strip()
+    scene.host.run(["kill", "-STOP", pid])
+    time.sleep(seconds)
+    scene.host.run(["kill", "-CONT", pid])
+
+
+def _two_at_once(scene: Scene) -> None:
+    """Two faults of one host each, at the same time on two hosts."""
+    other, what = scene.other(), scene.rng.sample(sorted(MEANWHILE), 2)
+    scene.say(f"{what[0]}, and on {other.name} {what[1]}")
+    scenes = [scene, replace(scene, host=other, rng=Random(scene.rng.random()))]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda name, where: FAULTS[name].act(where), what, scenes))
+
+
+# --- hosts that come and go ------------------------------------------------------------------------------------------
+
+
+def _leave_and_join(scene: Scene) -> None:
+    scene.host.run(["meshd", "leave", "--force"])
+    _join(scene.host, scene.other(scene.near), scene)
+
+
+def _join(host: LabHost, via: LabHost, scene: Scene) -> None:
+    scene.say(f"joins by {via.name}")
+    join(host, via, invitation(via), *([] if host.name in WITH_DOCKER else ["--no-docker"]))
+    _new_box(host)
+
+
+def _new_box(host: LabHost) -> None:
+    if host.name in WITH_DOCKER:
+        host.run(["docker", "rm", "-f", "box"])
+        run_box(host)
+
+
+def _down_and_up(scene: Scene) -> None:
+    scene.host.run(["meshd", "down", "--force"])
+    scene.host.run(["meshd", "up"])
+    _new_box(scene.host)
+
+
+def _forget(scene: Scene) -> None:
+    """A host dies, is forgotten, and comes back to join anew."""
+    lab, dead, via = scene.lab, scene.host, scene.other()
+    scene.say(f"by {via.name}")
+    lab.power_off(dead)
+    left, subnet = lab.hosts(), f"{overlay(dead)}/24"
+    eventually(lambda: members(via)[dead.name]["state"] == "failed", 40, f"{via.name} sees {dead.name} as failed")
+    via.run(["meshd", "forget", dead.name])
+    eventually(lambda: not any(subnet in host.run(["ip", "route"]).stdout for host in left), 5, "it is gone")
+    assert full_reach(left), "the others reach each other"
+    back = boot(lab, dead)
+    eventually(lambda: "has forgotten" in back.run(["meshd", "status"], check=False).stdout, 15, "it is told so")
+    back.run(["meshd", "leave", "--force"])
+    _join(back, via, scene)
+
+
+# --- Docker ----------------------------------------------------------------------------------------------------------
+
+
+def _docker_restart(number: str) -> Callable[[Scene], None]:
+    return lambda scene: restart_docker(scene.lab, scene.host, number)
+
+
+def _network_made_again(scene: Scene) -> None:
+    host = scene.host
+    host.run(["docker", "rm", "-f", "box"])
+    before = host.run(["docker", "network", "ls", "-q", "-f", "name=ovl0"]).stdout
+    host.run(["docker", "network", "rm", "ovl0"])
+    found = partial(host.run, ["docker", "network", "ls", "-q", "-f", "name=ovl0"])
+    eventually(lambda: found().stdout not in {"", before}, 10, "the network is there again")
+    run_box(host)
+
+
+def _churn(scene: Scene) -> None:
+    host, far = scene.host, scene.box()
+    for number in range(scene.rng.randint(1, 3)):
+        run_container(host, f"come{number}", "meshd/serf", "sleep", "1000")
+        assert rtt(far, "box", overlay(host, 2)), "a new container is reached at once"
+        host.run(["docker", "rm", "-f", f"come{number}"])
+
+
+def _masquerade_first(scene: Scene) -> None:
+    host, far = scene.host, scene.box()
+    rule = ["POSTROUTING", "-j", "MASQUERADE"]
+    host.run(["iptables", "-w", "-t", "nat", "-I", *rule])
+    script = f"timeout 5 tcpdump -lnc 1 -i wg0 'icmp and src {overlay(host, 1)}' 2>&1"
+    dump = host.popen(["sh", "-c", script], stdout=-1)
+    assert dump.stdout is not None
+    while "listening on" not in dump.stdout.readline():
+        assert dump.poll() is None
+    assert rtt(host, "box", overlay(far, 1)), "the containers talk"
+    assert f"IP {overlay(host, 1)} > " in dump.communicate(timeout=10)[0], "the source is the container's own"
+    host.run(["iptables", "-w", "-t", "nat", "-D", *rule])
+
+
+# --- all of them -----------------------------------------------------------------------------------------------------
+
+
+def _on_host(act: Callable[[LabHost], None]) -> Callable[[Scene], None]:
+    return lambda scene: act(scene.host)
+
+
+def _hand(what: str) -> Callable[[Scene], None]:
+    return lambda scene: HANDS[what].on(scene.host, scene.other())
+
+
+FAULTS = {
+    "daemon killed": Fault(_on_host(faults.kill_daemon)),
+    "Serf killed": Fault(_on_host(faults.kill_serf)),
+    "daemon and Serf killed": Fault(_on_host(faults.kill_both)),
+    "Serf leaves": Fault(_on_host(faults.leave_serf)),
+    "sync in a loop": Fault(_on_host(faults.sync_in_a_loop)),
+    "package upgraded": Fault(_on_host(faults.upgrade)),
+    "new WireGuard key": Fault(_on_host(faults.new_key), reach=5),
+    "power cut": Fault(_power_cycle, reach=BACK, says=(DOCKER_AWAY,)),
+    "power cut of all": Fault(_power_cycle_all, reach=BACK, says=(DOCKER_AWAY,)),
+    "partition": Fault(_cut, reach=BACK, says=(DOCKER_AWAY,)),
+    # Serf may not have noticed the partition, and then tells of what happened meanwhile with its next full exchange.
+    "partition from a newcomer": Fault(_cut_from_a_newcomer, reach=AGREED),
+    "cable pulled": Fault(_unplugged, reach=BACK),
+    "process frozen": Fault(_frozen, reach=BACK),
+    "two at once": Fault(_two_at_once, reach=BACK, says=(DOCKER_AWAY,)),
+    "leaves and joins": Fault(_leave_and_join, reach=5),
+    "down and up": Fault(_down_and_up, reach=5),
+    "dies and is forgotten": Fault(_forget, reach=5, says=(FORGOTTEN, DOCKER_AWAY)),
+    "dockerd restarted by TERM": Fault(_docker_restart("TERM"), reach=10, docker=True, says=(DOCKER_AWAY,)),
+    "dockerd restarted by KILL": Fault(_docker_restart("KILL"), reach=10, docker=True, says=(DOCKER_AWAY,)),
+    "Docker network removed": Fault(_network_made_again, docker=True),
+    "containers come and go": Fault(_churn, docker=True),
+    "a masquerade put first": Fault(_masquerade_first, docker=True),
+    **{what: Fault(_hand(what), hand.limit, hand.limit, hand.docker) for what, hand in HANDS.items()},
+}
+# What may happen while hosts are apart, or at the same time on another one: any host, and nobody else has part in it.
+MEANWHILE = {
+    *("daemon killed", "Serf killed", "daemon and Serf killed", "Serf leaves", "new WireGuard key", "power cut"),
+    *("wg0 down", "wg0 deleted", "a peer removed", "the firewall table removed", "wireguard-go killed"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One fault to come: which, on which host, and the seed of all else that is drawn for it."""
+
+    name: str
+    host: str
+    seed: int
+
+
+def draws(seed: int) -> Iterator[Draw]:
+    """Give faults without end, the same ones for the same seed: each one once, in any order, then all again."""
+    for deck in count():
+        rng = Random(f"{seed}/{deck}")
+        for name in rng.sample(sorted(FAULTS), len(FAULTS)):
+            draw = Draw(name, rng.choice(WITH_DOCKER if FAULTS[name].docker else NAMES), rng.randrange(2**32))
+            yield draw
+            if name in FLUSHED and draw.host in WITH_DOCKER:
+                yield Draw("dockerd restarted by TERM", draw.host, draw.seed)

@@ -1,0 +1,132 @@
+"""What goes wrong on a host, each fault in one place: tests of one fault and the run of random faults share them."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from meshd.lab.hosts import Lab, LabHost
+from tests.lab.conftest import eventually, overlay, serf
+
+STATE = "/var/lib/meshd"
+KILL_DAEMON = f"kill -KILL $(cat {STATE}/agent.pid)"
+SERF = f"$(pgrep -f '^[^ ]*serf agent -config-file={STATE}')"
+
+# The kernel or Docker tells of it; only the timer finds it. Seconds.
+TOLD, FOUND = 1.0, 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Hand:
+    """What somebody else does on a host: a shell command, and the seconds within which it is put right.
+
+    In the command, $OWN and $OTHER are the overlay addresses of the host and of another one.
+    """
+
+    command: str
+    limit: float = TOLD
+    docker: bool = False
+
+    def on(self, host: LabHost, other: LabHost) -> None:
+        host.run(["sh", "-ec", self.command], env={"OWN": overlay(host), "OTHER": overlay(other)})
+
+
+HANDS = {
+    "a peer removed": Hand("wg set wg0 peer $(wg show wg0 peers | head -1) remove", FOUND),
+    "a route removed": Hand("ip route del $OTHER/24"),
+    "the unreachable route removed": Hand("ip route del unreachable 172.20.0.0/16 metric 4278198272"),
+    "the address of wg0 removed": Hand("ip addr del $OWN/32 dev wg0"),
+    "the address of ovl0 removed": Hand("ip addr del $OWN/16 dev ovl0", docker=True),
+    "wg0 down": Hand("ip link set wg0 down"),
+    "wg0 deleted": Hand("ip link del wg0"),
+    "ovl0 down": Hand("ip link set ovl0 down", docker=True),
+    "ovl0 deleted": Hand("ip link del ovl0", docker=True),
+    "another MTU of wg0": Hand("ip link set wg0 mtu 1300"),
+    "another MTU of ovl0": Hand("ip link set ovl0 mtu 1300", docker=True),
+    "proxy_arp off": Hand("sysctl -qw net.ipv4.conf.ovl0.proxy_arp=0", docker=True),
+    "ip_forward off": Hand("sysctl -qw net.ipv4.ip_forward=0", docker=True),
+    "proxy_delay back": Hand("sysctl -qw net.ipv4.neigh.ovl0.proxy_delay=80", FOUND, docker=True),
+    "a firewall rule removed": Hand(
+        "nft delete rule ip meshd_wg0 output handle $(nft -a list chain ip meshd_wg0 output | sed -n 's/.*drop.* //p')"
+    ),
+    "the firewall table removed": Hand("nft delete table ip meshd_wg0"),
+    "a rule put before": Hand("nft insert rule ip meshd_wg0 postrouting masquerade"),
+    "a rule removed from Docker's chain": Hand("iptables -w -D DOCKER-USER 1", docker=True),
+    "iptables -F": Hand("iptables -w -F", docker=True),
+    "nft flush ruleset": Hand("nft flush ruleset"),
+    "wireguard-go killed": Hand("pkill -KILL -x wireguard-go", 3.0),
+}
+# After these Docker's own rules come back with dockerd alone.
+FLUSHED = frozenset({"iptables -F", "nft flush ruleset"})
+
+
+def kill_daemon(host: LabHost) -> None:
+    host.run(["sh", "-ec", KILL_DAEMON])
+    host.run(["meshd", "up"])
+
+
+def kill_serf(host: LabHost) -> None:
+    before = host.run(["sh", "-ec", f"echo {SERF}"]).stdout
+    host.run(["sh", "-ec", f"kill -KILL {SERF}"])
+    _wait_for_another_serf(host, before)
+
+
+def kill_both(host: LabHost) -> None:
+    host.run(["sh", "-ec", f"{KILL_DAEMON}; kill -KILL {SERF}"])
+    host.run(["meshd", "up"])
+
+
+def leave_serf(host: LabHost) -> None:
+    """Serf ends with exit code 0, and the others hear that it has left."""
+    before = host.run(["sh", "-ec", f"echo {SERF}"]).stdout
+    serf(host, "leave")
+    _wait_for_another_serf(host, before)
+
+
+def _wait_for_another_serf(host: LabHost, before: str) -> None:
+    eventually(lambda: host.run(["sh", "-c", f"echo {SERF}"]).stdout not in {before, "\n"}, 5, "the daemon starts Serf")
+
+
+def sync_in_a_loop(host: LabHost) -> None:
+    for _ in range(5):
+        assert host.run(["meshd", "sync"]).stdout == "no changes\n"
+
+
+def upgrade(host: LabHost) -> None:
+    """Put the package's files in place anew and restart the daemon, as an upgrade does."""
+    origin = json.loads(metadata.distribution("meshd").read_text("direct_url.json") or "{}")
+    options = ["--quiet", "--no-deps", "--force-reinstall", "--no-build-isolation", "--disable-pip-version-check"]
+    editable = ["--editable"] if origin.get("dir_info", {}).get("editable") else []
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, *editable, origin["url"]], check=True)
+    kill_daemon(host)
+
+
+def new_key(host: LabHost) -> None:
+    """Restart daemon and Serf with another WireGuard key, faster than Serf's events tell of a leave and a join."""
+    host.run(["sh", "-ec", f"{KILL_DAEMON}; kill -KILL {SERF}; rm {STATE}/wireguard.key"])
+    host.run(["meshd", "up"])
+
+
+def boot(lab: Lab, host: LabHost, *, docker_first: bool = False) -> LabHost:
+    """Power on, and start what a service manager starts: meshd before Docker unless told otherwise."""
+    with_docker = (host.directory / "docker").exists()
+    host = lab.power_on(host.name)
+    if with_docker and docker_first:
+        lab.start_docker(host)
+    daemon = ["sh", "-c", "meshd agent </dev/null >>$0 2>&1 &", f"{STATE}/agent.log"]
+    host.run(daemon)
+    eventually(lambda: Path(f"/proc/{host.pid}/root{STATE}/agent.pid").exists(), 5, "the daemon runs")
+    if with_docker and not docker_first:
+        lab.start_docker(host)
+    return host
+
+
+def restart_docker(lab: Lab, host: LabHost, number: str) -> None:
+    """End dockerd by a signal and start it again; return when its container `box` runs."""
+    host.run(["sh", "-c", f"kill -{number} $(cat /run/docker.pid)"])
+    eventually(lambda: not host.run(["pgrep", "-x", "dockerd"], check=False).stdout, 20, "dockerd has stopped")
+    host.run(["sh", "-c", "pkill -KILL -f 'containerd.*--config' ; rm -f /run/docker.pid"], check=False)
+    lab.start_docker(host)
+    eventually(lambda: "Up" in host.run(["docker", "ps", "--filter", "name=box"]).stdout, 20, "its container runs")

@@ -1,0 +1,88 @@
+"""What a host publishes changes, or what WireGuard learns of it: the others follow, and nothing is reset."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from meshd.lab.hosts import Lab, LabHost
+from tests.lab.conftest import assemble, eventually, log, nothing_in_clear, overlay, peers, ping, settled
+from tests.lab.faults import new_key
+
+pytestmark = [pytest.mark.root, pytest.mark.lab]
+
+# Seconds until all have a new key, and between two passes that nothing has asked for.
+LEARNED, PASS = 5.0, 10.0
+
+
+@pytest.fixture(scope="module")
+def hosts(lab: Lab) -> list[LabHost]:
+    return assemble(lab, docker=0, plain=3)
+
+
+def key(host: LabHost) -> str:
+    return host.run(["wg", "show", "wg0", "public-key"]).stdout.strip()
+
+
+def test_a_restart_with_a_new_key_is_followed_by_all(lab: Lab, hosts: list[LabHost]) -> None:
+    """Serf raises no event at all for a restart as quick as this one: a leave and a join in one window are nothing."""
+    one, two, three = hosts
+    before = key(two)
+    with nothing_in_clear(lab):
+        begun = time.monotonic()
+        new_key(two)
+        eventually(lambda: key(two) != before, 5, "its device has the new key")
+        after = key(two)
+        eventually(lambda: peers(one) == sorted([after, key(three)]), LEARNED, "one has the new key, and no old one")
+        eventually(lambda: peers(three) == sorted([after, key(one)]), LEARNED, "so has three")
+        took = time.monotonic() - begun
+        eventually(lambda: ping(one, overlay(two)) and ping(two, overlay(three)), 2, "traffic goes on")
+    print(f"a new key is everywhere after {took:.2f} s")  # noqa: T201
+    assert took < LEARNED
+    assert "EventMemberFailed: barge2" not in (one.directory / "meshd" / "serf.log").read_text(), "it was that quick"
+    eventually(lambda: settled(hosts), 40, "all agree")
+
+
+@contextmanager
+def rewritten(lab: Lab, host: LabHost, port: int) -> Iterator[None]:
+    """Let the others see a host's WireGuard at another port, as behind an address translation that has changed."""
+    rules = f"""
+    table bridge roam {{
+        chain forward {{
+            type filter hook forward priority 0;
+            iifname "{host.name}" udp sport 51820 udp sport set {port}
+            oifname "{host.name}" udp dport {port} udp dport set 51820
+        }}
+    }}
+    """
+    lab.switch.run(["nft", "-f", "-"], text=rules)
+    try:
+        yield
+    finally:
+        lab.switch.run(["nft", "delete", "table", "bridge", "roam"])
+
+
+def endpoint(host: LabHost, of: str) -> str:
+    rows = dict(line.split() for line in host.run(["wg", "show", "wg0", "endpoints"]).stdout.splitlines())
+    return rows[of]
+
+
+def test_an_endpoint_that_wireguard_has_learned_stays(lab: Lab, hosts: list[LabHost]) -> None:
+    one, two, _ = hosts
+    other = key(two)
+    eventually(lambda: endpoint(one, other) == f"{two.address}:51820", 5, "the endpoint is the published one")
+    before = len(log(one))
+    with nothing_in_clear(lab), rewritten(lab, two, 40000):
+        # What the host itself sends is what moves its tunnel.
+        assert ping(two, overlay(one))
+        assert endpoint(one, other) == f"{two.address}:40000"
+        until = time.monotonic() + PASS + 2
+        while time.monotonic() < until:
+            assert one.run(["meshd", "sync"]).stdout == "no changes\n"
+            assert ping(one, overlay(two)), "one sends to where it has learned"
+            assert endpoint(one, other) == f"{two.address}:40000"
+            time.sleep(1)
+    assert log(one)[before:] == "", "no pass of the daemon has touched it either"
+    assert ping(two, overlay(one))
+    assert endpoint(one, other) == f"{two.address}:51820", "and it moves back in the same way"
