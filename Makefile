@@ -8,7 +8,7 @@ PACKAGES := python3 python3-venv serf wireguard-go nftables iptables docker.io i
 RUNTIME := python3 python3-venv serf nftables iptables
 PREFIX ?= /opt/meshd
 
-.PHONY: install uninstall setup demo demo-down test chaos test-unit check format clean
+.PHONY: install uninstall setup demo demo-down test chaos test-unit fuzz check format clean
 
 setup: .make/packages .make/wheel
 
@@ -61,6 +61,10 @@ chaos: setup
 
 test-unit: setup
 	$(BIN)/python -m pytest tests/unit $(PYTEST)
+
+# Every property test for long, about half an hour; in short they are part of `make test`.
+fuzz: setup
+	$(BIN)/python -m pytest tests/unit --hypothesis-profile=fuzz $(PYTEST)
 
 check: .make/venv
 	$(BIN)/ruff check && $(BIN)/ruff format --check

@@ -8,6 +8,7 @@ from hashlib import sha256
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from meshd import credentials
@@ -20,6 +21,10 @@ from meshd.tags import encode
 
 OVERLAY = IPv4Network("172.20.0.0/16")
 GOLDEN = Path(__file__).parent / "golden"
+
+
+# `make fuzz`: pytest --hypothesis-profile=fuzz
+hypothesis.settings.register_profile("fuzz", max_examples=20_000, deadline=None)
 
 
 def seed(name: str) -> bytes:

@@ -1,0 +1,139 @@
+"""Whatever arrives from others: no crash, no hang, no change of state. The parsers have more of it beside their tests.
+
+`make fuzz` runs all property tests for long.
+"""
+
+import json
+import socket
+import threading
+from collections.abc import Callable
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from meshd import answers, authority
+from meshd.agent import Agent
+from meshd.errors import InputError
+from meshd.exchange import Exchange
+from meshd.queries import APPLIED, CONFIRM, GONE, RECORD, announcement
+from meshd.state import Claim, State
+from meshd.tags import to_wire
+from meshd.tombstones import Graves, said
+from tests.conftest import AUTHORITY, record
+
+same_state = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+names = st.sampled_from([APPLIED, GONE, RECORD, CONFIRM, "other"])
+# Noise, and what is nearly right.
+payloads = st.one_of(
+    st.binary(max_size=600),
+    st.builds(lambda at, raw: raw[:at] + b"\xff" + raw[at + 1 :], st.integers(0, 250), st.just(to_wire(record(2)))).map(
+        lambda wire: announcement("barge2", wire)
+    ),
+    st.just(next(Graves({"barge2": said(record(2))}).pages(500))),
+    st.sampled_from([b"barge1", b"barge1 5", b"barge2 0000000000000000 ", b"barge1 0000000000000000 x"]),
+)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=10), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def contents(state: State) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in state.directory.iterdir() if path.is_file()}
+
+
+@pytest.fixture
+def member(state: State) -> State:
+    """A host that is a member and holds the authority, so that it has everything to lose."""
+    state.save_authority_key(AUTHORITY)
+    state.save_claim(Claim(record(1), settled=True))
+    state.save_roster(state.roster())
+    with state.lock():
+        return state
+
+
+@same_state
+@given(names, payloads, st.booleans())
+def test_what_others_send_over_serf_changes_nothing(member: State, name: str, payload: bytes, query: bool) -> None:
+    before, answered = contents(member), list[bytes]()
+    exchange = Exchange(member, lambda _: None, threading.Event())
+    if query:
+        exchange._asked(name, payload, answered.append)
+    else:
+        exchange._told(name, payload)
+    assert contents(member) == before
+    assert exchange.heard == {}
+    assert all(len(answer) <= 1024 for answer in answered)
+
+
+@same_state
+@given(names, payloads)
+def test_a_lone_handler_answers_the_same_noise_with_nothing_or_little(member: State, name: str, payload: bytes) -> None:
+    before = contents(member)
+    assert len(answers.answer(member, name, payload) or b"") <= 1024
+    assert contents(member) == before
+
+
+FILES: dict[str, Callable[[State], object]] = {
+    "hosts.json": lambda s: s.roster(),
+    "claim.json": lambda s: s.claim(),
+    "contacts.json": lambda s: s.contacts(),
+    "originals.json": lambda s: s.originals(),
+    "certificate.json": lambda s: s.certificate,
+    "issued.json": lambda s: s.issued(),
+    "settings.json": lambda s: s.settings,
+}
+SHAPES = {
+    "hosts.json": st.fixed_dictionaries({"hosts": values, "gone": values, "revoked": values}),
+    "claim.json": st.fixed_dictionaries({"record": values, "settled": values}),
+    "certificate.json": st.fixed_dictionaries({"certificate": values, "delegated": values}),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@same_state
+@given(st.data())
+def test_a_state_file_is_read_or_named_as_damaged(state: State, name: str, data: st.DataObject) -> None:
+    before = (state.directory / "settings.json").read_bytes()
+    content = data.draw(SHAPES.get(name, values) | values)
+    (state.directory / name).write_text(json.dumps(content))
+    try:
+        FILES[name](State(state.directory))
+    except InputError:
+        pass
+    finally:
+        (state.directory / "settings.json").write_bytes(before)
+
+
+@same_state
+@given(st.text(max_size=200) | values.map(json.dumps))
+@example('{"format": "meshd-authority 1", "salt": "00", "sealed": "00"}')
+def test_what_is_no_export_is_refused(member: State, text: str) -> None:
+    before = contents(member)
+    with pytest.raises(InputError):
+        authority.restore(member, text, "a passphrase")
+    assert contents(member) == before
+
+
+def test_whatever_comes_by_the_control_socket_is_a_hint_of_printable_text(state: State) -> None:
+    agent = Agent(state)
+    listener = threading.Thread(target=agent._listen)
+    listener.start()
+    try:
+        while not state.hint("ready"):
+            pass
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as client:
+            client.connect(str(state.socket))
+            for noise in (b"", b"\x00\x1b[2J\xff", b"x" * 60_000, "\n\r\u202e".encode()):
+                client.send(noise)
+            client.send(b"last")
+        heard: list[str] = []
+        while not heard or heard[-1] != "last":
+            heard.append(agent.hints.get(timeout=5))
+    finally:
+        agent.stop()
+        listener.join()
+    assert all(text.isprintable() and len(text) <= 512 for text in heard)
+    assert not state.socket.exists()
