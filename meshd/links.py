@@ -84,6 +84,7 @@ def _link(message: Any) -> Link:
         type="wireguard" if kind in _TUN_KINDS else kind,
         mtu=message.get("mtu"),
         up=bool(message["flags"] & IFF_UP),
+        mac=message.get("address") if kind == "bridge" else None,
     )
 
 
@@ -108,6 +109,8 @@ def _set_link(link: Link) -> None:
                 f"setting {link}: {link.name} exists and is a {found} link, not a {link.type}; "
                 f"rename or delete it, or give meshd another name"
             )
+        if link.mac is not None and message.get("address") != link.mac:
+            _set_mac(ipr, message["index"], link)
         ipr.link("set", index=message["index"], mtu=link.mtu)
         ipr.link("set", index=message["index"], state="up" if link.up else "down")
 
@@ -116,11 +119,18 @@ def _create_bridge(ipr: Any, link: Link) -> Any:
     if link.type != "bridge":
         raise ApplyError(f"setting {link}: there is no link {link.name}")
     try:
-        ipr.link("add", ifname=link.name, kind="bridge")
+        ipr.link("add", ifname=link.name, kind="bridge", **({"address": link.mac} if link.mac else {}))
     except NetlinkError as error:  # Docker, or another meshd, was faster
         if error.code != errno.EEXIST:
             raise
     return ipr.link("get", ifname=link.name)[0]
+
+
+def _set_mac(ipr: Any, index: int, link: Link) -> None:
+    """Change the MAC address of a bridge that somebody else has made, Docker for instance, and tell its containers."""
+    # The kernel then sends a gratuitous ARP for each address (NETDEV_CHANGEADDR in net/ipv4/devinet.c).
+    _write_sysctl(Sysctl(f"net/ipv4/conf/{link.name}/arp_notify", "1"))
+    ipr.link("set", index=index, address=link.mac)
 
 
 def _remove_link(link: Link) -> None:

@@ -206,20 +206,22 @@ class Sysctl:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A network interface: `bridge` is made by `links`, `wireguard` by the WireGuard adapter."""
+    """A network interface: `bridge` is made by `links`, `wireguard` by the WireGuard adapter, which has no `mac`."""
 
     kind: ClassVar[str] = "link"
     name: str
     type: str
     mtu: int
     up: bool = True
+    mac: str | None = None
 
     @property
     def key(self) -> str:
         return self.name
 
     def __str__(self) -> str:
-        return f"link {self.name} ({self.type}, mtu {self.mtu}, {'up' if self.up else 'down'})"
+        mac = f" {self.mac}" if self.mac else ""
+        return f"link {self.name} ({self.type}{mac}, mtu {self.mtu}, {'up' if self.up else 'down'})"
 
 
 @dataclass(frozen=True, slots=True)

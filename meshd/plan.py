@@ -82,7 +82,7 @@ def desired(local: Local, hosts: Iterable[Host]) -> tuple[Resource, ...]:
 def _bridge(local: Local, bridge: str) -> list[Resource]:
     record = local.host.record
     resources: list[Resource] = [
-        Link(bridge, "bridge", local.mtu),
+        Link(bridge, "bridge", local.mtu, mac=_mac(record.address)),
         *(Port(link, bridge) for link in local.loose),
         # The whole overlay is on-link here: Docker adopts the address, and no packet for an unknown subnet can
         # leave by the default route.
@@ -103,6 +103,15 @@ def _bridge(local: Local, bridge: str) -> list[Resource]:
         )
         resources.append(_network(local, bridge, record.address, local.engine))
     return resources
+
+
+def _mac(address: IPv4Address) -> str:
+    """Give the bridge's MAC address, made as Docker makes those of containers.
+
+    A bridge without one of its own takes the lowest of its ports' and changes it as they come and go, and one that is
+    made anew takes another; containers would go on sending to the old one for half a minute.
+    """
+    return ":".join(f"{octet:02x}" for octet in (0x02, 0x42, *address.packed))
 
 
 def _network(local: Local, bridge: str, gateway: IPv4Address, engine: Engine) -> Network:

@@ -21,6 +21,8 @@ BACK, AGREED = 15.0, 40.0
 
 # Warnings that a fault explains. While dockerd is away, its network and its rules cannot be read.
 DOCKER_AWAY = r"WARNING (network|docker|iptables).*: the Docker engine does not answer"
+# A pass, or a command, meets a Serf that is ending or that hangs; the daemon starts it again.
+SERF_AWAY = r"WARNING (members|tags|serf).*the Serf agent"
 # A host that was forgotten comes back: all others refuse it, and it hears why.
 FORGOTTEN = r"WARNING (refused .*: it said goodbye, or was forgotten|membership: the mesh has forgotten this host)"
 
@@ -230,20 +232,20 @@ def _hand(what: str) -> Callable[[Scene], None]:
 
 FAULTS = {
     "daemon killed": Fault(_on_host(faults.kill_daemon)),
-    "Serf killed": Fault(_on_host(faults.kill_serf)),
-    "daemon and Serf killed": Fault(_on_host(faults.kill_both)),
-    "Serf leaves": Fault(_on_host(faults.leave_serf)),
+    "Serf killed": Fault(_on_host(faults.kill_serf), says=(SERF_AWAY,)),
+    "daemon and Serf killed": Fault(_on_host(faults.kill_both), says=(SERF_AWAY,)),
+    "Serf leaves": Fault(_on_host(faults.leave_serf), says=(SERF_AWAY,)),
     "sync in a loop": Fault(_on_host(faults.sync_in_a_loop)),
     "package upgraded": Fault(_on_host(faults.upgrade)),
-    "new WireGuard key": Fault(_on_host(faults.new_key), reach=5),
+    "new WireGuard key": Fault(_on_host(faults.new_key), reach=5, says=(SERF_AWAY,)),
     "power cut": Fault(_power_cycle, reach=BACK, says=(DOCKER_AWAY,)),
     "power cut of all": Fault(_power_cycle_all, reach=BACK, says=(DOCKER_AWAY,)),
-    "partition": Fault(_cut, reach=BACK, says=(DOCKER_AWAY,)),
+    "partition": Fault(_cut, reach=BACK, says=(DOCKER_AWAY, SERF_AWAY)),
     # Serf may not have noticed the partition, and then tells of what happened meanwhile with its next full exchange.
     "partition from a newcomer": Fault(_cut_from_a_newcomer, reach=AGREED),
     "cable pulled": Fault(_unplugged, reach=BACK),
-    "process frozen": Fault(_frozen, reach=BACK),
-    "two at once": Fault(_two_at_once, reach=BACK, says=(DOCKER_AWAY,)),
+    "process frozen": Fault(_frozen, reach=BACK, says=(SERF_AWAY,)),
+    "two at once": Fault(_two_at_once, reach=BACK, says=(DOCKER_AWAY, SERF_AWAY)),
     "leaves and joins": Fault(_leave_and_join, reach=5),
     "down and up": Fault(_down_and_up, reach=5),
     "dies and is forgotten": Fault(_forget, reach=5, says=(FORGOTTEN, DOCKER_AWAY)),

@@ -7,8 +7,8 @@ from tests.chaos.faults import FAULTS, draws
 from tests.chaos.run import run
 from tests.lab.conftest import lab as lab  # noqa: PLC0414
 
-# One that begins with a partition, a power cut of all, a leave, a new key and a dockerd restart among others.
-SEED = 1
+# Its first twelve are partitions, power cuts, a new key and restarts of all kinds.
+SEED = 240
 
 
 @pytest.mark.root

@@ -109,3 +109,17 @@ def test_containers_that_come_and_go_change_nothing(lab: Lab, hosts: list[LabHos
             one.run(["docker", "rm", "-f", f"come{number}"])
     assert log(one)[before:] == ""
     assert len(peers(one)) == 1
+
+
+def test_who_has_given_the_bridge_its_address_may_go(hosts: list[LabHost]) -> None:
+    """A bridge left to itself has the lowest MAC address of its ports, and all containers lose it with that port."""
+    one, two = hosts
+    _settle(hosts)
+    names = [f"come{number}" for number in range(3)]
+    for name in names:
+        run_container(one, name, "meshd/serf", "sleep", "1000")
+    assert all(rtt(one, name, overlay(two, 1)) for name in ("box", *names))
+    for name in names:
+        one.run(["docker", "rm", "-f", name])
+        for left in ("box", *names[names.index(name) + 1 :]):
+            assert rtt(one, left, overlay(two, 1)), f"{left} goes on without {name}"

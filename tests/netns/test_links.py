@@ -9,7 +9,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from ipaddress import IPv4Interface, ip_address
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ from tests.netns.conftest import Namespace
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("netns")]
 
-BRIDGE = Link("ovl0", "bridge", 1420)
+BRIDGE = Link("ovl0", "bridge", 1420, mac="02:42:ac:14:65:00")
 ADDRESS = Address("ovl0", IPv4Interface("172.20.101.0/16"))
 PROXY_ARP = Sysctl("net/ipv4/conf/ovl0/proxy_arp", "1")
 PROTOCOL = 77
@@ -65,6 +67,22 @@ def test_the_connected_route_of_the_bridge_is_kept(adapter: links.Links) -> None
     assert [route["dst"] for route in ip("route", "show", "dev", "ovl0")] == ["172.20.0.0/16"]
 
 
+def test_a_bridge_that_somebody_else_made_gets_the_mac_address_and_tells_of_it(adapter: links.Links) -> None:
+    ip("link", "add", "ovl0", "type", "bridge")
+    add(adapter, ADDRESS)
+    adapter.apply(Change(Action.SET, BRIDGE))
+    assert BRIDGE in adapter.read()
+    assert ip("link", "show", "ovl0")[0]["address"] == BRIDGE.mac
+    assert Path("/proc/sys/net/ipv4/conf/ovl0/arp_notify").read_text() == "1\n"
+
+
+def test_the_mac_address_stays_whatever_is_plugged_in(adapter: links.Links) -> None:
+    add(adapter, BRIDGE)
+    ip("link", "add", "low", "address", "00:00:00:00:00:01", "type", "veth", "peer", "name", "end")
+    ip("link", "set", "low", "master", "ovl0")
+    assert BRIDGE in adapter.read()
+
+
 def test_everything_twice_is_harmless(adapter: links.Links) -> None:
     for _ in range(2):
         add(adapter, BRIDGE, ADDRESS, PROXY_ARP)
@@ -77,7 +95,7 @@ def test_everything_twice_is_harmless(adapter: links.Links) -> None:
 def test_set_brings_a_drifted_link_back(adapter: links.Links) -> None:
     add(adapter, BRIDGE)
     ip("link", "set", "ovl0", "down", "mtu", "1300")
-    old = Link("ovl0", "bridge", 1300, up=False)
+    old = replace(BRIDGE, mtu=1300, up=False)
     assert old in adapter.read()
     adapter.apply(Change(Action.SET, BRIDGE, old))
     assert BRIDGE in adapter.read()

@@ -216,7 +216,7 @@ def test_a_container_that_lost_its_bridge_is_plugged_in_after_the_bridge_is_made
     without_bridge = [r for r in wanted(2) if not isinstance(r, Link) or r.name != "ovl0"]
     changes = plan.diff(wanted(2, of=replace(local(), loose=("veth1",))), [*without_bridge, loose], now=NOW)
     assert [str(change) for change in changes] == [
-        "add link ovl0 (bridge, mtu 1420, up)",
+        "add link ovl0 (bridge 02:42:ac:14:65:00, mtu 1420, up)",
         "set port veth1 of ovl0",
     ]
 
