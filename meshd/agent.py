@@ -30,6 +30,8 @@ LONGEST_SEARCH = 10.0
 LOG_LIMIT = 4 * 2**20
 # Anybody with the gossip key can make any number of members that are refused.
 MOST_REFUSED = 20
+# Serf takes some 45 s to believe a known name at a new address; until then its tags lag behind what was announced.
+LAG = 60.0
 
 
 class Agent:
@@ -42,6 +44,7 @@ class Agent:
         self.exchange = Exchange(state, self.hint, self.stopping)
         self.search = Event()
         self.rivalry: float | None = None
+        self.stale_since: dict[str, float] = {}
         self.complaints: set[str] = set()
         self.report = Report()
 
@@ -155,12 +158,23 @@ class Agent:
         for change in report.changes:
             log.info("%s (seen by %s)", change, ", ".join(hints) or "timer")
         refused = [f"refused {name}: {reason}" for name, reason in sorted(report.roster.refused.items())]
+        refused += self._replayed(report)
         reasons = {*refused[:MOST_REFUSED], *(["refused more than these"] if refused[MOST_REFUSED:] else [])}
         held = {f"withheld without evidence: {change} (meshd sync --force does it)" for change in report.withheld}
         self._complain({str(failure) for failure in report.failures} | reasons | held)
         self.exchange.after(report)
         self._yield_subnet(report)
         return not report.failures
+
+    def _replayed(self, report: Report) -> list[str]:
+        """Give the hosts whose tags have been older than their records for longer than Serf needs."""
+        now = time.monotonic()
+        self.stale_since = {name: self.stale_since.get(name, now) for name in report.roster.stale}
+        return [
+            f"refused the tags of {name}: {reason}"
+            for name, reason in sorted(report.roster.stale.items())
+            if now - self.stale_since[name] > LAG
+        ]
 
     def _complain(self, complaints: set[str]) -> None:
         for text in sorted(complaints - self.complaints):

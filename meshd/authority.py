@@ -187,6 +187,7 @@ def export(state: State, passphrase: str) -> str:
     salt = utils.random(pwhash.argon2id.SALTBYTES)
     box = secret.SecretBox(_stretched(passphrase, salt))
     sealed = box.encrypt(json.dumps(content).encode())
+    state.mark_exported()
     return json.dumps({"format": EXPORT, "salt": salt.hex(), "sealed": sealed.hex()}) + "\n"
 
 
@@ -200,6 +201,7 @@ def restore(state: State, text: str, passphrase: str) -> None:
         )
     state.save_issued({**content["issued"], **state.issued()})
     state.save_authority_key(seed)
+    state.mark_exported()
 
 
 def _unsealed(text: str, passphrase: str) -> Mapping[str, Any]:

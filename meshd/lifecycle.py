@@ -153,6 +153,11 @@ def leave(state: State, *, force: bool = False) -> Report:
     """Say goodbye, so that the others remove this host and free its subnet; then remove everything here."""
     preflight.root()
     settings = state.settings
+    if not force and state.authority_key is not None and not state.authority_exported and state.roster().hosts:
+        raise ConflictError(
+            f"this host holds the authority of the mesh {settings.mesh!r}: hand it on first ('meshd authority export' "
+            "here, 'import' on another host), or pass --force, and nobody can be invited or revoked any more"
+        )
     _release_containers(settings, force=force)
     claim = state.claim()
     service.stop(state)

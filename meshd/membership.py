@@ -19,6 +19,10 @@ REVOKED = "its certificate was revoked"
 BURIED = "it said goodbye, or was forgotten: it has to leave and to join again"
 
 
+class StaleError(RecordError):
+    """A member's tags hold an older record than the one that is in force for it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Mesh:
     """What all hosts of a mesh agree on."""
@@ -40,13 +44,15 @@ class Mesh:
 class Roster:
     """The outcome for all members but oneself: `hosts` are in force, `refused` gives a reason for each name.
 
-    `revoked` are the authority's revocations, by serial; `gone` the goodbyes, by name.
+    `revoked` are the authority's revocations, by serial; `gone` the goodbyes, by name. `stale` are hosts whose tags
+    hold an older record than the one in force: Serf is slower than an announcement, or somebody replays it.
     """
 
     hosts: Mapping[str, Record] = field(default_factory=dict)
     gone: Mapping[str, Goodbye] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     revoked: Mapping[int, Revocation] = field(default_factory=dict)
+    stale: Mapping[str, str] = field(default_factory=dict)
 
     def sorted_hosts(self) -> tuple[Host, ...]:
         return tuple(Host(name, record) for name, record in sorted(self.hosts.items()))
@@ -91,9 +97,13 @@ def admit(
     hosts = {name: record for name, record in known.hosts.items() if not ended[name]}
     gone, refused = dict(known.gone), {n: why for n, why in ended.items() if why and n not in known.gone}
     claims: dict[str, Record] = {}
+    stale: dict[str, str] = {}
     for member in members:
         try:
             record = _newest(member, mesh, known, now)
+        except StaleError as error:
+            stale[member.name] = str(error)
+            continue
         except (RecordError, CredentialError) as error:
             # Who is neither known nor there is not worth a word.
             if member.status is Status.ALIVE or member.name in known.hosts:
@@ -113,7 +123,7 @@ def admit(
     alive = {member.name for member in members if member.status is Status.ALIVE}
     refused |= _settle(own, hosts, claims, alive, networks)
     gone = {name: goodbye for name, goodbye in gone.items() if name not in hosts}
-    return Roster(hosts, gone, refused, known.revoked)
+    return Roster(hosts, gone, refused, known.revoked, stale)
 
 
 def _newest(member: Member, mesh: Mesh, known: Roster, now: float) -> Record | None:
@@ -125,7 +135,7 @@ def _newest(member: Member, mesh: Mesh, known: Roster, now: float) -> Record | N
             return None
         raise RecordError(why)
     if last is not None and record.seq < last.seq:
-        raise RecordError(f"its record {record.seq} is older than {last.seq}, which stays in force")
+        raise StaleError(f"its record {record.seq} is older than {last.seq}, which stays in force")
     if last is not None and record.seq == last.seq and record != last:
         raise RecordError(f"two different records with the sequence number {record.seq}; the first stays in force")
     return record

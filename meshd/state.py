@@ -116,6 +116,14 @@ class State:
         """The authority's seed, on the host that holds it."""
         return identity.saved_key(self.directory / "authority.key")
 
+    @property
+    def authority_exported(self) -> bool:
+        """Whether somebody has a copy of the authority besides this host."""
+        return (self.directory / "authority.exported").exists()
+
+    def mark_exported(self) -> None:
+        files.write(self.directory / "authority.exported", b"")
+
     def save_authority_key(self, seed: bytes) -> None:
         identity.save_key(self.directory / "authority.key", seed)
 
@@ -324,7 +332,8 @@ class State:
 # Every file that this class, or what it starts, writes here.
 _OURS = {
     *("settings.json", "claim.json", "contacts.json", "hosts.json", "originals.json", "serf.json"),
-    *("authority.pub", "authority.key", "identity.key", "certificate.json", "issued.json"),
+    *("authority.pub", "authority.key", "authority.exported", "identity.key", "certificate.json"),
+    "issued.json",
     *("wireguard.key", "gossip.key", "rpc.key", "serf.log", "agent.log"),
     *("agent.pid", "agent.sock", "lock", "serf.lock", "down"),
 }

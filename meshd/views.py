@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from meshd import plan
@@ -59,7 +59,8 @@ def _row(name: str, own: Host | None, member: Member | None, report: Report, han
             reason="" if gone == "left" else reason,
         )
     row = _admitted(name, record, status, handshakes.get(record.public_key, 0.0))
-    return Row(**{**asdict(row), "state": "refused", "reason": reason}) if reason else row
+    stale = report.roster.stale.get(name, "")
+    return replace(row, state="refused", reason=reason) if reason else replace(row, reason=stale)
 
 
 def _admitted(name: str, record: Record, status: str, handshake: float | None) -> Row:

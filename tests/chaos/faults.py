@@ -149,7 +149,19 @@ def _leave_and_join(scene: Scene) -> None:
 def _join(host: LabHost, via: LabHost, scene: Scene) -> None:
     scene.say(f"joins by {via.name}")
     join(host, via, invitation(via), *([] if host.name in WITH_DOCKER else ["--no-docker"]))
+    hand_on(via, host)
     _new_box(host)
+
+
+def hand_on(holder: LabHost, *others: LabHost) -> None:
+    """Bring the authority to hosts that may have to invite and to forget when its first holder is away."""
+    passphrase = ["--passphrase-file", "/run/passphrase"]
+    write = ["sh", "-c", "umask 077; echo 'a long passphrase' >/run/passphrase"]
+    for host in (holder, *others):
+        host.run(write)
+    export = holder.run(["meshd", "authority", "export", *passphrase]).stdout
+    for host in others:
+        host.run(["meshd", "authority", "import", "-", *passphrase], text=export)
 
 
 def _new_box(host: LabHost) -> None:

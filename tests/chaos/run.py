@@ -10,7 +10,7 @@ from random import Random
 from meshd.errors import MeshdError
 from meshd.lab.hosts import Lab, LabHost
 from tests.chaos.checks import Logs, Underlay, Verdict, agree, explained, reach
-from tests.chaos.faults import FAULTS, NAMES, WITH_DOCKER, Draw, Fault, Scene, draws
+from tests.chaos.faults import FAULTS, NAMES, WITH_DOCKER, Draw, Fault, Scene, draws, hand_on
 from tests.lab.conftest import IN_CLEAR, assemble, capturing
 
 # Seconds on top of what is promised: for asking five hosts, on a machine that does other things as well.
@@ -34,7 +34,7 @@ def run(lab: Lab, faults: int, seed: int, say: Say) -> Outcome:
     """Do that many faults on a lab that is not up yet, the same ones for the same seed; `say` is told every line."""
     begun, outcome = time.monotonic(), Outcome()
     say(f"chaos: {faults} faults, seed {seed}; {len(NAMES)} hosts, {len(WITH_DOCKER)} of them with Docker")
-    assemble(lab, docker=len(WITH_DOCKER), plain=len(NAMES) - len(WITH_DOCKER))
+    hand_on(*assemble(lab, docker=len(WITH_DOCKER), plain=len(NAMES) - len(WITH_DOCKER)))
     with capturing(lab, IN_CLEAR) as path:
         _run(_Run(lab, Logs(lab.directory), Underlay(path), outcome, say), islice(draws(seed), faults))
     for name, took in sorted(outcome.took.items()):
