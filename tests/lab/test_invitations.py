@@ -1,0 +1,141 @@
+"""Inviting, renewing, revoking, and handing the authority on, as a person does it."""
+
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from meshd import authority, identity
+from meshd.authority import Terms
+from meshd.lab.hosts import Lab, LabHost
+from meshd.state import State
+from tests.lab.conftest import eventually, init, invitation, join, members, overlay, peers, ping
+
+pytestmark = [pytest.mark.root, pytest.mark.lab]
+
+PASSPHRASE = ["--passphrase-file", "/run/passphrase"]
+
+
+@pytest.fixture
+def hosts(lab: Lab) -> Iterator[list[LabHost]]:
+    """Three hosts; the first has begun a mesh."""
+    lab.up(3, docker=False)
+    hosts = lab.hosts()
+    init(hosts[0], "--no-docker")
+    try:
+        yield hosts
+    finally:
+        lab.down()
+
+
+def invite(host: LabHost, *arguments: str) -> str:
+    return host.run(["meshd", "invite", *arguments]).stdout.split("MESHD_INVITE=")[1].split()[0]
+
+
+def refused(host: LabHost, offer: str, *arguments: str) -> str:
+    """Join, which must fail and leave nothing; give the error."""
+    command = ["meshd", "join", "10.10.10.101", "--no-docker", *arguments]
+    done = host.run(command, env={"MESHD_INVITE": offer}, check=False)
+    assert done.returncode == 2, done
+    assert host.run(["ls", "-A", "/var/lib/meshd"]).stdout == ""
+    assert offer[10:50] not in done.stderr
+    return done.stderr
+
+
+def state(host: LabHost) -> State:
+    return State(host.directory / "meshd")
+
+
+def test_an_invitation_for_one_host_gives_it_its_name_and_its_subnet(hosts: list[LabHost]) -> None:
+    one, two, three = hosts
+    offer = invite(one, "db1", "--subnet", "172.20.77.0/24")
+    assert "the invitation is for the host 'db1', not for 'web1'" in refused(two, offer, "--name", "web1")
+    assert "allows subnets of 172.20.77.0/24 only" in refused(two, offer, "--subnet", "172.20.78.0/24")
+    output = join(two, one, offer, "--no-docker")
+    assert re.search(r"^db1 +172\.20\.77\.0/24 +10\.10\.10\.102:51820 +alive", output, re.MULTILINE), output
+    # Somebody else with the same line is told that the name is taken.
+    done = three.run(["meshd", "join", "10.10.10.101", "--no-docker"], env={"MESHD_INVITE": offer}, check=False)
+    assert done.returncode == 1
+    assert "the name db1 is already in the mesh" in done.stderr
+    assert peers(one) == [state(two).claim().record.public_key]  # type: ignore[union-attr]
+
+
+def test_an_invitation_that_is_not_good_any_more_says_why(hosts: list[LabHost]) -> None:
+    one, two, _ = hosts
+    old = identity.encode(authority.invite(state(one), "barge2", Terms(expires=int(time.time()) - 60)))
+    assert re.search(
+        r"the invitation expired on 20\d\d-\d\d-\d\d \d\d:\d\d UTC: ask for another one", refused(two, old)
+    )
+    many = invite(one, "--reusable", "web-", "--ttl", "90m")
+    assert "names that begin with 'web-', not for 'barge2': pass --name" in refused(two, many)
+    assert "web-1 " in join(two, one, many, "--no-docker", "--name", "web-1")
+
+
+def test_a_revoked_invitation_admits_nobody(hosts: list[LabHost]) -> None:
+    one, two, three = hosts
+    offer, many = invite(one, "ghost"), one.run(["meshd", "invite", "--reusable"]).stdout
+    one.run(["meshd", "revoke", "ghost"])
+    one.run(["meshd", "revoke", re.findall(r"'(invitation-[0-9a-f]+)'", many)[0]])
+    for host, text in ((two, offer), (three, many.split("MESHD_INVITE=")[1].split()[0])):
+        arguments = ["join", "10.10.10.101", "--no-docker", "--timeout", "1"]
+        host.run(["meshd", *arguments], env={"MESHD_INVITE": text}, check=False)
+        told = "the authority has revoked this host"
+        eventually(lambda: told in host.run(["meshd", "status"], check=False).stdout, 15, "it is told")  # noqa: B023  called at once
+        assert peers(one) == []
+    unknown = one.run(["meshd", "revoke", "nobody"], check=False)
+    assert unknown.returncode == 2
+    assert "nothing is left to be revoked of 'nobody'; known: barge1, ghost" in unknown.stderr
+
+
+def test_a_certificate_is_renewed_without_losing_a_packet(hosts: list[LabHost]) -> None:
+    one, two, _ = hosts
+    join(two, one, invite(one, "barge2", "--ttl", "90d"), "--no-docker")
+    before = state(two).certificate
+    flow = one.popen(["busybox", "ping", "-i", "0.02", overlay(two)], stdout=subprocess.PIPE)
+    time.sleep(0.3)
+    join(two, one, invite(one, "barge2", "--ttl", "180d"))
+    after = state(two).certificate
+    eventually(lambda: state(one).roster().hosts["barge2"].certificate == after, 5, "the other has the new one")
+    one.run(["pkill", "-INT", "-f", "busybox ping -i"])
+    answered = [int(number) for number in re.findall(r"seq=(\d+)", flow.communicate(timeout=10)[0])]
+    assert answered == list(range(len(answered)))
+    assert len(answered) > 20
+    assert after.expires > before.expires
+
+
+def test_who_comes_by_a_reusable_invitation_is_confirmed_and_stays(hosts: list[LabHost]) -> None:
+    one, two, _ = hosts
+    join(two, one, invitation(one), "--no-docker")
+    eventually(lambda: state(two).certificate.delegation is None, 20, "the authority has confirmed it")
+    assert state(two).certificate.expires == 0
+    eventually(lambda: state(one).roster().hosts["barge2"].certificate == state(two).certificate, 5, "and it is used")
+
+
+def test_the_authority_is_handed_on_and_survives_its_first_host(hosts: list[LabHost]) -> None:
+    one, two, three = hosts
+    join(two, one, invite(one, "barge2"), "--no-docker")
+    for command in (["invite", "barge3"], ["revoke", "barge1"], ["forget", "barge1"], ["authority", "export"]):
+        done = two.run(["meshd", *command], check=False)
+        assert done.returncode == 2
+        assert "this host does not hold the authority of the mesh 'meshd'" in done.stderr
+    assert "this host holds the authority of the mesh" in one.run(["meshd", "leave"], check=False).stderr
+
+    for host in (one, two):
+        host.run(["sh", "-c", "umask 077; echo 'correct horse' >/run/passphrase"])
+    export = one.run(["meshd", "authority", "export", *PASSPHRASE]).stdout
+    assert state(one).authority_key is not None
+    assert state(one).authority_key.hex() not in export  # type: ignore[union-attr]
+    three.run(["sh", "-c", "umask 077; echo 'wrong horse' >/run/passphrase"])
+    two.run(["sh", "-c", "echo 'wrong horse' >/run/wrong"])
+    wrong = two.run(["meshd", "authority", "import", "-", "--passphrase-file", "/run/wrong"], text=export, check=False)
+    assert (wrong.returncode, "the passphrase is wrong" in wrong.stderr) == (2, True)
+    assert state(two).authority_key is None
+    two.run(["meshd", "authority", "import", "-", *PASSPHRASE], text=export)
+
+    one.run(["meshd", "leave"])
+    eventually(lambda: peers(two) == [], 5, "the first host has left")
+    join(three, two, invite(two, "barge3"), "--no-docker")
+    assert ping(three, overlay(two))
+    assert members(two)["barge3"]["state"] == "alive"
