@@ -7,6 +7,7 @@ PACKAGES := python3 python3-venv serf wireguard-go nftables iptables docker.io i
 # What a host of a mesh needs; Docker is the host's own choice.
 RUNTIME := python3 python3-venv serf nftables iptables
 PREFIX ?= /opt/meshd
+WORKERS ?= 2
 
 .PHONY: install uninstall setup demo demo-down test chaos test-unit fuzz check format clean
 
@@ -48,10 +49,10 @@ demo: setup
 demo-down: setup
 	$(BIN)/meshd lab down
 
-# A copy of the tests away from the sources, so that they import the installed wheel and not the checkout.
+# Most tests wait most of the time, so that two files run at once. A copy of the tests away from the sources, so that they import the installed wheel and not the checkout.
 test: setup
 	rm -rf .make/tests && mkdir -p .make/tests && cp -r tests pyproject.toml .make/tests/
-	cd .make/tests && ../../$(BIN)/python -m pytest $(PYTEST)
+	cd .make/tests && ../../$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST)
 
 # Random faults and a check of everything after each: `make chaos CHAOS=50 CHAOS_SEED=7`.
 CHAOS ?= 200

@@ -22,8 +22,7 @@ def main() -> None:
     mount("--make-rprivate", "/")
     state = directory / name / "meshd"
     state.mkdir(parents=True, exist_ok=True)
-    Path("/var/lib/meshd").mkdir(exist_ok=True)
-    mount("--bind", str(state), "/var/lib/meshd")
+    _bind(state, Path("/var/lib/meshd"))
     mount("-t", "tmpfs", "-o", "mode=755", "tmpfs", "/run")
     for folder in ("wireguard", "lock"):
         Path("/run", folder).mkdir()
@@ -39,6 +38,19 @@ def main() -> None:
         os.dup2(null, descriptor)
     while True:
         signal.pause()
+
+
+def _bind(source: Path, target: Path) -> None:
+    for left in reversed(range(5)):
+        target.mkdir(exist_ok=True)
+        try:
+            mount("--bind", str(source), str(target))
+        except subprocess.CalledProcessError:
+            # The end of another lab may have removed the empty directory just now.
+            if not left:
+                raise
+        else:
+            return
 
 
 def mount(*arguments: str) -> None:
