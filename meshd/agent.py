@@ -152,7 +152,8 @@ class Agent:
         try:
             self.report = reconcile(self.state, kinds=kinds, heard=dict(self.exchange.heard))
         except MeshdError as error:
-            self._complain({str(error)})
+            if not self.state.is_down:  # or `meshd down` is about to end this daemon
+                self._complain({str(error)})
             return False
         report = self.report
         for change in report.changes:
