@@ -13,13 +13,19 @@ CGROUPS = Path("/sys/fs/cgroup")
 START_TIMEOUT = 30.0
 
 
-def start(host: Any, lab: Path) -> None:
-    """Start dockerd unless it runs, and wait until it answers. Raises MeshdError with the end of its log."""
+def start(host: Any, lab: Path, root: Path | None = None) -> None:
+    """Start dockerd unless it runs, and wait until it answers. Raises MeshdError with the end of its log.
+
+    With `root`, the engine is the one unpacked in that folder; runc stays the machine's.
+    """
     if answers(host):
         return
     config = host.directory / "daemon.json"
     config.write_text("{}\n")
+    path = host.environment()["PATH"]
     command = [
+        "env",
+        f"PATH={root}/usr/sbin:{root}/usr/bin:{path}" if root else f"PATH={path}",
         "dockerd",
         f"--config-file={config}",
         f"--data-root={host.directory / 'docker'}",

@@ -141,9 +141,9 @@ class Lab:
         _kill(host.pid)
         docker.remove_cgroups(self.directory, host.name)
 
-    def start_docker(self, host: LabHost) -> None:
-        """Start the host's Docker engine and wait until it answers."""
-        docker.start(host, self.directory)
+    def start_docker(self, host: LabHost, root: Path | None = None) -> None:
+        """Start the host's Docker engine, that of the folder `root` if given, and wait until it answers."""
+        docker.start(host, self.directory, root)
 
     def down(self) -> None:
         """Remove everything, whatever state it is in."""
