@@ -8,8 +8,9 @@ PACKAGES := python3 python3-venv serf wireguard-go nftables iptables docker.io i
 RUNTIME := python3 python3-venv serf nftables iptables
 PREFIX ?= /opt/meshd
 WORKERS ?= 2
+DOCKERS ?= trixie sid
 
-.PHONY: install uninstall setup demo demo-down test chaos test-unit fuzz check format clean
+.PHONY: install uninstall setup demo demo-down test test-docker chaos test-unit fuzz check format clean
 
 setup: .make/packages .make/wheel
 
@@ -52,7 +53,17 @@ demo-down: setup
 # Most tests wait most of the time, so that two files run at once. A copy of the tests away from the sources, so that they import the installed wheel and not the checkout.
 test: setup
 	rm -rf .make/tests && mkdir -p .make/tests && cp -r tests pyproject.toml .make/tests/
-	cd .make/tests && ../../$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST)
+	cd .make/tests && ../../$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
+		--ignore=tests/lab/test_dockers.py $(PYTEST)
+
+# Docker's versions of Debian's other suites, unpacked beside the machine's own.
+test-docker: setup $(DOCKERS:%=.make/docker/%)
+	cd .make && rm -rf docker-tests && mkdir docker-tests && cp -r ../tests ../pyproject.toml docker-tests/
+	cd .make/docker-tests && MESHD_DOCKERS=$(CURDIR)/.make/docker ../../$(BIN)/python -m pytest \
+		tests/lab/test_dockers.py $(PYTEST)
+
+.make/docker/%: .ci/fetch-docker
+	.ci/fetch-docker $* $@
 
 # Random faults and a check of everything after each: `make chaos CHAOS=50 CHAOS_SEED=7`.
 CHAOS ?= 200

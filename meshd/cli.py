@@ -4,46 +4,19 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from ipaddress import IPv4Network, ip_address, ip_network
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from meshd import __version__, cli_authority
+from meshd.cli_types import Address, Prefix
 from meshd.errors import InputError, MeshdError
 from meshd.model import Endpoint, IPAddress
 from meshd.state import DEFAULT, State
 
 F = TypeVar("F", bound=Callable[..., Any])
 READY_TIMEOUT = 30.0
-
-
-class Address(click.ParamType[IPAddress]):
-    """An IPv4 or IPv6 address."""
-
-    name = "address"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> IPAddress:
-        try:
-            return ip_address(value)
-        except ValueError:
-            self.fail(f"{value!r} is not an IP address", param, ctx)
-
-
-class Prefix(click.ParamType[IPv4Network]):
-    """An IPv4 prefix like 172.20.0.0/16."""
-
-    name = "prefix"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> IPv4Network:
-        try:
-            prefix = ip_network(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-        if not isinstance(prefix, IPv4Network):
-            self.fail(f"{value} is IPv6; the overlay is IPv4", param, ctx)
-        return prefix
 
 
 class Commands(click.Group):

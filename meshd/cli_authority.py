@@ -1,43 +1,16 @@
 """The commands of who may join: `invite`, `forget`, `revoke` and `authority`, on the host that holds the authority."""
 
-import re
 from ipaddress import IPv4Network
 from typing import Any
 
 import click
 
+from meshd.cli_types import Duration, Prefix
 from meshd.errors import InputError
 from meshd.state import State
 
-DAY = 86400
-REUSABLE = DAY
-_UNITS = {"m": 60, "h": 3600, "d": DAY, "w": 7 * DAY}
-
-
-class Duration(click.ParamType[int]):
-    """A time span like 90m, 24h, 30d or 8w, in seconds."""
-
-    name = "duration"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        found = re.fullmatch(r"([1-9][0-9]{0,4})([mhdw])", value)
-        if found is None:
-            self.fail(f"{value!r} is not a time span like 90m, 24h, 30d or 8w", param, ctx)
-        return int(found[1]) * _UNITS[found[2]]
-
-
-class Subnet(click.ParamType[IPv4Network]):
-    """An IPv4 prefix like 172.20.7.0/24."""
-
-    name = "prefix"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> IPv4Network:
-        try:
-            return IPv4Network(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
+# How long a reusable invitation holds, in seconds, unless somebody says otherwise.
+REUSABLE = 86400
 
 
 @click.command()
@@ -45,7 +18,7 @@ class Subnet(click.ParamType[IPv4Network]):
 @click.option(
     "--ttl", type=Duration(), help="How long it holds: 90m, 24h, 30d, 8w.  [default: for ever; reusable: 24h]"
 )
-@click.option("--subnet", "subnets", type=Subnet(), multiple=True, help="What the host may own; by default any subnet.")
+@click.option("--subnet", "subnets", type=Prefix(), multiple=True, help="What the host may own; by default any subnet.")
 @click.option("--reusable", is_flag=True, help="For any number of hosts, whose names begin with NAME if it is given.")
 @click.pass_obj
 def invite(state: State, name: str | None, ttl: int | None, subnets: tuple[IPv4Network, ...], reusable: bool) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,12 @@ from meshd.lab.hosts import Lab, LabHost
 from tests.conftest import eventually as eventually  # noqa: PLC0414  for the tests beside this file
 
 Wait = Callable[..., None]
+
+# A container's web server, which answers with the address that it sees.
+SERVER = (
+    "mkdir -p /www/cgi-bin && printf '#!/bin/sh\\necho; echo $REMOTE_ADDR\\n' > /www/cgi-bin/peer && "
+    "chmod +x /www/cgi-bin/peer && exec httpd -f -p 0.0.0.0:80 -h /www"
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,15 +76,15 @@ def nothing_in_clear(lab: Lab) -> Iterator[None]:
     assert len(heard[0]) == PCAP_HEADER, f"overlay traffic in clear: {heard[0][:200]!r}"
 
 
-def assemble(lab: Lab, *, docker: int, plain: int = 0) -> list[LabHost]:
+def assemble(lab: Lab, *, docker: int, plain: int = 0, root: Path | None = None) -> list[LabHost]:
     """Bring up a mesh of `docker` hosts with Docker and, after them, `plain` ones without, each by the one before.
 
-    Those with Docker have a container `box` at their .1.
+    Those with Docker have a container `box` at their .1. The engine is that of the folder `root` if given.
     """
     lab.up(docker + plain, docker=False)
     hosts = lab.hosts()
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lab.start_docker, hosts[:docker]))
+        list(pool.map(lambda host: lab.start_docker(host, root), hosts[:docker]))
         list(pool.map(images.build, hosts[:docker]))
     invitation = init(hosts[0], *options(0, docker))
     for number in range(1, len(hosts)):
@@ -207,3 +214,10 @@ def rtt(host: LabHost, container: str, target: str, count: int = 1) -> list[floa
 def ping(host: LabHost, target: str) -> bool:
     """Tell whether the host itself reaches an address."""
     return host.run(["busybox", "ping", "-c", "1", "-W", "2", target], check=False).returncode == 0
+
+
+def fetch(host: LabHost, url: str) -> str:
+    """Give what a web server answers to the host itself, the empty string without an answer."""
+    # Debian's static busybox cannot: its wget needs the C library's resolver, which is not linked in.
+    script = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=3).read().decode())"
+    return host.run([sys.executable, "-I", "-c", script, url], check=False).stdout.strip()

@@ -123,10 +123,10 @@ def boot(lab: Lab, host: LabHost, *, docker_first: bool = False) -> LabHost:
     return host
 
 
-def restart_docker(lab: Lab, host: LabHost, number: str) -> None:
-    """End dockerd by a signal and start it again; return when its container `box` runs."""
+def restart_docker(lab: Lab, host: LabHost, number: str, root: Path | None = None) -> None:
+    """End dockerd by a signal and start it, or that of the folder `root`; return when its container `box` runs."""
     host.run(["sh", "-c", f"kill -{number} $(cat /run/docker.pid)"])
     eventually(lambda: not host.run(["pgrep", "-x", "dockerd"], check=False).stdout, 20, "dockerd has stopped")
     host.run(["sh", "-c", "pkill -KILL -f 'containerd.*--config' ; rm -f /run/docker.pid"], check=False)
-    lab.start_docker(host)
+    lab.start_docker(host, root)
     eventually(lambda: "Up" in host.run(["docker", "ps", "--filter", "name=box"]).stdout, 20, "its container runs")

@@ -3,7 +3,6 @@
 import json
 import re
 import statistics
-import sys
 import time
 from ipaddress import ip_address
 from pathlib import Path
@@ -12,14 +11,9 @@ import pytest
 
 from meshd.lab import images, network
 from meshd.lab.hosts import Lab, LabHost
-from tests.lab.conftest import eventually, init, join, overlay, ping, rtt, run_container, serf, snapshot
+from tests.lab.conftest import SERVER, eventually, fetch, init, join, overlay, ping, rtt, run_container, serf, snapshot
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
-
-SERVER = (
-    "mkdir -p /www/cgi-bin && printf '#!/bin/sh\\necho; echo $REMOTE_ADDR\\n' > /www/cgi-bin/peer && "
-    "chmod +x /www/cgi-bin/peer && exec httpd -f -p 0.0.0.0:80 -h /www"
-)
 
 
 STATE = "/var/lib/meshd"
@@ -51,13 +45,6 @@ def mesh(lab: Lab) -> Mesh:
         for name in ("serf0", "serf1"):
             run_container(host, name, "meshd/serf", "sleep", "100000")
     return mesh
-
-
-def fetch(host: LabHost, url: str) -> str:
-    """Give what a web server answers to the host itself, the empty string without an answer."""
-    # Debian's static busybox cannot: its wget needs the C library's resolver, which is not linked in.
-    script = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=3).read().decode())"
-    return host.run([sys.executable, "-I", "-c", script, url], check=False).stdout.strip()
 
 
 def test_join_prints_the_members(mesh: Mesh) -> None:
