@@ -59,7 +59,7 @@ test: setup
 # The kernel's own WireGuard, in a guest with Debian's kernel: what the machine itself may lack.
 test-kernel: setup .make/kernel
 	rm -rf .make/tests && mkdir -p .make/tests && cp -r tests pyproject.toml .make/tests/
-	tests/kernel/guest . -m kernel tests/netns/test_wireguard.py tests/kernel $(PYTEST)
+	tests/kernel/guest . -m kernel tests/netns/test_wireguard.py tests/kernel/test_device.py $(PYTEST)
 
 .make/kernel: tests/kernel/fetch
 	dpkg -s $(GUEST) >/dev/null 2>&1 || .ci/install-packages $(GUEST)
