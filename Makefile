@@ -4,13 +4,16 @@ BIN := .venv/bin
 PACKAGES := python3 python3-venv serf wireguard-go nftables iptables docker.io iproute2 util-linux \
 	busybox-static wireguard-tools tcpdump systemd-container bsdutils procps
 
+# What the guest with Debian's kernel needs; only `make test-kernel` asks for it.
+GUEST := qemu-system-x86 kmod busybox-static
+
 # What a host of a mesh needs; Docker is the host's own choice.
 RUNTIME := python3 python3-venv serf nftables iptables
 PREFIX ?= /opt/meshd
 WORKERS ?= 2
 DOCKERS ?= trixie sid
 
-.PHONY: install uninstall setup demo demo-down test test-docker chaos test-unit fuzz check format clean
+.PHONY: install uninstall setup demo demo-down test test-docker test-kernel chaos test-unit fuzz check format clean
 
 setup: .make/packages .make/wheel
 
@@ -50,7 +53,8 @@ demo: setup
 demo-down: setup
 	$(BIN)/meshd lab down
 
-# Most tests wait most of the time, so that two files run at once. A copy of the tests away from the sources, so that they import the installed wheel and not the checkout.
+# Most tests wait most of the time, so two files run at once. They are copied away from the sources, so that they import the
+# installed wheel and not the checkout.
 test: setup
 	rm -rf .make/tests && mkdir -p .make/tests && cp -r tests pyproject.toml .make/tests/
 	cd .make/tests && ../../$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
@@ -58,8 +62,8 @@ test: setup
 
 # Docker's versions of Debian's other suites, unpacked beside the machine's own.
 test-docker: setup $(DOCKERS:%=.make/docker/%)
-	cd .make && rm -rf docker-tests && mkdir docker-tests && cp -r ../tests ../pyproject.toml docker-tests/
-	cd .make/docker-tests && MESHD_DOCKERS=$(CURDIR)/.make/docker ../../$(BIN)/python -m pytest \
+	rm -rf .make/tests && mkdir -p .make/tests && cp -r tests pyproject.toml .make/tests/
+	cd .make/tests && MESHD_DOCKERS=$(CURDIR)/.make/docker ../../$(BIN)/python -m pytest \
 		tests/lab/test_dockers.py $(PYTEST)
 
 .make/docker/%: .ci/fetch-docker
@@ -70,6 +74,15 @@ CHAOS ?= 200
 chaos: setup
 	rm -rf .make/chaos && mkdir -p .make/chaos && cp -r tests .make/chaos/
 	cd .make/chaos && ../../$(BIN)/python -m tests.chaos --faults $(CHAOS) $(addprefix --seed ,$(CHAOS_SEED))
+
+# The kernel's own WireGuard, in a guest with Debian's kernel: what the machine itself may lack.
+test-kernel: setup .make/kernel
+	rm -rf .make/tests && mkdir -p .make/tests && cp -r tests pyproject.toml .make/tests/
+	tests/kernel/guest . -m kernel tests/netns/test_wireguard.py tests/kernel/test_device.py $(PYTEST)
+
+.make/kernel: tests/kernel/fetch
+	dpkg -s $(GUEST) >/dev/null 2>&1 || .ci/install-packages $(GUEST)
+	tests/kernel/fetch $@
 
 test-unit: setup
 	$(BIN)/python -m pytest tests/unit $(PYTEST)

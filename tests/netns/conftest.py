@@ -14,16 +14,6 @@ from pyroute2 import IPRoute, netns
 _numbers = itertools.count()
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests of the kernel's own WireGuard are left out unless they are asked for: a make target runs them in a VM."""
-    if os.environ.get("MESHD_TEST_KERNEL") == "1":
-        return
-    left_out = [item for item in items if item.get_closest_marker("kernel")]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("kernel")]
-
-
 @dataclass
 class Namespace:
     """A network namespace by name; `entered()` moves the calling thread (and what it starts) into it for a while."""
