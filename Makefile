@@ -8,7 +8,7 @@ PACKAGES := python3 python3-venv serf wireguard-go nftables iptables docker.io i
 RUNTIME := python3 python3-venv serf nftables iptables
 PREFIX ?= /opt/meshd
 
-.PHONY: install uninstall setup demo demo-down test chaos test-unit check format clean
+.PHONY: install uninstall setup demo demo-down test chaos bench bench-quick test-unit check format clean
 
 setup: .make/packages .make/wheel
 
@@ -22,7 +22,7 @@ setup: .make/packages .make/wheel
 	@mkdir -p .make
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --group dev
+	$(BIN)/python -m pip install --quiet --group dev --group bench
 	@touch $@
 
 # What runs is the built wheel, in the demo as in the tests: a file that the wheel lacks is found here.
@@ -58,6 +58,14 @@ CHAOS ?= 200
 chaos: setup
 	rm -rf .make/chaos && mkdir -p .make/chaos && cp -r tests .make/chaos/
 	cd .make/chaos && ../../$(BIN)/python -m tests.chaos --faults $(CHAOS) $(addprefix --seed ,$(CHAOS_SEED))
+
+# Figures, not tests: tables here, JSON and plots in docs/benchmarks. `make bench BENCH=passes` for one of them.
+BENCH ?=
+bench: setup
+	$(BIN)/python -m tests.bench $(BENCH)
+
+bench-quick: setup
+	$(BIN)/python -m tests.bench --quick --out .make/bench $(BENCH)
 
 test-unit: setup
 	$(BIN)/python -m pytest tests/unit $(PYTEST)
