@@ -73,7 +73,7 @@ def _change(agent: StandIn, count: int) -> None:
     """Let the first `count` members restart with a new key; those that have before are in a later life."""
     life = max(int(count > 1) + 2, 2)
     own, *others = agent.members
-    agent.list([own, *(simulated.member(n, life) for n in range(1, count + 1)), *others[count:]])
+    agent.show([own, *(simulated.member(n, life) for n in range(1, count + 1)), *others[count:]])
 
 
 def _median(ask: Callable[[str], Cost], what: str) -> Cost:
@@ -116,7 +116,7 @@ def _serve(directory: str, connection: Connection) -> None:
             return
         if what not in KINDS and machine is None:
             machine = Machine(state)
-        connection.send(_cost(state, lambda what=what, machine=machine: _do(state, machine, what)))
+        connection.send(_cost(state, partial(_do, state, machine, what)))
 
 
 def _do(state: State, machine: Machine | None, what: str) -> int:
@@ -192,5 +192,3 @@ def _draw(costs: dict[int, dict[str, Cost]], axes: Any) -> None:
     axes.plot(sizes, floor, color="0.5", linestyle=":", marker=".", label="reading Serf, WireGuard and routes")
     axes.set(xscale="log", yscale="log", xlabel="members", ylabel="CPU per pass, ms")
     axes.legend(frameon=False, fontsize=9)
-
-

@@ -15,11 +15,11 @@ import msgpack
 from meshd.model import Member
 from meshd.tags import LIMIT, size
 
-_WITH_BODY = {"handshake", "auth", "tags", "members-filtered"}
+_WITH_BODY = {"handshake", "auth", "tags"}
 
 
 class StandIn(socketserver.ThreadingTCPServer):
-    """An agent named as the first member. `list` replaces its members; the answer is packed once, not in each call."""
+    """An agent named as the first member. `show` replaces its members; the answer is packed once, not in each call."""
 
     allow_reuse_address = True
     daemon_threads = True
@@ -27,9 +27,9 @@ class StandIn(socketserver.ThreadingTCPServer):
     def __init__(self, port: int, auth_key: str, members: list[Member]) -> None:
         super().__init__(("127.0.0.1", port), _Connection)
         self.auth_key = auth_key
-        self.list(members)
+        self.show(members)
 
-    def list(self, members: list[Member]) -> None:
+    def show(self, members: list[Member]) -> None:
         self.members = members
         self.answer = msgpack.packb({"Members": [_entry(m) for m in members]}, use_bin_type=False)
 
@@ -38,7 +38,7 @@ class StandIn(socketserver.ThreadingTCPServer):
         new = {name: value for name, value in {**own.tags, **tags}.items() if name not in delete}
         if size(new) > LIMIT:
             return f"Encoded length of tags exceeds limit of {LIMIT} bytes"
-        self.list([Member(own.name, own.address, own.port, own.status, new), *self.members[1:]])
+        self.show([Member(own.name, own.address, own.port, own.status, new), *self.members[1:]])
         return ""
 
 
@@ -79,34 +79,33 @@ class _Connection(socketserver.BaseRequestHandler):
             yield from unpacker
 
     def _answer(self, command: str, body: Mapping[str, Any]) -> tuple[str, bytes]:
+        """Give the error, empty if there is none, and the packed body of the answer."""
         if command == "handshake":
             self.greeted = True
             return "", b""
         if command == "auth":
             self.known = body["AuthKey"] == self.server.auth_key
             return "" if self.known else "Invalid authentication token", b""
-        if not self.greeted:
-            return "Handshake required", b""
-        if not self.known:
-            return "Authentication required", b""
-        match command:
-            case "members":
-                return "", self.server.answer
-            case "stats":
-                return "", msgpack.packb({"agent": {"name": self.server.members[0].name}})
-            case "tags":
-                return self.server.set_tags(body.get("Tags", {}), body.get("DeleteTags", [])), b""
-        return "Unsupported command", b""
+        if not self.greeted or not self.known:
+            return "Authentication required" if self.greeted else "Handshake required", b""
+        if command == "members":
+            return "", self.server.answer
+        if command == "stats":
+            return "", msgpack.packb({"agent": {"name": self.server.members[0].name}})
+        error = "Unsupported command"
+        if command == "tags":
+            error = self.server.set_tags(body.get("Tags", {}), body.get("DeleteTags", []))
+        return error, b""
 
 
 def _entry(member: Member) -> dict[str, object]:
     """As the agent sends it: the address as bytes, and six versions that nobody asks for."""
-    versions = dict.fromkeys(("ProtocolMin", "ProtocolMax", "ProtocolCur", "DelegateMin", "DelegateMax", "DelegateCur"), 4)
+    versions = [f"{of}{which}" for of in ("Protocol", "Delegate") for which in ("Min", "Max", "Cur")]
     return {
         "Name": member.name,
         "Addr": member.address.packed,
         "Port": member.port,
         "Tags": dict(member.tags),
         "Status": str(member.status),
-        **versions,
+        **dict.fromkeys(versions, 4),
     }
