@@ -3,9 +3,10 @@
 It knows what a pass asks: handshake, auth, members, tags, stats.
 """
 
+import re
 import socket
 import socketserver
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from threading import Thread
 from typing import Any
@@ -15,7 +16,7 @@ import msgpack
 from meshd.model import Member
 from meshd.tags import LIMIT, size
 
-_WITH_BODY = {"handshake", "auth", "tags"}
+_WITH_BODY = {"handshake", "auth", "tags", "members-filtered"}
 
 
 class StandIn(socketserver.ThreadingTCPServer):
@@ -31,7 +32,7 @@ class StandIn(socketserver.ThreadingTCPServer):
 
     def show(self, members: list[Member]) -> None:
         self.members = members
-        self.answer = msgpack.packb({"Members": [_entry(m) for m in members]}, use_bin_type=False)
+        self.answer = _packed(members)
 
     def set_tags(self, tags: Mapping[str, str], delete: list[str]) -> str:
         own = self.members[0]
@@ -78,7 +79,7 @@ class _Connection(socketserver.BaseRequestHandler):
             unpacker.feed(data)
             yield from unpacker
 
-    def _answer(self, command: str, body: Mapping[str, Any]) -> tuple[str, bytes]:
+    def _answer(self, command: str, body: Mapping[str, Any]) -> tuple[str, bytes]:  # noqa: PLR0911  one a command
         """Give the error, empty if there is none, and the packed body of the answer."""
         if command == "handshake":
             self.greeted = True
@@ -90,12 +91,19 @@ class _Connection(socketserver.BaseRequestHandler):
             return "Authentication required" if self.greeted else "Handshake required", b""
         if command == "members":
             return "", self.server.answer
+        if command == "members-filtered":
+            return "", _packed(m for m in self.server.members if re.fullmatch(body["Name"], m.name))
         if command == "stats":
             return "", msgpack.packb({"agent": {"name": self.server.members[0].name}})
         error = "Unsupported command"
         if command == "tags":
             error = self.server.set_tags(body.get("Tags", {}), body.get("DeleteTags", []))
         return error, b""
+
+
+def _packed(members: Iterable[Member]) -> bytes:
+    packed: bytes = msgpack.packb({"Members": [_entry(m) for m in members]}, use_bin_type=False)
+    return packed
 
 
 def _entry(member: Member) -> dict[str, object]:

@@ -75,6 +75,13 @@ def test_a_member_is_listed_with_address_state_and_tags() -> None:
         assert client.stats()
 
 
+def test_one_member_is_found_by_its_whole_name() -> None:
+    with connect() as client:
+        assert [client.member("barge1")] == client.members()
+        for other in ("barge", "arge1", "barge.", "b.*", "(", ""):
+            assert client.member(other) is None
+
+
 def test_an_entry_has_the_same_fields_in_the_same_types() -> None:
     with connect() as client:
         entry = client._call("members", body=True)["Members"][0]
