@@ -13,7 +13,7 @@ PREFIX ?= /opt/meshd
 WORKERS ?= 2
 DOCKERS ?= trixie sid
 
-.PHONY: install uninstall setup demo demo-down test test-docker test-kernel chaos test-unit fuzz check format clean
+.PHONY: install uninstall setup demo demo-down test test-docker test-kernel chaos bench bench-quick test-unit fuzz check format clean
 
 setup: .make/packages .make/wheel
 
@@ -27,7 +27,7 @@ setup: .make/packages .make/wheel
 	@mkdir -p .make
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --group dev
+	$(BIN)/python -m pip install --quiet --group dev --group bench
 	@touch $@
 
 # What runs is the built wheel, in the demo as in the tests: a file that the wheel lacks is found here.
@@ -83,6 +83,14 @@ test-kernel: setup .make/kernel
 .make/kernel: tests/kernel/fetch
 	dpkg -s $(GUEST) >/dev/null 2>&1 || .ci/install-packages $(GUEST)
 	tests/kernel/fetch $@
+
+# Figures, not tests: tables here, JSON and plots in docs/benchmarks. `make bench BENCH=passes` for one of them.
+BENCH ?=
+bench: setup
+	$(BIN)/python -m tests.bench $(BENCH)
+
+bench-quick: setup
+	$(BIN)/python -m tests.bench --quick --out .make/bench $(BENCH)
 
 test-unit: setup
 	$(BIN)/python -m pytest tests/unit $(PYTEST)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, ip_address
 from typing import ClassVar, Protocol
 
@@ -47,6 +48,10 @@ class Endpoint:
     @classmethod
     def parse(cls, text: str, default_port: int | None = None) -> "Endpoint":
         """Read `1.2.3.4:5`, `[::1]:5`, or (with a default port) a bare address. Raises ValueError."""
+        return _parsed(text, default_port)
+
+    @classmethod
+    def _parse(cls, text: str, default_port: int | None) -> "Endpoint":
         host, port = text.strip(), ""
         if host.startswith("["):
             host, closing, rest = host[1:].partition("]")
@@ -64,6 +69,10 @@ class Endpoint:
             # A zone means something on one host only, and may hold any character.
             raise ValueError(f"an address with a zone: {host!r}")
         return cls(ip_address(host), number)
+
+
+# A pass reads two for each host (gossip and WireGuard), which mostly are what they were.
+_parsed = lru_cache(32768)(Endpoint._parse)
 
 
 @dataclass(frozen=True, slots=True)

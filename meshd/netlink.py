@@ -1,8 +1,11 @@
 """What every speaker of netlink shares: sockets, the kernel's refusals as meshd's errors, and its notifications."""
 
 import errno
+import os
 import select
 import socket
+import struct
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Event
@@ -18,6 +21,11 @@ RTN_UNICAST, RTN_UNREACHABLE = 1, 7
 SOL_NETLINK, NETLINK_ADD_MEMBERSHIP = 270, 1
 _BUFFER = 1 << 20  # room for a burst such as a whole mesh's routes going with their link
 _TICK = 0.5  # seconds between looks at `stop`
+_RTM_GETROUTE = 26
+_NLM_F_REQUEST, _NLM_F_DUMP_INTR, _NLM_F_DUMP = 0x1, 0x10, 0x300
+_NLMSG_ERROR, _NLMSG_DONE = 2, 3
+_NLMSG_HEADER, _RTMSG = struct.Struct("=IHHII"), struct.Struct("=8BI")
+_NETLINK_GET_STRICT_CHK, _ANSWER_TIME = 12, 5.0
 
 
 @contextmanager
@@ -39,6 +47,55 @@ def tolerating(*codes: int) -> Iterator[None]:
     except NetlinkError as error:
         if error.code not in codes:
             raise
+
+
+def dump_routes(doing: str, protocol: int) -> list[bytes]:
+    """The main table's IPv4 routes with an rtm_protocol, each as its rtmsg and attributes (rtnetlink(7)).
+
+    pyroute2 takes 90 µs to read one route, which a host with 1,000 peers would pay in each pass. Raises ApplyError.
+    """
+    request = _RTMSG.pack(socket.AF_INET, 0, 0, 0, RT_TABLE_MAIN, protocol, 0, 0, 0)
+    length = _NLMSG_HEADER.size + len(request)
+    header = _NLMSG_HEADER.pack(length, _RTM_GETROUTE, _NLM_F_REQUEST | _NLM_F_DUMP, 1, 0)
+    try:
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as sock:
+            # With strict checks the kernel filters by table and protocol.
+            sock.setsockopt(SOL_NETLINK, _NETLINK_GET_STRICT_CHK, 1)
+            sock.settimeout(_ANSWER_TIME)
+            sock.sendto(header + request, (0, 0))
+            return list(_parts(sock))
+    except OSError as error:
+        raise ApplyError(f"{doing}: {error.strerror or error}") from error
+
+
+def _parts(sock: socket.socket) -> Iterator[bytes]:
+    """Give the bodies of a multi-part answer up to its end. Raises OSError for the kernel's refusal."""
+    while True:
+        data = sock.recv(1 << 16)
+        offset = 0
+        while offset + _NLMSG_HEADER.size <= len(data):
+            length, kind, flags, *_ = _NLMSG_HEADER.unpack_from(data, offset)
+            if flags & _NLM_F_DUMP_INTR:
+                raise InterruptedError(errno.EINTR, "the routes changed while they were read")
+            body = data[offset + _NLMSG_HEADER.size : offset + length]
+            if kind in (_NLMSG_ERROR, _NLMSG_DONE):
+                if code := -int.from_bytes(body[:4], sys.byteorder, signed=True):
+                    raise OSError(code, os.strerror(code))
+                return
+            yield body
+            offset += (length + 3) & ~3
+
+
+def attributes(data: bytes, offset: int) -> dict[int, bytes]:
+    """Read the attributes of a message from `offset` on: type -> value."""
+    found = {}
+    while offset + 4 <= len(data):
+        length, kind = struct.unpack_from("=HH", data, offset)
+        if length < 4:
+            break
+        found[kind] = data[offset + 4 : offset + length]
+        offset += (length + 3) & ~3
+    return found
 
 
 def link_kind(message: Any) -> str:

@@ -163,7 +163,7 @@ def diff(
     there = {(r.kind, r.key): r for r in observed if r.kind in kinds}
     want = {(r.kind, r.key): r for r in wanted if r.kind in kinds}
     changes: list[Change] = []
-    for key, resource in sorted(want.items(), key=lambda item: _rank(item[1])):
+    for key, resource in want.items():
         old = there.get(key)
         if old is None:
             changes.append(Change(Action.ADD, resource))
@@ -174,6 +174,7 @@ def diff(
     # A sysctl that is not wanted is not ours to remove: `down` puts the original value back instead. Nor is a port,
     # which is Docker's.
     extra = [r for key, r in there.items() if key not in want and r.kind not in {"sysctl", "port"}]
+    changes.sort(key=lambda change: _rank(change.resource))
     return (*changes, *(Change(Action.REMOVE, r) for r in sorted(extra, key=_rank, reverse=True)))
 
 

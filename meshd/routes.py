@@ -2,7 +2,9 @@
 
 import errno
 import socket
+import sys
 from collections.abc import Collection
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any, ClassVar
 
@@ -10,13 +12,23 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from meshd.errors import ApplyError, ConflictError
 from meshd.model import Action, Change, Resource, Route
-from meshd.netlink import RT_TABLE_MAIN, RTN_UNICAST, RTN_UNREACHABLE, rtnetlink, tolerating
+from meshd.netlink import (
+    RT_TABLE_MAIN,
+    RTN_UNICAST,
+    RTN_UNREACHABLE,
+    attributes,
+    dump_routes,
+    rtnetlink,
+    tolerating,
+)
 
 PROTOCOL = 77
 """The rtm_protocol of meshd's routes. iproute2's rt_protos and the kernel's rtnetlink.h give no name to 77."""
 
 _TYPES = {6: "blackhole", 7: "unreachable", 8: "prohibit", 9: "throw"}
 _SCOPE_UNIVERSE, _SCOPE_LINK = 0, 253
+# The kernel's include/uapi/linux/rtnetlink.h: attributes, and the bytes before them.
+_DST, _OIF, _PRIORITY, _PREFSRC, _RTMSG = 1, 4, 6, 7, 12
 
 
 class Routes:
@@ -33,10 +45,9 @@ class Routes:
 
     def read(self) -> list[Resource]:
         """This mesh's routes, by prefix. Raises ApplyError."""
-        with rtnetlink("reading routes") as ipr:
-            index = _index(self._link)
-            rows = _dump(ipr, proto=PROTOCOL)
-            return [*sorted((self._route(r) for r in rows if self._is_ours(r, index)), key=lambda r: r.prefix)]
+        index = _index(self._link)
+        found = (_read(row, self._link, index, self._overlay) for row in dump_routes("reading routes", PROTOCOL))
+        return [*sorted((route for route in found if route is not None), key=lambda r: r.prefix)]
 
     def apply(self, change: Change) -> None:
         """Make one change; a second time it is harmless. Raises ApplyError, or ConflictError for others' routes."""
@@ -54,15 +65,6 @@ class Routes:
         if row["type"] == RTN_UNREACHABLE:
             return _prefix(row) == self._overlay
         return row["type"] == RTN_UNICAST and index is not None and row.get("RTA_OIF") == index
-
-    def _route(self, row: Any) -> Route:
-        source = row.get("RTA_PREFSRC")
-        return Route(
-            prefix=_prefix(row),
-            link=None if row["type"] == RTN_UNREACHABLE else self._link,
-            source=IPv4Address(source) if source else None,
-            metric=row.get("RTA_PRIORITY") or 0,
-        )
 
     def _set(self, route: Route, known: bool) -> None:
         with rtnetlink(f"adding {route}") as ipr:
@@ -99,6 +101,21 @@ class Routes:
             request.pop("prefsrc", None)
             with tolerating(errno.ESRCH, errno.ENODEV, errno.ENETDOWN):
                 ipr.route("del", **request)
+
+
+# What a route was in the pass before it mostly is in this one.
+@lru_cache(16384)
+def _read(row: bytes, link: str, index: int | None, overlay: IPv4Network) -> Route | None:
+    """Read a route in the kernel's form (rtmsg, attributes); None for one that is not this mesh's."""
+    length, protocol, kind = row[1], row[5], row[7]
+    found = attributes(row, _RTMSG)
+    number = {key: int.from_bytes(found[key], sys.byteorder) for key in (_OIF, _PRIORITY) if key in found}
+    prefix = IPv4Network((found.get(_DST, bytes(4)), length))
+    unreachable = kind == RTN_UNREACHABLE and prefix == overlay
+    if protocol != PROTOCOL or not (unreachable or (kind == RTN_UNICAST and number.get(_OIF, 0) == index)):
+        return None
+    source = IPv4Address(found[_PREFSRC]) if _PREFSRC in found else None
+    return Route(prefix, None if unreachable else link, source, number.get(_PRIORITY, 0))
 
 
 def overlapping(overlay: IPv4Network, ignore_links: Collection[str]) -> list[tuple[IPv4Network, str]]:

@@ -87,6 +87,7 @@ def to_wire(record: Record) -> bytes:
     return base64.b64decode(record.public_key) + pack_subnets([record.subnet]) + _pack(record)
 
 
+@lru_cache(16384)
 def from_wire(raw: bytes, overlay: IPv4Network, length: int) -> Record:
     """Read what `to_wire` gave, and what anybody may have sent instead. Raises RecordError."""
     try:

@@ -4,9 +4,11 @@ A request is a header {Command, Seq} and a body; an answer is a header {Seq, Err
 Everything that is read was written, in part, by other members: it is bounded and checked.
 """
 
+import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
 from threading import Lock
 from types import TracebackType
@@ -19,6 +21,7 @@ from meshd.model import IPAddress, Member, Status
 
 # 10,000 members with 512 bytes of tags each are 10 MB.
 LIMIT = 64 * 2**20
+_STATUSES = frozenset(Status)
 CHUNK = 65536
 
 
@@ -86,6 +89,13 @@ class Serf:
         if not isinstance(entries, list):
             raise SerfError("members: the agent's answer has no list of members")
         return [member for entry in entries if (member := decode_member(entry)) is not None]
+
+    def member(self, name: str) -> Member | None:
+        """Give one member by its name, None if the agent has none."""
+        request = {"Tags": {}, "Status": "", "Name": re.escape(name)}
+        entries = self._call("members-filtered", request, body=True).get("Members") or []
+        found = (decode_member(entry) for entry in entries)
+        return next((member for member in found if member is not None and member.name == name), None)
 
     def join(self, addresses: Sequence[str], *, replay: bool = False) -> int:
         """Join through the members at `address:port`; give the number that answered. Raises SerfError if none did."""
@@ -220,14 +230,17 @@ def decode_member(entry: object) -> Member | None:
     address, port, tags = _address(fields.get("Addr")), fields.get("Port"), fields.get("Tags") or {}
     status = _text(fields.get("Status"))
     name = _text(fields.get("Name"))
-    if address is None or not name or type(port) is not int or not isinstance(tags, dict) or status not in set(Status):
+    if address is None or not name or type(port) is not int or not isinstance(tags, dict) or status not in _STATUSES:
         return None
     return Member(name, address, port, Status(status), {_text(k): _text(v) for k, v in tags.items()})
 
 
 def _address(raw: object) -> IPAddress | None:
-    if not isinstance(raw, bytes) or len(raw) not in (4, 16):
-        return None
+    return _unpacked(raw) if isinstance(raw, bytes) and len(raw) in (4, 16) else None
+
+
+@lru_cache(16384)
+def _unpacked(raw: bytes) -> IPAddress:
     address = ip_address(raw)
     mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
     return mapped or address

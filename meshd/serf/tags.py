@@ -20,7 +20,7 @@ class SerfTags:
 
     def read(self) -> list[Resource]:
         with Serf.connect(self._port, self._auth_key) as serf:
-            own = next((member for member in serf.members() if member.name == self._name), None)
+            own = serf.member(self._name)
         tags = {} if own is None else {n: own.tags[n] for n in sorted(self._names) if n in own.tags}
         return [Tags(tuple(tags.items()))] if tags else []
 

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from ipaddress import IPv4Network, ip_network
 
 from meshd.errors import ApplyError
@@ -112,10 +113,13 @@ def _read_peer_line(peer: _PeerText, key: str, value: str) -> None:
     try:
         if key == "endpoint":
             peer.endpoint = Endpoint.parse(value)
-        elif key == "allowed_ip" and isinstance(network := ip_network(value), IPv4Network):
+        elif key == "allowed_ip" and isinstance(network := _network(value), IPv4Network):
             peer.allowed_ips.append(network)
     except ValueError as error:
         raise not_understood(f"{key} {value[:80]!r}") from error
+
+
+_network = lru_cache(16384)(ip_network)
 
 
 def _hex(key: str, value: str) -> str:

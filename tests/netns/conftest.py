@@ -40,7 +40,7 @@ class Namespace:
 
 
 @contextmanager
-def _namespace() -> Iterator[Namespace]:
+def namespace() -> Iterator[Namespace]:
     space = Namespace(f"meshd-test-{os.getpid()}-{next(_numbers)}")
     netns.create(space.name)
     try:
@@ -74,7 +74,7 @@ def _end_wireguard_go(space: Namespace) -> None:
 def netns_pair() -> Iterator[tuple[Namespace, Namespace]]:
     """Two namespaces joined by a veth pair `u0`: 10.9.0.1/24 and 10.9.0.2/24. The test starts outside of both."""
     with ExitStack() as stack:
-        one, two = (stack.enter_context(_namespace()) for _ in range(2))
+        one, two = (stack.enter_context(namespace()) for _ in range(2))
         with one.entered(), IPRoute(groups=0) as ipr:
             ipr.link("add", ifname="u0", kind="veth", peer={"ifname": "u0", "net_ns_fd": two.name})
         for space, address in ((one, "10.9.0.1"), (two, "10.9.0.2")):
@@ -88,5 +88,5 @@ def netns_pair() -> Iterator[tuple[Namespace, Namespace]]:
 @pytest.fixture(name="netns")
 def netns_fixture() -> Iterator[Namespace]:
     """A fresh network namespace with `lo` up; the test runs in it."""
-    with _namespace() as space, space.entered():
+    with namespace() as space, space.entered():
         yield space

@@ -14,9 +14,8 @@ import pytest
 
 from meshd import serf
 from meshd.errors import ConflictError, SerfError
-from meshd.model import Action, Change, Endpoint, Status, Tags
-from meshd.serf import Serf, SerfTags
-from meshd.tags import LIMIT, size
+from meshd.model import Endpoint, Status
+from meshd.serf import Serf
 from tests.conftest import eventually
 
 pytestmark = [pytest.mark.root]
@@ -94,14 +93,6 @@ def start(netns: object, tmp_path: Path) -> Iterator[Start]:
         yield begin
 
 
-def test_the_rpc_wants_the_key_and_says_nothing_without(start: Start) -> None:
-    agent = start(1)
-    for wrong in ("", "wrong"):
-        with pytest.raises(SerfError, match=r"[Aa]uth"), agent.connect(wrong) as client:
-            client.members()
-    assert agent.states() == {"barge1": Status.ALIVE}
-
-
 def test_an_agent_without_a_key_is_used_without(netns: object, tmp_path: Path) -> None:
     assert netns
     path = tmp_path / "serf.json"
@@ -140,34 +131,6 @@ def test_another_gossip_key_gets_nobody_in(start: Start) -> None:
     with outside.connect() as client, pytest.raises(SerfError):
         client.join([inside.gossip])
     assert list(inside.states()) == ["barge1"]
-
-
-def test_tags_up_to_the_limit_are_carried_and_one_byte_more_is_refused(start: Start) -> None:
-    agent = start(1)
-    fits = {"meshd": "x" * (LIMIT - size({"meshd": "x" * 400}) + 400)}
-    assert size(fits) == LIMIT
-    with agent.connect() as client:
-        client.tags(fits)
-        assert client.members()[0].tags == fits
-        with pytest.raises(SerfError, match="tags"):
-            client.tags({"meshd": fits["meshd"] + "x"})
-        assert client.members()[0].tags == fits
-
-
-def test_own_tags_are_a_resource_that_leaves_those_of_others_alone(start: Start) -> None:
-    agent = start(1, tags={"role": "web"})
-    adapter = SerfTags(agent.rpc_port, "secret", agent.name, ("meshd", "wg"))
-    assert adapter.read() == []
-    wanted = Tags((("meshd", "1;seq=1"), ("wg", "x")))
-    for _ in range(2):
-        adapter.apply(Change(Action.ADD, wanted))
-    assert adapter.read() == [wanted]
-    adapter.apply(Change(Action.SET, Tags((("meshd", "1;seq=2"),)), wanted))
-    assert adapter.read() == [Tags((("meshd", "1;seq=2"),))]
-    adapter.apply(Change(Action.REMOVE, wanted))
-    assert adapter.read() == []
-    with agent.connect() as client:
-        assert client.members()[0].tags == {"role": "web"}
 
 
 def test_a_query_is_answered_on_the_connection_of_its_stream(start: Start) -> None:

@@ -1,0 +1,25 @@
+"""`python -m tests.bench [--quick] [--out DIRECTORY] [passes | handler …]`."""
+
+from pathlib import Path
+
+import click
+
+from tests.bench import handler, passes, report
+
+MEASUREMENTS = {"passes": passes.run, "handler": handler.run}
+
+
+@click.command()
+@click.option("--quick", is_flag=True, help="fewer sizes and repetitions")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("docs/benchmarks"), show_default=True)
+@click.argument("names", nargs=-1, type=click.Choice([*MEASUREMENTS]))
+def main(names: tuple[str, ...], out: Path, *, quick: bool) -> None:
+    """Measure, print tables, and write JSON and figures."""
+    for name in names or MEASUREMENTS:
+        result = MEASUREMENTS[name](quick=quick)
+        click.echo(report.text(result))
+        report.write([result], out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""One contract for Serf's RPC, as a pass uses it: the agent that is installed, and the stand-in of the benchmarks."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ipaddress import IPv4Address
+from pathlib import Path
+
+import pytest
+
+from meshd import serf
+from meshd.errors import SerfError
+from meshd.model import Action, Change, Endpoint, Member, Status, Tags
+from meshd.serf import Serf, SerfTags
+from meshd.tags import LIMIT, size
+from tests.bench.stand_in import serving
+
+pytestmark = [pytest.mark.root, pytest.mark.usefixtures("agent")]
+
+PORT = 7001
+
+
+@contextmanager
+def _real(tags: dict[str, str], directory: Path) -> Iterator[None]:
+    address = Endpoint(IPv4Address("127.0.0.1"), 7946)
+    config = serf.agent_config(
+        name="barge1",
+        bind=address,
+        advertise=address,
+        encrypt_key=bytes(32),
+        rpc_port=PORT,
+        rpc_auth="secret",
+        tags=tags,
+        event_handlers=(),
+    )
+    path, log = directory / "serf.json", directory / "serf.log"
+    path.write_text(json.dumps(config))
+    pid = serf.start(path, log)
+    try:
+        serf.wait_ready(PORT, "secret", pid, log).close()
+        yield
+    finally:
+        serf.stop(pid)
+
+
+@contextmanager
+def _stand_in(tags: dict[str, str], _directory: Path) -> Iterator[None]:
+    with serving(PORT, "secret", [Member("barge1", IPv4Address("127.0.0.1"), 7946, Status.ALIVE, tags)]):
+        yield
+
+
+@pytest.fixture(params=[_real, _stand_in], ids=["serf", "stand-in"])
+def agent(request: pytest.FixtureRequest, netns: object, tmp_path: Path) -> Iterator[None]:
+    """barge1, with one tag that is not meshd's."""
+    assert netns
+    with request.param({"role": "web"}, tmp_path):
+        yield
+
+
+def connect(auth: str = "secret") -> Serf:
+    return Serf.connect(PORT, auth)
+
+
+def test_the_rpc_wants_the_key_and_says_nothing_without() -> None:
+    for wrong in ("", "wrong"):
+        with pytest.raises(SerfError, match=r"[Aa]uth"), connect(wrong) as client:
+            client.members()
+
+
+def test_a_member_is_listed_with_address_state_and_tags() -> None:
+    with connect() as client:
+        for _ in range(2):
+            member = Member("barge1", IPv4Address("127.0.0.1"), 7946, Status.ALIVE, {"role": "web"})
+            assert client.members() == [member]
+        assert client.stats()
+
+
+def test_one_member_is_found_by_its_whole_name() -> None:
+    with connect() as client:
+        assert [client.member("barge1")] == client.members()
+        for other in ("barge", "arge1", "barge.", "b.*", "(", ""):
+            assert client.member(other) is None
+
+
+def test_an_entry_has_the_same_fields_in_the_same_types() -> None:
+    with connect() as client:
+        entry = client._call("members", body=True)["Members"][0]
+    assert {key: type(value) for key, value in entry.items()} == {
+        **dict.fromkeys((b"Name", b"Addr", b"Status"), bytes),
+        b"Tags": dict,
+        **dict.fromkeys((b"Port", b"ProtocolMin", b"ProtocolMax", b"ProtocolCur"), int),
+        **dict.fromkeys((b"DelegateMin", b"DelegateMax", b"DelegateCur"), int),
+    }
+
+
+def test_tags_up_to_the_limit_are_carried_and_one_byte_more_is_refused() -> None:
+    fits = {"meshd": "x" * (LIMIT - size({"meshd": "x" * 400}) + 400)}
+    assert size(fits) == LIMIT
+    with connect() as client:
+        client.tags(fits, ["role"])
+        assert client.members()[0].tags == fits
+        with pytest.raises(SerfError, match="tags"):
+            client.tags({"meshd": fits["meshd"] + "x"})
+        assert client.members()[0].tags == fits
+
+
+def test_own_tags_are_a_resource_that_leaves_those_of_others_alone() -> None:
+    adapter = SerfTags(PORT, "secret", "barge1", ("meshd", "wg"))
+    assert adapter.read() == []
+    wanted = Tags((("meshd", "1;seq=1"), ("wg", "x")))
+    for _ in range(2):
+        adapter.apply(Change(Action.ADD, wanted))
+    assert adapter.read() == [wanted]
+    adapter.apply(Change(Action.SET, Tags((("meshd", "1;seq=2"),)), wanted))
+    assert adapter.read() == [Tags((("meshd", "1;seq=2"),))]
+    adapter.apply(Change(Action.REMOVE, wanted))
+    assert adapter.read() == []
+    with connect() as client:
+        assert client.members()[0].tags == {"role": "web"}
