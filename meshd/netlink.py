@@ -13,6 +13,7 @@ from typing import Any
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
+from tenacity import retry, retry_if_exception_cause_type, stop_after_attempt
 
 from meshd.errors import ApplyError
 
@@ -49,6 +50,7 @@ def tolerating(*codes: int) -> Iterator[None]:
             raise
 
 
+@retry(retry=retry_if_exception_cause_type(InterruptedError), stop=stop_after_attempt(5), reraise=True)
 def dump_routes(doing: str, protocol: int) -> list[bytes]:
     """The main table's IPv4 routes with an rtm_protocol, each as its rtmsg and attributes (rtnetlink(7)).
 
