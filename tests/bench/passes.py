@@ -115,6 +115,10 @@ def _draw(costs: dict[int, dict[str, Cost]], axes: Any) -> None:
     for name in ("cold", "restarted", "10 % changed", "one changed", "no-op", "no-op, by hint"):
         axes.plot(sizes, [costs[size][name].cpu * 1e3 for size in sizes], marker="o", label=name)
     floor = [sum(costs[s][f"reading {n}"].cpu for n in ("members", "peer", "route")) * 1e3 for s in sizes]
-    axes.plot(sizes, floor, color="0.5", linestyle=":", marker=".", label="reading Serf, WireGuard and routes")
+    axes.plot(
+        sizes, floor, color="0.5", linestyle=":", marker=".", label="the reading alone: Serf,\nWireGuard and routes"
+    )
     axes.set(xscale="log", yscale="log", xlabel="members", ylabel="CPU per pass, ms")
-    axes.legend(frameon=False, fontsize=9)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:,.0f}")
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
