@@ -66,8 +66,13 @@ def _cost(state: State, work: Callable[[], int]) -> Cost:
     before, cpu, wall = _stamps(state), _cpu(), time.perf_counter()
     changes = work()
     wall, cpu = time.perf_counter() - wall, _cpu() - cpu
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return Cost(cpu, wall, changes, len(_stamps(state) - before), memory)
+    return Cost(cpu, wall, changes, len(_stamps(state) - before), _peak())
+
+
+def _peak() -> float:
+    # Not ru_maxrss: that begins with the memory of the process that started this one.
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def _cpu() -> float:
