@@ -234,10 +234,10 @@ def bury(known: Roster, mesh: Mesh, graves: tombstones.Graves) -> Roster:
 
 
 def subnet_rivals(own: Host, members: Iterable[Member], mesh: Mesh, known: Roster, now: float) -> dict[str, Record]:
-    """Give the members that are alive and whose valid record claims the own subnet."""
+    """Give the members whose valid record claims the own subnet."""
     # A valid record's subnet is spelled in one way only, so that the tag tells before the record is read.
     subnet = str(own.record.subnet)
-    rivals = (m for m in members if m.status is Status.ALIVE and m.tags.get("subnet") == subnet)
+    rivals = (member for member in members if member.tags.get("subnet") == subnet)
     return dict(_claims(own.name, rivals, mesh, known, now))
 
 
@@ -247,7 +247,8 @@ def superseded_by(own: Host, members: Iterable[Member], mesh: Mesh, known: Roste
     Two claims of one subnet are settled by the certificates alone: after a partition, who was first depends on whom one
     asks.
     """
-    rivals = subnet_rivals(own, members, mesh, known, now)
+    alive = (member for member in members if member.status is Status.ALIVE)
+    rivals = subnet_rivals(own, alive, mesh, known, now)
     winner = min(rivals, key=lambda name: rivals[name].certificate.rank, default=None)
     if winner is None or rivals[winner].certificate.rank > own.record.certificate.rank:
         return None

@@ -226,10 +226,9 @@ def decode_member(entry: object) -> Member | None:
     """Read one member of the agent's list, which others wrote; None if it makes no sense."""
     if not isinstance(entry, dict):
         return None
-    fields = {_text(key): value for key, value in entry.items()}
-    address, port, tags = _address(fields.get("Addr")), fields.get("Port"), fields.get("Tags") or {}
-    status = _text(fields.get("Status"))
-    name = _text(fields.get("Name"))
+    address, port, tags = _address(entry.get(b"Addr")), entry.get(b"Port"), entry.get(b"Tags") or {}
+    status = _text(entry.get(b"Status"))
+    name = _text(entry.get(b"Name"))
     if address is None or not name or type(port) is not int or not isinstance(tags, dict) or status not in _STATUSES:
         return None
     return Member(name, address, port, Status(status), {_text(k): _text(v) for k, v in tags.items()})

@@ -58,7 +58,7 @@ def write(results: Sequence[Result], directory: Path) -> None:
         targets = [{"what": t.what, "figure": t.figure, "limit": t.limit, "unit": t.unit} for t in result.targets]
         values = {"title": result.title, "machine": here, "rows": list(result.rows), "targets": targets}
         (directory / f"{result.name}.json").write_text(json.dumps(values, indent=1) + "\n")
-        figure = Figure(figsize=(7, 4.3), layout="constrained")
+        figure = Figure(figsize=(8, 4.3), layout="constrained")
         axes = figure.add_subplot()
         result.draw(axes)
         axes.set_title(result.title, loc="left", fontweight="bold")

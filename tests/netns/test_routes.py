@@ -53,6 +53,14 @@ def test_what_is_added_is_read_back_and_seen_from_outside(routes: Routes) -> Non
     assert shown["172.20.0.0/16"]["metric"] == 4_000_000_000
 
 
+def test_more_routes_than_one_message_holds_are_read_whole(routes: Routes) -> None:
+    wanted = [Route(IPv4Network((f"172.20.{n // 4}.{n % 4 * 64}", 26)), "wg0", OWN) for n in range(1000)]
+    lines = [f"route add {r.prefix} dev wg0 scope link src {OWN} proto {PROTOCOL}\n" for r in wanted]
+    foreign = "route add 172.21.0.0/24 dev wg0\n"
+    subprocess.run(["ip", "-batch", "-"], input="".join([*lines, foreign]), text=True, check=True)
+    assert routes.read() == wanted
+
+
 def test_everything_twice_is_harmless(routes: Routes) -> None:
     for _ in range(2):
         change(routes, Action.ADD, PEER, GUARD)

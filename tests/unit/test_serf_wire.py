@@ -93,7 +93,8 @@ def test_names_and_tags_that_are_not_utf8_are_read() -> None:
 
 
 def test_ipv4_in_ipv6_is_ipv4() -> None:
-    member = decode_member({**ENTRY, "Addr": bytes(10) + b"\xff\xff" + bytes([10, 10, 10, 101])})
+    mapped = {**ENTRY, "Addr": bytes(10) + b"\xff\xff" + bytes([10, 10, 10, 101])}
+    member = decode_member(msgpack.unpackb(packed(mapped), raw=True))
     assert member is not None
     assert str(member.address) == "10.10.10.101"
 
