@@ -6,7 +6,6 @@ link is one end of a veth pair without a master, and the other end, in another n
 
 import errno
 import socket
-import struct
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any, ClassVar
 
@@ -49,8 +48,9 @@ def _is_on(ipr: Any, message: Any, overlay: IPv4Network) -> bool:
     namespace, peer = message.get("IFLA_LINK_NETNSID"), message.get("IFLA_LINK")
     if namespace is None or namespace < 0:
         return False  # both ends are here, or the other one is where this host may not look
-    # IFA_TARGET_NETNSID (Linux 4.20) asks another namespace without entering it; pyroute2 takes it for a text.
-    target = struct.pack("=i", namespace)
+    # IFA_TARGET_NETNSID (Linux 4.20) asks another namespace without entering it. pyroute2 0.9 takes this 32-bit number
+    # for a text, to which it adds a zero byte: the number's highest one, on little-endian machines.
+    target = namespace.to_bytes(3, "little")
     rows = ipr.addr("dump", family=socket.AF_INET, index=peer, target_netnsid=target, dump_filter=None)
     return any(
         row["index"] == peer and row["prefixlen"] == overlay.prefixlen and IPv4Address(row.get("IFA_LOCAL")) in overlay
