@@ -15,6 +15,8 @@ from meshd.credentials import CredentialError, Trust, check_time
 from meshd.model import Goodbye, Host, Member, Record, Revocation, Status, is_name
 from meshd.tags import RecordError, decode
 
+# Seconds after its last new record (whose number is at least the clock's) in which a host may still have to move.
+SETTLING = 60
 REVOKED = "its certificate was revoked"
 BURIED = "it said goodbye, or was forgotten: it has to leave and to join again"
 
@@ -245,10 +247,13 @@ def superseded_by(own: Host, members: Iterable[Member], mesh: Mesh, known: Roste
     """Name the member to which this host must leave its subnet, None if it may keep it.
 
     Two claims of one subnet are settled by the certificates alone: after a partition, who was first depends on whom one
-    asks.
+    asks. Only hosts that have not known each other can have come to claim the same: who was here under another subnet,
+    or has said goodbye, takes nobody's.
     """
-    alive = (member for member in members if member.status is Status.ALIVE)
-    rivals = subnet_rivals(own, alive, mesh, known, now)
+    strangers = (
+        m for m in members if m.status is Status.ALIVE and m.name not in known.hosts.keys() | known.gone.keys()
+    )
+    rivals = subnet_rivals(own, strangers, mesh, known, now)
     winner = min(rivals, key=lambda name: rivals[name].certificate.rank, default=None)
     if winner is None or rivals[winner].certificate.rank > own.record.certificate.rank:
         return None

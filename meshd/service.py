@@ -45,7 +45,7 @@ ProtectSystem=strict
 # /run holds wireguard-go's socket, Docker's, and the lock of iptables.
 ReadWritePaths={directory} /run
 ProtectHome={home}
-PrivateTmp=yes
+PrivateTmp={tmp}
 ProtectClock=yes
 ProtectControlGroups=yes
 ProtectHostname=yes
@@ -86,14 +86,17 @@ def has_systemd() -> bool:
 
 def unit(state: State) -> str:
     """Give the text of the unit."""
-    # What it runs, or what it writes to, may be somebody's below /home or /root.
-    homes = ("/home/", "/root/", "/run/user/")
-    at_home = any(str(path).startswith(homes) for path in (sys.prefix, sys.base_prefix, state.directory))
+
+    # What it runs, or what it writes to, may be below a directory that would be hidden from it.
+    def hidden(*folders: str) -> bool:
+        return any(str(path).startswith(folders) for path in (sys.prefix, sys.base_prefix, state.directory))
+
     return UNIT.format(
         mesh=state.settings.mesh,
         python=_quoted(sys.executable),
         directory=_quoted(str(state.directory)),
-        home="read-only" if at_home else "yes",
+        home="read-only" if hidden("/home/", "/root/", "/run/user/") else "yes",
+        tmp="no" if hidden("/tmp/", "/var/tmp/") else "yes",  # noqa: S108  nothing is made there
     )
 
 

@@ -369,6 +369,15 @@ def test_of_two_hosts_that_claim_one_subnet_both_name_the_same_loser() -> None:
         assert verdicts == (("barge2", None) if loser == "barge1" else (None, "barge1"))
 
 
+@pytest.mark.parametrize("why", ["known under another subnet", "gone"])
+def test_who_has_been_here_before_takes_nobodys_subnet(why: str) -> None:
+    winning = rival_record(1)
+    known = Roster({"barge2": record(2)}) if why != "gone" else Roster(gone={"barge2": Goodbye(1, public_key("old"))})
+    claim = record(2, seq=9, subnet=OWN.record.subnet, by=winning.certificate)
+    assert superseded(OWN, member(2, of=claim)) == "barge2", "a stranger would"
+    assert superseded(OWN, member(2, of=claim), known=known) is None
+
+
 def test_who_came_by_a_reusable_invitation_and_chose_its_own_key_wins_against_nobody() -> None:
     chosen = delegated("barge2", delegation())
     assert superseded(OWN, member(2, of=record(2, subnet=OWN.record.subnet, by=chosen))) is None
