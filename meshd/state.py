@@ -261,7 +261,8 @@ class State:
     @contextmanager
     def agent_lock(self) -> Iterator[None]:
         """Hold the lock of the one daemon, its process id inside of the file. Raises MeshdError if one runs."""
-        with self._locked("agent.pid", 0, "meshd agent is already running for this state directory") as descriptor:
+        # Not at once: whoever asks for the process id holds the lock for a moment too, and the start is watched so.
+        with self._locked("agent.pid", 0.5, "meshd agent is already running for this state directory") as descriptor:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
             yield

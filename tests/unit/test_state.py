@@ -1,9 +1,11 @@
 """What must survive a reboot survives it, whole; what is damaged is named and left alone."""
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -123,6 +125,16 @@ def test_the_daemon_is_known_by_its_lock_not_by_its_file(state: State) -> None:
             pass
     assert (state.directory / "agent.pid").exists()
     assert state.agent_pid() is None
+
+
+def test_who_asks_for_the_daemon_does_not_keep_it_from_starting(state: State) -> None:
+    with state.agent_lock():
+        pass
+    with (state.directory / "agent.pid").open() as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        threading.Timer(0.1, asking.close).start()
+        with state.agent_lock():
+            assert state.agent_pid() == os.getpid()
 
 
 def test_forgetting_leaves_other_peoples_files(state: State) -> None:
