@@ -36,6 +36,11 @@ def is_usable(subnet: IPv4Network, overlay: IPv4Network) -> bool:
     return subnet.network_address != overlay.network_address and subnet.broadcast_address != overlay.broadcast_address
 
 
+def is_allowed(subnet: IPv4Network, allowed: Collection[IPv4Network]) -> bool:
+    """Tell whether a subnet is inside of one of a certificate's prefixes; without any, every subnet is allowed."""
+    return not allowed or any(subnet.subnet_of(prefix) for prefix in allowed)
+
+
 def choose(
     overlay: IPv4Network,
     length: int,
@@ -53,7 +58,7 @@ def choose(
     free = (
         s
         for s in _candidates(overlay, length, underlay, identity, persisted)
-        if s not in taken and (not allowed or any(s.subnet_of(prefix) for prefix in allowed))
+        if s not in taken and is_allowed(s, allowed)
     )
     subnet = next(free, None)
     if subnet is None and allowed:

@@ -16,6 +16,7 @@ from hashlib import blake2b
 from ipaddress import IPv4Network
 from time import gmtime, strftime
 
+from meshd.addressing import is_allowed
 from meshd.errors import InputError
 from meshd.model import Certificate, Delegation, Record, Revocation
 
@@ -164,8 +165,7 @@ class Trust:
         self.check_certificate(name, record.certificate)
         if not _holds(record.certificate.identity, _record_body(self.mesh, name, record), record.signature):
             raise CredentialError("its record is not signed by its certificate's identity")
-        allowed = record.certificate.subnets
-        if allowed and not any(record.subnet.subnet_of(prefix) for prefix in allowed):
+        if not is_allowed(record.subnet, record.certificate.subnets):
             raise CredentialError(f"its certificate does not allow the subnet {record.subnet}")
 
     def check_certificate(self, name: str, certificate: Certificate) -> None:

@@ -133,7 +133,7 @@ def tell_gone(state: State, graves: Graves) -> None:
 def ask_gone(state: State, names: Collection[str], known: Graves) -> Graves:
     """Ask members, MOST_ASKED of them at random, for the tombstones that are not among the known. Raises SerfError."""
     found = Graves()
-    asked = random.sample(sorted(names), min(len(names), MOST_ASKED))
+    asked = _some(names)
     after: dict[str, str] = dict.fromkeys(asked, "")
     while after:
         # Those who have the same answer nothing; those who have more than fits into an answer are asked on.
@@ -154,9 +154,8 @@ def announce(state: State, record: Record) -> None:
 
 def ask_record(state: State, name: str, of: Collection[str]) -> Record | None:
     """Ask members, MOST_ASKED of them at random, for the newest record of a host. Raises SerfError."""
-    asked = random.sample(sorted(of), min(len(of), MOST_ASKED))
     found = []
-    for _, raw in _ask(state, RECORD, name.encode(), asked):
+    for _, raw in _ask(state, RECORD, name.encode(), _some(of)):
         with suppress(RecordError, CredentialError):
             record = read_record(state, raw)
             state.mesh.trust.check(name, record)
@@ -189,6 +188,10 @@ def _ask_confirmation(state: State) -> Certificate | None:
             if certificate.identity == own.identity:
                 return certificate
     return None
+
+
+def _some(names: Collection[str]) -> list[str]:
+    return random.sample(sorted(names), min(len(names), MOST_ASKED))
 
 
 def _ask(state: State, name: str, payload: bytes, nodes: Collection[str]) -> Iterator[tuple[str, bytes]]:

@@ -58,7 +58,7 @@ def join(state: State, settings: Settings, invitation: Invitation, admission: Ad
         state.save_certificate(admission.certificate, admission.seed)
         state.save_contacts({"": member})
         allowed = admission.certificate.subnets
-        if settings.subnet is not None and allowed and not any(settings.subnet.subnet_of(p) for p in allowed):
+        if settings.subnet is not None and not addressing.is_allowed(settings.subnet, allowed):
             raise InputError(
                 f"the invitation allows subnets of {', '.join(map(str, allowed))} only, not {settings.subnet}"
             )
