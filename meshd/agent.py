@@ -26,6 +26,8 @@ INTERVAL = 10.0
 # Hints of one cause come in bursts; this is what the first one waits for the others.
 SETTLE = 0.02
 RETRY = 1.0
+# What the first handshake of two hosts may take before the one that waits for it begins one itself.
+HANDSHAKE = 0.5
 LONGEST_SEARCH = 10.0
 LOG_LIMIT = 4 * 2**20
 # Anybody with the gossip key can make any number of members that are refused.
@@ -45,6 +47,7 @@ class Agent:
         self.search = Event()
         self.rivalry: float | None = None
         self.stale_since: dict[str, float] = {}
+        self.quiet_since: dict[str, float] = {}
         self.complaints: set[str] = set()
         self.report = Report()
 
@@ -112,7 +115,8 @@ class Agent:
             if full:
                 full_pass_due = time.monotonic() + INTERVAL
                 _trim(self.state)
-            hints = self._wait(min(INTERVAL, max(0.0, full_pass_due - time.monotonic())) if ok else RETRY)
+            pause = min(INTERVAL, max(0.0, full_pass_due - time.monotonic())) if ok else RETRY
+            hints = self._wait(min(pause, HANDSHAKE) if self.quiet_since else pause)
 
     def _wait(self, timeout: float) -> list[str]:
         """Give the hints that came, an empty list if none did for `timeout` seconds."""
@@ -150,12 +154,14 @@ class Agent:
         if claim is None or not claim.settled:
             return True  # `meshd join` is still asking the mesh
         try:
-            self.report = reconcile(self.state, kinds=kinds, heard=dict(self.exchange.heard))
+            overdue = self._overdue()
+            self.report = reconcile(self.state, kinds=kinds, heard=dict(self.exchange.heard), overdue=overdue)
         except MeshdError as error:
             if not self.state.is_down:  # or `meshd down` is about to end this daemon
                 self._complain({str(error)})
             return False
         report = self.report
+        self.quiet_since = {key: self.quiet_since.get(key, time.monotonic()) for key in report.quiet}
         for change in report.changes:
             log.info("%s (seen by %s)", change, ", ".join(hints) or "timer")
         refused = [f"refused {name}: {reason}" for name, reason in sorted(report.roster.refused.items())]
@@ -166,6 +172,11 @@ class Agent:
         self.exchange.after(report)
         self._yield_subnet(report)
         return not report.failures
+
+    def _overdue(self) -> set[str]:
+        """Give the peers that were to begin the handshake and have not: their first packet came too early, or never."""
+        now = time.monotonic()
+        return {key for key, since in self.quiet_since.items() if now - since >= HANDSHAKE}
 
     def _replayed(self, report: Report) -> list[str]:
         """Give the hosts whose tags have been older than their records for longer than Serf needs."""

@@ -153,22 +153,25 @@ def diff(
     *,
     now: float,
     moved: Collection[str] = (),
+    patient: Collection[str] = (),
     kinds: Collection[str] = ORDER,
 ) -> tuple[Change, ...]:
     """Give the changes from observed to wanted, additions first; equal input gives equal output.
 
     `kinds` restricts it to what could be observed. `moved` names the public keys whose published endpoint has just
-    changed: only these override an endpoint that a fresh handshake proves.
+    changed: only these override an endpoint that a fresh handshake proves. `patient` are the public keys of those who
+    are to speak first (see `speaks_first`).
     """
     there = {(r.kind, r.key): r for r in observed if r.kind in kinds}
     want = {(r.kind, r.key): r for r in wanted if r.kind in kinds}
     changes: list[Change] = []
     for key, resource in want.items():
         old = there.get(key)
+        target = _keep_quiet(resource, old, patient)
         if old is None:
-            changes.append(Change(Action.ADD, resource))
+            changes.append(Change(Action.ADD, target))
             continue
-        target = _keep_roaming(resource, old, now, moved)
+        target = _keep_roaming(target, old, now, moved)
         if target != old:
             changes.append(Change(Action.SET, target, old))
     # A sysctl that is not wanted is not ours to remove: `down` puts the original value back instead. Nor is a port,
@@ -176,6 +179,23 @@ def diff(
     extra = [r for key, r in there.items() if key not in want and r.kind not in {"sysctl", "port"}]
     changes.sort(key=lambda change: _rank(change.resource))
     return (*changes, *(Change(Action.REMOVE, r) for r in sorted(extra, key=_rank, reverse=True)))
+
+
+def speaks_first(own: str, other: str) -> bool:
+    """Tell which of two public keys begins the first handshake; the other one waits for a moment.
+
+    A keepalive begins it at once. Two that cross are both lost, since each side then answers and forgets its own
+    question, and WireGuard asks again only after 5 s (REKEY_TIMEOUT). Two hosts that learn of each other at the same
+    time, as when one joins, would often do that.
+    """
+    return own < other
+
+
+def _keep_quiet(wanted: Resource, old: Resource | None, patient: Collection[str]) -> Resource:
+    if not isinstance(wanted, Peer) or wanted.public_key not in patient:
+        return wanted
+    is_quiet = not isinstance(old, Peer) or (not old.keepalive and not old.handshake)
+    return replace(wanted, keepalive=0) if is_quiet else wanted
 
 
 def _keep_roaming(wanted: Resource, old: Resource, now: float, moved: Collection[str]) -> Resource:

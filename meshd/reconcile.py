@@ -65,7 +65,8 @@ class Failure:
 class Report:
     """What a pass saw and did.
 
-    `withheld` are removals for which there is no evidence (see plan.guard); `rival` is to have this host's subnet.
+    `withheld` are removals for which there is no evidence (see plan.guard); `rival` is to have this host's subnet;
+    `quiet` are the public keys of peers that were left to begin the handshake (see plan.speaks_first).
     """
 
     roster: Roster = field(default_factory=Roster)
@@ -75,6 +76,7 @@ class Report:
     failures: tuple[Failure, ...] = ()
     peers: tuple[Peer, ...] = ()
     rival: str | None = None
+    quiet: frozenset[str] = frozenset()
 
     @property
     def applied(self) -> dict[str, int]:
@@ -155,11 +157,12 @@ def reconcile(
     force: bool = False,
     kinds: Collection[str] = plan.ORDER,
     heard: Mapping[str, Record] | None = None,
+    overdue: Collection[str] = (),
 ) -> Report:
     """Make one pass. With `dry` nothing is changed or written; with `force` the guard lets everything through.
 
-    `heard` are records that came another way than by tags. Raises InputError for damaged state; whatever else fails is
-    in the report.
+    `heard` are records that came another way than by tags; `overdue` the public keys of those who were to begin the
+    handshake and have not. Raises InputError for damaged state; whatever else fails is in the report.
     """
     settings = state.settings
     with state.lock():
@@ -191,7 +194,8 @@ def reconcile(
         moved = {
             r.public_key for n, r in roster.hosts.items() if n in known.hosts and r.endpoint != known.hosts[n].endpoint
         }
-        changes = plan.diff(wanted, observed, now=now, moved=moved, kinds=readable & set(kinds))
+        patient = _patient(settings, own.record, roster).difference(overdue)
+        changes = plan.diff(wanted, observed, now=now, moved=moved, patient=patient, kinds=readable & set(kinds))
         changes, withheld = (changes, ()) if force else plan.guard(changes, observed, _departed(known, roster))
         if not dry:
             _remember(state, known, roster, listed, changes)
@@ -204,7 +208,21 @@ def reconcile(
             tuple(failures),
             tuple(r for r in observed if isinstance(r, Peer)),
             rival,
+            _quiet(observed, changes) & patient,
         )
+
+
+def _patient(settings: Settings, own: Record, roster: Roster) -> set[str]:
+    """Give the public keys of those who begin the handshake with this host; without a daemon nobody would follow up."""
+    keys = {record.public_key for record in roster.hosts.values()} if settings.daemon and settings.keepalive else set()
+    return {key for key in keys if not plan.speaks_first(own.public_key, key)}
+
+
+def _quiet(observed: Iterable[Resource], changes: Iterable[Change]) -> frozenset[str]:
+    """Give the public keys of the peers without keepalives after the changes."""
+    after = [*observed, *(change.resource for change in changes if change.action is not Action.REMOVE)]
+    keepalives = {peer.public_key: peer.keepalive for peer in after if isinstance(peer, Peer)}
+    return frozenset(key for key, keepalive in keepalives.items() if not keepalive)
 
 
 def bury(state: State, graves: Graves) -> bool:

@@ -2,16 +2,18 @@
 
 import errno
 import re
+import time
 from collections.abc import Sequence
 from contextlib import closing
 from ipaddress import IPv4Address
 from typing import Any
 
-from meshd.errors import InputError
+from meshd.errors import InputError, MeshdError
 
 BRIDGE = "underlay"
 GATEWAY = IPv4Address("10.10.10.1")
 PREFIX_LENGTH = 24
+CARRIER_TIMEOUT = 5.0
 # An address beyond the underlay (TEST-NET-3): hosts and masqueraded containers reach it by the default route.
 WORLD = IPv4Address("203.0.113.1")
 
@@ -47,6 +49,18 @@ def plug_in(switch: int, host: int, name: str, mtu: int) -> None:
         ipr.link("set", index=_index(ipr, "lo"), state="up")
         _address(ipr, "eth0", address(name), PREFIX_LENGTH)
         ipr.route("add", dst="default", gateway=str(GATEWAY))
+        _wait_for_carrier(ipr, "eth0")
+    with closing(_netlink(switch)) as ipr:
+        _wait_for_carrier(ipr, name)
+
+
+def _wait_for_carrier(ipr: Any, link: str) -> None:
+    """Wait until a cable carries packets: the kernel looks at most once a second (net/core/link_watch.c)."""
+    deadline = time.monotonic() + CARRIER_TIMEOUT
+    while ipr.link("get", ifname=link)[0].get("operstate") != "UP":
+        if time.monotonic() > deadline:
+            raise MeshdError(f"the lab's cable {link} has no carrier after {CARRIER_TIMEOUT:g} s")
+        time.sleep(0.01)
 
 
 def heal() -> str:

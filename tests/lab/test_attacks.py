@@ -96,7 +96,8 @@ class Scene:
     def refused(self, name: str, reason: str) -> None:
         """Require that every other host refuses a member for this reason, and says so in its log."""
         for host in (host for host in self.mesh if host.name != name):
-            eventually(lambda h=host: is_refused(h, name, reason), 10, f"{name}: {reason}")  # type: ignore[misc]
+            # A killed agent comes back under its name: where gossip is lost, Serf's exchange every 30 s tells.
+            eventually(lambda h=host: is_refused(h, name, reason), 40, f"{name}: {reason}")  # type: ignore[misc]
             eventually(lambda h=host: re.search(f"WARNING refused {name}: .*{re.escape(reason)}", log(h)), 5, "logged")  # type: ignore[misc]
 
     def unharmed(self) -> None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 
 from meshd.lab.hosts import Lab, LabHost
+from meshd.state import State
 from tests.lab.conftest import assemble, eventually, log, nothing_in_clear, overlay, peers, ping, settled
 from tests.lab.faults import new_key
 
@@ -14,6 +15,8 @@ pytestmark = [pytest.mark.root, pytest.mark.lab]
 
 # Seconds until all have a new key, between two passes that nothing has asked for, and until all have a new address.
 LEARNED, PASS, MOVED = 5.0, 10.0, 5.0
+# Seconds that WireGuard waits before it repeats a handshake.
+CROSSED = 5.0
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +45,29 @@ def test_a_restart_with_a_new_key_is_followed_by_all(lab: Lab, hosts: list[LabHo
     assert took < LEARNED
     assert "EventMemberFailed: barge2" not in (one.directory / "meshd" / "serf.log").read_text(), "it was that quick"
     eventually(lambda: settled(hosts), 40, "all agree")
+
+
+def test_two_hosts_that_learn_of_each_other_at_once_do_not_talk_past_each_other(hosts: list[LabHost]) -> None:
+    """Handshakes that cross are both lost for 5 s, which without meshd's care is one of eight."""
+    one, two, _ = hosts
+    keys = {one: key(two), two: key(one)}
+    took = []
+    for _ in range(16):
+        for host, other in keys.items():
+            host.run(["wg", "set", "wg0", "peer", other, "remove"])
+        begun = time.monotonic()
+        for host in keys:
+            assert State(host.directory / "meshd").hint("serf: test")
+        eventually(lambda: ping(one, overlay(two)) and ping(two, overlay(one)), 10, "they reach each other")
+        took.append(time.monotonic() - begun)
+    print(f"reach after two hosts have met: at most {max(took):.2f} s")  # noqa: T201
+    assert max(took) < CROSSED
+    eventually(lambda: all(keepalives(host) == {"25"} for host in keys), 2, "and both keep at it")
+
+
+def keepalives(host: LabHost) -> set[str]:
+    rows = host.run(["wg", "show", "wg0", "persistent-keepalive"]).stdout.splitlines()
+    return {row.split()[1] for row in rows}
 
 
 @contextmanager

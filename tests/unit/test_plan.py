@@ -149,6 +149,30 @@ def test_a_key_in_another_hosts_hands_is_a_new_peer_and_the_old_one_goes() -> No
     ]
 
 
+def test_who_is_spoken_to_first_keeps_quiet_until_there_is_a_handshake_or_no_more_patience() -> None:
+    patient, rest = {public_key("barge2")}, {public_key("barge3")}
+    changes = plan.diff(wanted(2, 3), (), now=NOW, patient=patient)
+    added = {c.resource.key: c.resource.keepalive for c in changes if isinstance(c.resource, Peer)}
+    assert added == dict.fromkeys(patient, 0) | dict.fromkeys(rest, 25)
+    quiet = tuple(replace(r, keepalive=added[r.key]) if isinstance(r, Peer) else r for r in wanted(2, 3))
+    assert plan.diff(wanted(2, 3), quiet, now=NOW, patient=patient) == ()
+    for observed, left in ((quiet, ()), (_with_handshakes(quiet), patient)):
+        (change,) = plan.diff(wanted(2, 3), observed, now=NOW, patient=left)
+        assert isinstance(change.resource, Peer)
+        assert (change.resource.key, change.resource.keepalive) == (public_key("barge2"), 25)
+    # What has been said is not taken back.
+    assert plan.diff(wanted(2, 3), wanted(2, 3), now=NOW, patient=patient) == ()
+
+
+def _with_handshakes(resources: tuple[Resource, ...]) -> tuple[Resource, ...]:
+    return tuple(replace(r, handshake=NOW - 1) if isinstance(r, Peer) else r for r in resources)
+
+
+def test_of_two_hosts_exactly_one_begins() -> None:
+    one, two = public_key("barge1"), public_key("barge2")
+    assert plan.speaks_first(one, two) is not plan.speaks_first(two, one)
+
+
 # --- the guard -----------------------------------------------------------------------------------------------------
 
 
