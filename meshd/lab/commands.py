@@ -39,17 +39,18 @@ def lab(ctx: click.Context, directory: Path) -> None:
 @lab.command()
 @click.option("-n", "--hosts", "count", type=int, default=3, show_default=True, help="How many hosts.")
 @click.option("--docker/--no-docker", default=None, help="A Docker engine on each.  [default: for up to 3 hosts]")
+@click.option("--underlay", type=click.Choice(["ipv4", "ipv6", "dual"]), default="ipv4", show_default=True)
 @click.option("--mtu", type=int, default=1500, show_default=True, help="The underlay's MTU.")
 @click.pass_obj
-def up(lab: Lab, count: int, docker: bool | None, mtu: int) -> None:
+def up(lab: Lab, count: int, docker: bool | None, underlay: str, mtu: int) -> None:
     """Bring hosts up; those that are up already stay as they are.
 
     \b
     Example:
       meshd lab up
-      meshd lab up --hosts 10 --no-docker
+      meshd lab up --hosts 10 --no-docker --underlay ipv6
     """
-    lab.up(count, docker=count <= 3 if docker is None else docker, mtu=mtu)
+    lab.up(count, docker=count <= 3 if docker is None else docker, underlay=underlay, mtu=mtu)
     _print(lab)
 
 

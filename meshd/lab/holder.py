@@ -2,8 +2,9 @@
 
 Run by path, isolated and with the standard library alone, as process 1 of a new process namespace:
 
-    python3 -I -S holder.py LAB-DIRECTORY HOST-NAME
+    python3 -I -S holder.py LAB-DIRECTORY HOST-NAME UNDERLAY
 
+The last word is not read here: the lab finds its hosts, and what they are, by these arguments.
 Everything on the host dies with it, so ending it is the host's power switch.
 """
 

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
 from meshd.errors import InputError, MeshdError, MissingError
 from meshd.lab import docker, network
+from meshd.model import IPAddress
 
 DEFAULT = Path("/var/lib/meshd-lab")
 HOLDER = Path(__file__).with_name("holder.py")
@@ -30,9 +30,14 @@ class LabHost:
     """A host that runs. `pid` is its init process as seen from here."""
 
     name: str
-    address: IPv4Address
+    addresses: tuple[IPAddress, ...]
     pid: int
     directory: Path
+
+    @property
+    def address(self) -> IPAddress:
+        """Its main address on the underlay."""
+        return self.addresses[0]
 
     @property
     def docker_socket(self) -> Path:
@@ -101,11 +106,11 @@ class Lab:
     def hosts(self) -> list[LabHost]:
         """Give the hosts that run, by number."""
         found = [
-            LabHost(name, network.address(name), pid, self.directory / name)
-            for name, pid in _holders(self.directory)
+            LabHost(name, network.addresses(name, underlay), pid, self.directory / name)
+            for name, underlay, pid in _holders(self.directory)
             if name != SWITCH
         ]
-        return sorted(found, key=lambda host: host.address)
+        return sorted(found, key=lambda host: host.address.packed[-1])
 
     def host(self, name: str) -> LabHost:
         """Give one host that runs. Raises InputError naming those that do."""
@@ -115,7 +120,7 @@ class Lab:
             raise InputError(f"no lab host {name!r} is running; running: {running}")
         return hosts[name]
 
-    def up(self, count: int, *, docker: bool, mtu: int = 1500) -> None:
+    def up(self, count: int, *, docker: bool, underlay: str = "ipv4", mtu: int = 1500) -> None:
         """Bring up barge1 … bargeN, those that are missing, and with `docker` an engine on each."""
         _check_machine(docker=docker)
         if not 1 <= count <= MOST:
@@ -123,17 +128,17 @@ class Lab:
         running = {host.name for host in self.hosts()}
         for number in range(1, count + 1):
             if f"barge{number}" not in running:
-                self.power_on(f"barge{number}", mtu=mtu)
+                self.power_on(f"barge{number}", underlay=underlay, mtu=mtu)
         if docker:
             with ThreadPoolExecutor() as pool:
                 list(pool.map(self.start_docker, self.hosts()[:count]))
 
-    def power_on(self, name: str, *, mtu: int = 1500) -> LabHost:
-        """Start one host with what it had on disk when it went off, and plug it in."""
-        switch = self.switch
-        pid = self._hold(name)
-        host = LabHost(name, network.address(name), pid, self.directory / name)
-        network.plug_in(switch.pid, pid, name, mtu)
+    def power_on(self, name: str, *, underlay: str = "ipv4", mtu: int = 1500) -> LabHost:
+        """Start one host with what it had on disk when it went off, and plug it in: `ipv4`, `ipv6` or `dual`."""
+        switch, addresses = self.switch, network.addresses(name, underlay)
+        pid = self._hold(name, underlay)
+        host = LabHost(name, addresses, pid, self.directory / name)
+        network.plug_in(switch.pid, pid, name, underlay, mtu)
         return host
 
     def power_off(self, host: LabHost) -> None:
@@ -147,7 +152,7 @@ class Lab:
 
     def down(self) -> None:
         """Remove everything, whatever state it is in."""
-        for _, pid in list(_holders(self.directory)):
+        for _, _, pid in list(_holders(self.directory)):
             _kill(pid)
         docker.remove_cgroups(self.directory)
         if self.directory.exists():
@@ -160,11 +165,11 @@ class Lab:
     @property
     def switch(self) -> LabHost:
         """The underlay's switch, where every packet passes; it is started if it is not there."""
-        pid = dict(_holders(self.directory)).get(SWITCH)
+        pid = self._pids().get(SWITCH)
         if pid is None:
-            pid = self._hold(SWITCH)
+            pid = self._hold(SWITCH, "dual")
             network.make_switch(pid)
-        return LabHost(SWITCH, network.GATEWAY, pid, self.directory / SWITCH)
+        return LabHost(SWITCH, (network.GATEWAY, network.GATEWAY6), pid, self.directory / SWITCH)
 
     def cut(self, one: Sequence[str], other: Sequence[str]) -> None:
         """Let no packet pass between the hosts named in `one` and those in `other`, until `heal`."""
@@ -174,11 +179,14 @@ class Lab:
         """Let every packet pass again."""
         self.switch.run(["nft", "-f", "-"], text=network.heal())
 
-    def _hold(self, name: str) -> int:
+    def _pids(self) -> dict[str, int]:
+        return {name: pid for name, _, pid in _holders(self.directory)}
+
+    def _hold(self, name: str, underlay: str) -> int:
         """Start a host's init process in namespaces of its own; give its process id as seen from here."""
         self.directory.mkdir(parents=True, exist_ok=True)
         namespaces = ["--net", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        holder = [sys.executable, "-I", "-S", str(HOLDER), str(self.directory), name]
+        holder = [sys.executable, "-I", "-S", str(HOLDER), str(self.directory), name, underlay]
         log = self.directory / f"{name}.log"
         with log.open("w") as errors:
             process = subprocess.Popen(
@@ -195,11 +203,11 @@ class Lab:
         if answer != b"ready\n":
             raise MeshdError(f"starting lab host {name}: {log.read_text().strip() or 'its init process ended'}")
         process.returncode = 0  # it outlives this command
-        return dict(_holders(self.directory))[name]
+        return self._pids()[name]
 
 
-def _holders(directory: Path | None) -> Iterator[tuple[str, int]]:
-    """Find the init processes of a lab's hosts, with None of all labs': name and process id."""
+def _holders(directory: Path | None) -> Iterator[tuple[str, str, int]]:
+    """Find the init processes of a lab's hosts, with None of all labs': name, kind of underlay and process id."""
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
@@ -208,13 +216,13 @@ def _holders(directory: Path | None) -> Iterator[tuple[str, int]]:
         except OSError:
             continue
         # `unshare` has the same words behind its own; the init process begins with Python.
-        if words[1:3] != ["-I", "-S"] or len(words) < 6:
+        if words[1:3] != ["-I", "-S"] or len(words) < 7:
             continue
-        program, lab, name = words[3:6]
+        program, lab, name, underlay = words[3:7]
         # Another installation's labs have a holder of their own.
         found = program == str(HOLDER) and lab == str(directory) if directory else program.endswith(HOLDER_NAME)
         if found:
-            yield name, int(entry.name)
+            yield name, underlay, int(entry.name)
 
 
 def _kill(pid: int) -> None:

@@ -2,40 +2,55 @@
 
 import errno
 import re
+import socket
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
 from meshd.errors import InputError, MeshdError
+from meshd.model import IPAddress
 
 BRIDGE = "underlay"
 GATEWAY = IPv4Address("10.10.10.1")
-PREFIX_LENGTH = 24
+GATEWAY6 = IPv6Address("fd00:10:10::1")
+PREFIX_LENGTHS = {4: 24, 6: 64}
+# What hosts have on the underlay: each kind's IP versions, the first of which is a host's main address.
+UNDERLAYS = {"ipv4": (4,), "ipv6": (6,), "dual": (4, 6)}
 CARRIER_TIMEOUT = 5.0
+IFA_F_NODAD = 0x02  # include/uapi/linux/if_addr.h
 # An address beyond the underlay (TEST-NET-3): hosts and masqueraded containers reach it by the default route.
 WORLD = IPv4Address("203.0.113.1")
 
 
-def address(name: str) -> IPv4Address:
-    """Give the underlay address of a host: barge7 is 10.10.10.107. Raises InputError for another name."""
+def addresses(name: str, underlay: str = "ipv4") -> tuple[IPAddress, ...]:
+    """Give the underlay addresses of a host: barge7 is 10.10.10.107 and fd00:10:10::6b, which both end in the byte 107.
+
+    Raises InputError for another name.
+    """
     number = re.fullmatch(r"barge([1-9][0-9]{0,2})", name)
     if number is None or int(number[1]) > 150:
         raise InputError(f"lab hosts are barge1 to barge150, not {name!r}")
-    return IPv4Address(int(GATEWAY) + 99 + int(number[1]))
+    return tuple(gateway(version) + 99 + int(number[1]) for version in UNDERLAYS[underlay])
+
+
+def gateway(version: int) -> IPAddress:
+    """Give the switch's own address, where the hosts' default routes lead."""
+    return GATEWAY6 if version == 6 else GATEWAY
 
 
 def make_switch(pid: int) -> None:
-    """Make the switch's bridge, with the gateway's address on it, in the namespace of process `pid`."""
+    """Make the switch's bridge, with the gateway's addresses on it, in the namespace of process `pid`."""
     with closing(_netlink(pid)) as ipr:
         ipr.link("add", ifname=BRIDGE, kind="bridge", br_forward_delay=0)
-        _address(ipr, BRIDGE, GATEWAY, PREFIX_LENGTH)
+        for version, length in PREFIX_LENGTHS.items():
+            _address(ipr, BRIDGE, gateway(version), length)
         _address(ipr, "lo", WORLD, 32)
 
 
-def plug_in(switch: int, host: int, name: str, mtu: int) -> None:
-    """Lay a cable from the switch to a host, and give the host its address and its default route."""
+def plug_in(switch: int, host: int, name: str, underlay: str, mtu: int) -> None:
+    """Lay a cable from the switch to a host, and give the host its addresses and its default routes."""
     from meshd.netlink import tolerating  # noqa: PLC0415  as in _netlink
 
     with closing(_netlink(switch)) as ipr:
@@ -47,8 +62,9 @@ def plug_in(switch: int, host: int, name: str, mtu: int) -> None:
         ipr.link("set", index=_index(ipr, name), master=_index(ipr, BRIDGE), state="up")
     with closing(_netlink(host)) as ipr:
         ipr.link("set", index=_index(ipr, "lo"), state="up")
-        _address(ipr, "eth0", address(name), PREFIX_LENGTH)
-        ipr.route("add", dst="default", gateway=str(GATEWAY))
+        for address in addresses(name, underlay):
+            _address(ipr, "eth0", address, PREFIX_LENGTHS[address.version])
+            ipr.route("add", dst="default", gateway=str(gateway(address.version)), family=_family(address))
         _wait_for_carrier(ipr, "eth0")
     with closing(_netlink(switch)) as ipr:
         _wait_for_carrier(ipr, name)
@@ -86,6 +102,12 @@ def _index(ipr: Any, name: str) -> int:
     return int(ipr.link_lookup(ifname=name)[0])
 
 
-def _address(ipr: Any, link: str, ip: IPv4Address, length: int) -> None:
-    ipr.addr("add", index=_index(ipr, link), address=str(ip), prefixlen=length)
+def _family(address: IPAddress) -> int:
+    return socket.AF_INET6 if address.version == 6 else socket.AF_INET
+
+
+def _address(ipr: Any, link: str, ip: IPAddress, length: int) -> None:
+    # Nobody else is on this network: an address need not wait until that has been found out.
+    flags = {"flags": IFA_F_NODAD} if ip.version == 6 else {}
+    ipr.addr("add", index=_index(ipr, link), address=str(ip), prefixlen=length, family=_family(ip), **flags)
     ipr.link("set", index=_index(ipr, link), state="up")

@@ -76,12 +76,14 @@ def nothing_in_clear(lab: Lab) -> Iterator[None]:
     assert len(heard[0]) == PCAP_HEADER, f"overlay traffic in clear: {heard[0][:200]!r}"
 
 
-def assemble(lab: Lab, *, docker: int, plain: int = 0, root: Path | None = None) -> list[LabHost]:
+def assemble(
+    lab: Lab, *, docker: int, plain: int = 0, root: Path | None = None, underlay: str = "ipv4"
+) -> list[LabHost]:
     """Bring up a mesh of `docker` hosts with Docker and, after them, `plain` ones without, each by the one before.
 
     Those with Docker have a container `box` at their .1. The engine is that of the folder `root` if given.
     """
-    lab.up(docker + plain, docker=False)
+    lab.up(docker + plain, docker=False, underlay=underlay)
     hosts = lab.hosts()
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda host: lab.start_docker(host, root), hosts[:docker]))
@@ -111,7 +113,7 @@ def run_box(host: LabHost) -> None:
 
 def overlay(host: LabHost, last: int = 0) -> str:
     """The overlay address of a host, or of its container `last`, in a lab where nobody had to move."""
-    return f"172.20.{str(host.address).rpartition('.')[2]}.{last}"
+    return f"172.20.{host.address.packed[-1]}.{last}"
 
 
 def members(host: LabHost) -> dict[str, dict[str, str]]:
@@ -166,14 +168,16 @@ def log(host: LabHost) -> str:
 def init(host: LabHost, *options: str) -> str:
     """Run `meshd init`; give the invitation that it prints."""
     output = host.run(["meshd", "init", *options]).stdout
-    found = re.search(rf"MESHD_INVITE=(meshd2\.\S+) meshd join {re.escape(str(host.address))}", output)
+    found = re.search(r"MESHD_INVITE=(meshd2\.\S+) meshd join (\S+)", output)
     assert found, output
+    assert found[2] in map(str, host.addresses)
     return found[1]
 
 
-def join(host: LabHost, via: LabHost, invitation: str, *options: str) -> str:
-    """Run `meshd join`; give what it prints."""
-    return host.run(["meshd", "join", str(via.address), *options], env={"MESHD_INVITE": invitation}).stdout
+def join(host: LabHost, via: LabHost, invitation: str, *options: str, version: int = 0) -> str:
+    """Run `meshd join` by the other's main address, or by that of an IP version; give what it prints."""
+    address = next(a for a in via.addresses if version in {0, a.version})
+    return host.run(["meshd", "join", str(address), *options], env={"MESHD_INVITE": invitation}).stdout
 
 
 def snapshot(host: LabHost) -> str:

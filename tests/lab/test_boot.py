@@ -50,7 +50,7 @@ class Machine:
         cable = subprocess.Popen(["unshare", "--net", "sleep", "infinity"])
         self.processes.append(cable)
         eventually(lambda: Path(f"/proc/{cable.pid}/cmdline").read_bytes().startswith(b"sleep"), 5, "it sleeps")
-        network.plug_in(self.lab.switch.pid, cable.pid, "barge2", 1500)
+        network.plug_in(self.lab.switch.pid, cable.pid, "barge2", "ipv4", 1500)
         # Where systemd runs, it keeps the machine in a scope; elsewhere it gets a cgroup that `close` can remove.
         options, own = ["--boot", f"--directory={self.root}", "--console=pipe", "--capability=all"], ""
         options += [f"--network-namespace-path=/proc/{cable.pid}/ns/net", "--bind=/dev/net/tun"]
@@ -68,7 +68,7 @@ class Machine:
             )
         self.processes.append(boot)
         eventually(lambda: self._leader(boot.pid), 20, "systemd starts")
-        host = LabHost("barge2", network.address("barge2"), self._leader(boot.pid), self.directory)
+        host = LabHost("barge2", network.addresses("barge2"), self._leader(boot.pid), self.directory)
         running = ["systemctl", "is-system-running"]
         eventually(lambda: host.run(running, check=False).stdout.strip() in {"running", "degraded"}, 60, "it boots")
         return host
