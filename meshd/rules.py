@@ -48,7 +48,10 @@ def table(
     # wireguard-go forbids routers to fragment, and then nothing large passes a narrow path whose ICMP is lost. The
     # kernel's WireGuard allows it (send4 in drivers/net/wireguard/socket.c).
     fragment = f"udp sport {port} ip frag-off set 0"
-    forward = [in_clear]
+    # Who is not on the bridge is not on the overlay: not Docker's other networks, and not those of another mesh here.
+    # They answer what has come to them by a published port.
+    strangers = f'iifname != "{bridge}" ' if bridge else ""
+    forward = [in_clear, f'oifname "{wireguard}" {strangers}ct state != {{ established, related }} drop']
     if bridge is not None:
         forward += [f'oifname "{wireguard}" {clamp}', f'iifname "{wireguard}" {clamp}']
         # The others' WireGuard drops it as well: no container speaks for another host's.

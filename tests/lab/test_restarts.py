@@ -1,16 +1,13 @@
 """A restart is invisible: under steady traffic between containers, nothing of meshd's may cost a packet."""
 
-import re
-import subprocess
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 
 from meshd.lab.hosts import Lab, LabHost
-from tests.lab.conftest import assemble, eventually, log, nothing_in_clear, overlay, settled
+from tests.lab.conftest import assemble, eventually, log, nothing_in_clear, settled
 from tests.lab.faults import kill_both, kill_daemon, kill_serf, leave_serf, sync_in_a_loop, upgrade
+from tests.lab.traffic import traffic
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
@@ -18,51 +15,6 @@ pytestmark = [pytest.mark.root, pytest.mark.lab]
 @pytest.fixture(scope="module")
 def hosts(lab: Lab) -> list[LabHost]:
     return assemble(lab, docker=2)
-
-
-@contextmanager
-def traffic(source: LabHost, target: LabHost) -> Iterator[None]:
-    """100 pings a second and a TCP stream of 1 MB/s between containers, which both must come through whole."""
-    address, stop = overlay(target, 1), threading.Event()
-    # busybox's nc hangs up when its own input ends, so that stays open.
-    server = ["docker", "exec", "-i", "box", "sh", "-c", "nc -l -p 7000 | wc -c"]
-    receiver = target.popen(server, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    eventually(lambda: "7000" in target.run(["docker", "exec", "box", "netstat", "-ltn"]).stdout, 5, "nc listens")
-    pings = source.popen(["docker", "exec", "box", "ping", "-i", "0.01", address], stdout=subprocess.PIPE)
-    assert pings.stdout is not None
-    head = ""
-    while "seq=0" not in head:
-        head += (line := pings.stdout.readline())
-        assert line, f"ping has ended: {head}"
-    sender = source.popen(["docker", "exec", "-i", "box", "nc", address, "7000"], stdin=subprocess.PIPE)
-    assert sender.stdin is not None
-    sent = 0
-
-    def send() -> None:
-        nonlocal sent
-        assert sender.stdin is not None
-        while not stop.wait(0.01):
-            sender.stdin.write("x" * 10_000)
-            sender.stdin.flush()
-            sent += 10_000
-
-    thread = threading.Thread(target=send)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        sender.stdin.close()
-        sender.wait(timeout=10)
-        received, _ = receiver.communicate(timeout=10)
-        source.run(["pkill", "-INT", "-x", "ping"])
-        statistics = head + pings.communicate(timeout=10)[0]
-    # Every one in its turn; the last ones may be on their way back when ping is told to stop: on a busy machine 50 ms.
-    answered = [int(number) for number in re.findall(r"seq=(\d+)", statistics)]
-    assert answered == list(range(len(answered))), statistics[-200:]
-    assert int(statistics.partition(" packets transmitted")[0].split()[-1]) - len(answered) <= 5
-    assert int(received) == sent > 0
 
 
 @pytest.mark.parametrize(
