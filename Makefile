@@ -75,10 +75,10 @@ chaos: setup
 	rm -rf .make/chaos && mkdir -p .make/chaos && cp -r tests .make/chaos/
 	cd .make/chaos && ../../$(BIN)/python -m tests.chaos --faults $(CHAOS) $(addprefix --seed ,$(CHAOS_SEED))
 
-# The kernel's own WireGuard, in a guest with Debian's kernel: what the machine itself may lack.
+# The kernel's own WireGuard, and netem, in a guest with Debian's kernel: what the machine itself may lack.
 test-kernel: setup .make/kernel
 	rm -rf .make/tests && mkdir -p .make/tests && cp -r tests pyproject.toml .make/tests/
-	tests/kernel/guest . -m kernel tests/netns/test_wireguard.py tests/kernel/test_device.py $(PYTEST)
+	tests/kernel/guest . -m kernel -n 2 --dist loadfile tests/netns/test_wireguard.py tests/kernel $(PYTEST)
 
 .make/kernel: tests/kernel/fetch
 	dpkg -s $(GUEST) >/dev/null 2>&1 || .ci/install-packages $(GUEST)
