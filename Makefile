@@ -55,10 +55,14 @@ demo-down: setup
 
 # Most tests wait most of the time, so two files run at once. They are copied away from the sources, so that they import the
 # installed wheel and not the checkout.
-test: setup
+test: setup .make/busybox
 	rm -rf .make/tests && mkdir -p .make/tests && cp -r tests pyproject.toml .make/tests/
-	cd .make/tests && ../../$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
+	cd .make/tests && MESHD_BUSYBOX=$(CURDIR)/.make/busybox ../../$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
 		--ignore=tests/lab/test_dockers.py $(PYTEST)
+
+# The root of hosts that have little else than busybox.
+.make/busybox: .ci/fetch-busybox
+	.ci/fetch-busybox $@
 
 # Docker's versions of Debian's other suites, unpacked beside the machine's own.
 test-docker: setup $(DOCKERS:%=.make/docker/%)

@@ -65,7 +65,7 @@ class LabHost:
         command: Sequence[str],
         *,
         check: bool = True,
-        timeout: float = 60,
+        timeout: float = 120,
         text: str | None = None,
         env: Mapping[str, str] | None = None,
     ) -> "subprocess.CompletedProcess[str]":
@@ -128,10 +128,13 @@ class Lab:
             with ThreadPoolExecutor() as pool:
                 list(pool.map(self.start_docker, self.hosts()[:count]))
 
-    def power_on(self, name: str, *, mtu: int = 1500) -> LabHost:
-        """Start one host with what it had on disk when it went off, and plug it in."""
+    def power_on(self, name: str, *, mtu: int = 1500, root: Path | None = None) -> LabHost:
+        """Start one host with what it had on disk when it went off, and plug it in.
+
+        With `root`, its file system is that folder below a disk of its own; of this machine it has Python alone.
+        """
         switch = self.switch
-        pid = self._hold(name)
+        pid = self._hold(name, _folders(root) if root else [])
         host = LabHost(name, network.address(name), pid, self.directory / name)
         network.plug_in(switch.pid, pid, name, mtu)
         return host
@@ -174,11 +177,11 @@ class Lab:
         """Let every packet pass again."""
         self.switch.run(["nft", "-f", "-"], text=network.heal())
 
-    def _hold(self, name: str) -> int:
+    def _hold(self, name: str, folders: Sequence[str] = ()) -> int:
         """Start a host's init process in namespaces of its own; give its process id as seen from here."""
         self.directory.mkdir(parents=True, exist_ok=True)
         namespaces = ["--net", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        holder = [sys.executable, "-I", "-S", str(HOLDER), str(self.directory), name]
+        holder = [sys.executable, "-I", "-S", str(HOLDER), str(self.directory), name, *folders]
         log = self.directory / f"{name}.log"
         with log.open("w") as errors:
             process = subprocess.Popen(
@@ -196,6 +199,12 @@ class Lab:
             raise MeshdError(f"starting lab host {name}: {log.read_text().strip() or 'its init process ended'}")
         process.returncode = 0  # it outlives this command
         return dict(_holders(self.directory))[name]
+
+
+def _folders(root: Path) -> list[str]:
+    """Give what the init process of a host with another root wants: that root, and the folders of this Python."""
+    python = [sys.prefix] if sys.base_prefix == "/usr" else [sys.prefix, sys.base_prefix]
+    return [str(root.absolute()), *python]
 
 
 def _holders(directory: Path | None) -> Iterator[tuple[str, int]]:
