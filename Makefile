@@ -55,10 +55,14 @@ demo-down: setup
 
 # Most tests wait most of the time, so two files run at once. They are copied away from the sources, so that they import the
 # installed wheel and not the checkout.
-test: setup
+test: setup .make/busybox
 	rm -rf .make/tests && mkdir -p .make/tests && cp -r tests pyproject.toml .make/tests/
-	cd .make/tests && ../../$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
+	cd .make/tests && MESHD_BUSYBOX=$(CURDIR)/.make/busybox ../../$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
 		--ignore=tests/lab/test_dockers.py $(PYTEST)
+
+# The root of hosts that have little else than busybox.
+.make/busybox: .ci/fetch-busybox
+	.ci/fetch-busybox $@
 
 # Docker's versions of Debian's other suites, unpacked beside the machine's own.
 test-docker: setup $(DOCKERS:%=.make/docker/%)
@@ -75,10 +79,10 @@ chaos: setup
 	rm -rf .make/chaos && mkdir -p .make/chaos && cp -r tests .make/chaos/
 	cd .make/chaos && ../../$(BIN)/python -m tests.chaos --faults $(CHAOS) $(addprefix --seed ,$(CHAOS_SEED))
 
-# The kernel's own WireGuard, in a guest with Debian's kernel: what the machine itself may lack.
+# The kernel's own WireGuard, and netem, in a guest with Debian's kernel: what the machine itself may lack.
 test-kernel: setup .make/kernel
 	rm -rf .make/tests && mkdir -p .make/tests && cp -r tests pyproject.toml .make/tests/
-	tests/kernel/guest . -m kernel tests/netns/test_wireguard.py tests/kernel/test_device.py $(PYTEST)
+	tests/kernel/guest . -m kernel -n 2 --dist loadfile tests/netns/test_wireguard.py tests/kernel $(PYTEST)
 
 .make/kernel: tests/kernel/fetch
 	dpkg -s $(GUEST) >/dev/null 2>&1 || .ci/install-packages $(GUEST)

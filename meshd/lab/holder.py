@@ -2,9 +2,10 @@
 
 Run by path, isolated and with the standard library alone, as process 1 of a new process namespace:
 
-    python3 -I -S holder.py LAB-DIRECTORY HOST-NAME UNDERLAY
+    python3 -I -S holder.py LAB-DIRECTORY HOST-NAME UNDERLAY [ROOT FOLDER…]
 
-The last word is not read here: the lab finds its hosts, and what they are, by these arguments.
+UNDERLAY is not read here: the lab finds its hosts, and what they are, by these arguments.
+With ROOT, what the host sees is that folder below a disk of its own, and of this machine nothing but the FOLDERs.
 Everything on the host dies with it, so ending it is the host's power switch.
 """
 
@@ -18,17 +19,19 @@ from pathlib import Path
 
 def main() -> None:
     """Prepare the namespaces, say `ready`, and wait to be killed."""
-    directory, name = Path(sys.argv[1]), sys.argv[2]
-    socket.sethostname(name)
+    directory, name, _, *folders = map(Path, sys.argv[1:])
+    socket.sethostname(str(name))
     mount("--make-rprivate", "/")
     state = directory / name / "meshd"
     state.mkdir(parents=True, exist_ok=True)
-    _bind(state, Path("/var/lib/meshd"))
-    mount("-t", "tmpfs", "-o", "mode=755", "tmpfs", "/run")
+    root = _other_root(directory / name, *folders) if folders else Path("/")
+    _bind(state, root / "var/lib/meshd")
+    mount("-t", "tmpfs", "-o", "mode=755", "tmpfs", str(root / "run"))
     for folder in ("wireguard", "lock"):
-        Path("/run", folder).mkdir()
-    if not Path("/var/run").is_symlink():
-        mount("--bind", "/run", "/var/run")
+        (root / "run" / folder).mkdir()
+    if not (root / "var/run").is_symlink():
+        mount("--bind", str(root / "run"), str(root / "var/run"))
+    os.chroot(root)
     os.chdir("/")
     # Orphans come to process 1; ignoring their end is what reaps them.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -41,9 +44,25 @@ def main() -> None:
         signal.pause()
 
 
+def _other_root(host: Path, lower: Path, *folders: Path) -> Path:
+    """Lay the host's own disk over the folder `lower`, and `folders` of this machine into it; give where that is."""
+    root, disk, work = (host / part for part in ("root", "disk", "work"))
+    for folder in (root, disk, work):
+        folder.mkdir(exist_ok=True)
+    mount("-t", "overlay", "-o", f"lowerdir={lower},upperdir={disk},workdir={work}", "overlay", str(root))
+    mount("-t", "proc", "proc", str(root / "proc"))
+    mount("-t", "sysfs", "sysfs", str(root / "sys"))
+    mount("--rbind", "/dev", str(root / "dev"))
+    for folder in folders:
+        inside = root / folder.relative_to("/")
+        inside.mkdir(parents=True, exist_ok=True)
+        mount("-o", "bind,ro", str(folder), str(inside))
+    return root
+
+
 def _bind(source: Path, target: Path) -> None:
     for left in reversed(range(5)):
-        target.mkdir(exist_ok=True)
+        target.mkdir(parents=True, exist_ok=True)
         try:
             mount("--bind", str(source), str(target))
         except subprocess.CalledProcessError:

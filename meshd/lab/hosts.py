@@ -70,7 +70,7 @@ class LabHost:
         command: Sequence[str],
         *,
         check: bool = True,
-        timeout: float = 60,
+        timeout: float = 120,
         text: str | None = None,
         env: Mapping[str, str] | None = None,
     ) -> "subprocess.CompletedProcess[str]":
@@ -133,10 +133,13 @@ class Lab:
             with ThreadPoolExecutor() as pool:
                 list(pool.map(self.start_docker, self.hosts()[:count]))
 
-    def power_on(self, name: str, *, underlay: str = "ipv4", mtu: int = 1500) -> LabHost:
-        """Start one host with what it had on disk when it went off, and plug it in: `ipv4`, `ipv6` or `dual`."""
+    def power_on(self, name: str, *, underlay: str = "ipv4", mtu: int = 1500, root: Path | None = None) -> LabHost:
+        """Start one host with what it had on disk when it went off, and plug it in: `ipv4`, `ipv6` or `dual`.
+
+        With `root`, its file system is that folder below a disk of its own; of this machine it has Python alone.
+        """
         switch, addresses = self.switch, network.addresses(name, underlay)
-        pid = self._hold(name, underlay)
+        pid = self._hold(name, underlay, _folders(root) if root else [])
         host = LabHost(name, addresses, pid, self.directory / name)
         network.plug_in(switch.pid, pid, name, underlay, mtu)
         return host
@@ -182,11 +185,11 @@ class Lab:
     def _pids(self) -> dict[str, int]:
         return {name: pid for name, _, pid in _holders(self.directory)}
 
-    def _hold(self, name: str, underlay: str) -> int:
+    def _hold(self, name: str, underlay: str, folders: Sequence[str] = ()) -> int:
         """Start a host's init process in namespaces of its own; give its process id as seen from here."""
         self.directory.mkdir(parents=True, exist_ok=True)
         namespaces = ["--net", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        holder = [sys.executable, "-I", "-S", str(HOLDER), str(self.directory), name, underlay]
+        holder = [sys.executable, "-I", "-S", str(HOLDER), str(self.directory), name, underlay, *folders]
         log = self.directory / f"{name}.log"
         with log.open("w") as errors:
             process = subprocess.Popen(
@@ -204,6 +207,12 @@ class Lab:
             raise MeshdError(f"starting lab host {name}: {log.read_text().strip() or 'its init process ended'}")
         process.returncode = 0  # it outlives this command
         return self._pids()[name]
+
+
+def _folders(root: Path) -> list[str]:
+    """Give what the init process of a host with another root wants: that root, and the folders of this Python."""
+    python = [sys.prefix] if sys.base_prefix == "/usr" else [sys.prefix, sys.base_prefix]
+    return [str(root.absolute()), *python]
 
 
 def _holders(directory: Path | None) -> Iterator[tuple[str, str, int]]:

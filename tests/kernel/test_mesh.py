@@ -1,30 +1,33 @@
 """Three hosts without Docker on the kernel's WireGuard, from init to leave, and on an underlay that loses packets."""
 
 import json
+import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import permutations
 
 import pytest
 
 from meshd.lab.hosts import Lab, LabHost
-from tests.lab.conftest import assemble, eventually, full_reach, members, overlay, peers, ping, settled, snapshot
+from tests.lab.conftest import assemble, eventually, log, overlay, peers, serf, snapshot
 
 pytestmark = [pytest.mark.root, pytest.mark.kernel]
 
-# Generous: software emulation makes everything ten times as slow.
+# Generous: software emulation makes everything ten times as slow, and a `meshd` command takes 5 to 20 s.
 SOON = 120
 
 
 @pytest.fixture(scope="module")
-def before(lab: Lab) -> list[str]:
-    """What meshd may change, as it was on each host before there was a mesh."""
+def before(lab: Lab) -> str:
+    """What meshd may change, as it was on the last host before there was a mesh."""
     lab.up(3, docker=False)
-    return [snapshot(host) for host in lab.hosts()]
+    return snapshot(lab.hosts()[-1])
 
 
 @pytest.fixture(scope="module")
-def hosts(lab: Lab, before: list[str]) -> list[LabHost]:
-    assert len(before) == 3
+def hosts(lab: Lab, before: str) -> list[LabHost]:
+    assert "wg0" not in before
     return assemble(lab, docker=0, plain=3)
 
 
@@ -35,6 +38,31 @@ def routes(host: LabHost) -> str:
 def held(hosts: list[LabHost]) -> list[tuple[list[str], str]]:
     """What each host has of the others: its peers and its routes."""
     return [(peers(host), routes(host)) for host in hosts]
+
+
+def answers(hosts: list[LabHost], count: int = 1) -> list[int]:
+    """Ping from every host to every other one `count` times, all at once; give how many answers each had."""
+
+    def ping(pair: tuple[LabHost, LabHost]) -> int:
+        command = ["busybox", "ping", "-c", str(count), "-W", "3", overlay(pair[1])]
+        return pair[0].run(command, check=False).stdout.count("bytes from")
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(ping, permutations(hosts, 2)))
+
+
+def alive(hosts: list[LabHost]) -> bool:
+    """Tell whether Serf on every host has every host alive. It is ten times as fast to ask as meshd."""
+    return all(len(re.findall(" alive ", serf(host, "members"))) == len(hosts) for host in hosts)
+
+
+def at_rest(hosts: list[LabHost]) -> bool:
+    """Tell whether all reach all, all are alive, and none has anything to change."""
+    if not all(answers(hosts)) or not alive(hosts):
+        return False
+    with ThreadPoolExecutor() as pool:
+        plans = list(pool.map(lambda host: host.run(["meshd", "plan"], check=False).stdout, hosts))
+    return plans == ["no changes\n"] * len(hosts)
 
 
 @contextmanager
@@ -49,58 +77,51 @@ def netem(lab: Lab, hosts: list[LabHost], *words: str) -> Iterator[None]:
             lab.switch.run(["tc", "qdisc", "del", "dev", host.name, "root"])
 
 
-def lost(host: LabHost, count: int) -> int:
-    """Ping the gateway, outside of the mesh; give how many answers did not come."""
-    done = host.run(["busybox", "ping", "-c", str(count), "-W", "1", "10.10.10.1"], check=False)
-    return count - done.stdout.count("bytes from")
-
-
 def test_the_mesh_is_made_of_the_kernels_wireguard(hosts: list[LabHost]) -> None:
+    eventually(lambda: at_rest(hosts), SOON, "a whole mesh")
+    facts = json.loads(hosts[0].run(["meshd", "status", "--json"]).stdout)
+    assert facts["wireguard"] == "wg0 (kernel), udp port 51820"
+    assert facts["problems"] == facts["refused"] == facts["pending"] == []
     for host in hosts:
-        facts = json.loads(host.run(["meshd", "status", "--json"]).stdout)
-        assert facts["wireguard"] == "wg0 (kernel), udp port 51820"
-        assert facts["problems"] == facts["refused"] == facts["pending"] == []
         assert "wireguard" in host.run(["ip", "-d", "link", "show", "wg0"]).stdout
         assert host.run(["pgrep", "wireguard-go"], check=False).returncode == 1
-    eventually(lambda: full_reach(hosts), SOON, "all reach all")
-    eventually(lambda: settled(hosts), SOON, "nothing to change")
 
 
 def test_loss_delay_and_reordering_leave_the_mesh_whole(lab: Lab, hosts: list[LabHost]) -> None:
-    whole = held(hosts)
+    whole, said = held(hosts), [len(log(host)) for host in hosts]
     with netem(lab, hosts, "loss", "10%", "delay", "50ms", "20ms", "reorder", "25%", "50%"):
-        assert "loss 10%" in lab.switch.run(["tc", "qdisc", "show", "dev", hosts[0].name]).stdout
-        for _ in range(3):
-            eventually(lambda: full_reach(hosts), SOON, "all reach all, with retries")
-            assert held(hosts) == whole
-    eventually(lambda: settled(hosts), SOON, "nothing to change")
+        heard = answers(hosts, 20)
+        eventually(lambda: alive(hosts), SOON, "all alive, in spite of the loss")
+    # Of ten packets one is lost on the way there, and one on the way back.
+    assert sum(heard) < 20 * len(heard), "netem loses nothing: this test shows nothing"
+    assert min(heard) >= 5
     assert held(hosts) == whole
+    for host, length in zip(hosts, said, strict=True):
+        assert "remove" not in log(host)[length:]
 
 
 def test_half_of_the_packets_lost_heals_afterwards(lab: Lab, hosts: list[LabHost]) -> None:
     whole = held(hosts)
     with netem(lab, hosts, "loss", "50%"):
-        assert lost(hosts[0], 20) > 0, "netem loses nothing: this test shows nothing"
+        heard = answers(hosts, 30)
+        assert sum(heard) < 15 * len(heard), "netem loses less than it should: this test shows nothing"
         assert held(hosts) == whole
-    eventually(lambda: full_reach(hosts), SOON, "all reach all")
-    eventually(lambda: settled(hosts), SOON, "all alive, and nothing to change")
+    eventually(lambda: at_rest(hosts), SOON, "all reach all, all alive, and nothing to change")
     assert held(hosts) == whole
 
 
 def test_down_takes_the_device_away_and_up_brings_it_back(hosts: list[LabHost]) -> None:
-    last = hosts[2]
-    subnet = members(last)[last.name]["subnet"]
+    first, last = hosts[0], hosts[2]
     last.run(["meshd", "down"])
     assert "wg0" not in last.run(["ip", "link"]).stdout
-    assert not ping(hosts[0], overlay(last))
-    last.run(["meshd", "up"], timeout=SOON)
-    eventually(lambda: full_reach(hosts), SOON, "all reach all")
-    assert members(last)[last.name]["subnet"] == subnet
+    assert not any(answers([first, last]))
+    last.run(["meshd", "up"])
+    eventually(lambda: all(answers(hosts)), SOON, "all reach all, by the same addresses")
 
 
-def test_leave_leaves_no_trace_here_nor_there(hosts: list[LabHost], before: list[str]) -> None:
+def test_leave_leaves_no_trace_here_nor_there(hosts: list[LabHost], before: str) -> None:
     first, last = hosts[0], hosts[2]
-    last.run(["meshd", "leave"], timeout=SOON)
+    last.run(["meshd", "leave"])
     eventually(lambda: all(len(peers(host)) == 1 for host in hosts[:2]), SOON, "the others drop its peer")
     assert overlay(last) not in routes(first)
-    assert snapshot(last) == before[2]
+    assert snapshot(last) == before
