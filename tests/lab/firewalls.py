@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 from meshd.lab.hosts import LabHost
-from tests.lab.conftest import eventually
 
 # What .ci/fetch-firewalls has unpacked.
 FOLDER = Path(os.environ.get("MESHD_FIREWALLS", "/nowhere"))
@@ -25,10 +24,13 @@ cat >/run/dbus/lab.conf <<END
 END
 dbus-daemon --config-file=/run/dbus/lab.conf --fork
 """
-# What `systemctl restart` does: these hosts have no systemd.
-START_FIREWALLD = "firewalld --nofork </dev/null >/var/log/firewalld.out 2>&1 & echo $! >/run/firewalld.started"
+# What `systemctl start` and `restart` do: these hosts have no systemd.
+START_FIREWALLD = """
+firewalld --nofork </dev/null >/var/log/firewalld.out 2>&1 & echo $! >/run/firewalld.started
+until firewall-cmd -q --state; do sleep 0.1; done
+"""
 RESTART_FIREWALLD = (
-    "kill $(cat /run/firewalld.started); while kill -0 $(cat /run/firewalld.started) 2>/dev/null; do sleep 0.1; done; "
+    "kill $(cat /run/firewalld.started); while kill -0 $(cat /run/firewalld.started) 2>/dev/null; do sleep 0.1; done\n"
     + START_FIREWALLD
 )
 RESTART_NFTABLES = "nft flush ruleset; nft -f /etc/nftables.conf"
@@ -42,9 +44,4 @@ def lay(host: LabHost) -> None:
 def start_firewalld(host: LabHost, backend: str) -> None:
     """Start firewalld as its package configures it, on nftables or iptables."""
     host.run(["sed", "-i", f"s/^FirewallBackend=.*/FirewallBackend={backend}/", "/etc/firewalld/firewalld.conf"])
-    host.run(["sh", "-c", START_FIREWALLD])
-    eventually(lambda: firewalld_runs(host), 20, "firewalld runs")
-
-
-def firewalld_runs(host: LabHost) -> bool:
-    return host.run(["firewall-cmd", "-q", "--state"], check=False).returncode == 0
+    host.run(["sh", "-ec", START_FIREWALLD])

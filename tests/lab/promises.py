@@ -20,10 +20,11 @@ def serve(host: LabHost) -> tuple[str, str]:
     return published, closed
 
 
-def all_reach_all(hosts: Sequence[LabHost]) -> bool:
-    """Tell whether the container `box` of each host reaches that of every other one."""
+def all_reach_all(hosts: Sequence[LabHost], host: LabHost | None = None) -> bool:
+    """Tell whether the container `box` of each host reaches that of every other one; with `host`: to and from it."""
+    pairs = [pair for pair in permutations(hosts, 2) if host is None or host in pair]
     with ThreadPoolExecutor(4) as pool:
-        return all(pool.map(lambda pair: rtt(pair[0], "box", overlay(pair[1], 1)), list(permutations(hosts, 2))))
+        return all(pool.map(lambda pair: rtt(pair[0], "box", overlay(pair[1], 1)), pairs))
 
 
 def seen(client: LabHost, address: str) -> str:

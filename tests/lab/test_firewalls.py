@@ -46,10 +46,10 @@ class Mesh:
     hosts: list[LabHost]
 
     def whole(self, host: LabHost) -> bool:
-        """Tell whether all reach all, the servers of `host` see who asks, and `host` has nothing to complain of."""
+        """Tell whether `host` and all others reach each other, its servers see who asks, and nothing is to change."""
         client = self.hosts[0] if host != self.hosts[0] else self.hosts[1]
         return (
-            all_reach_all(self.hosts)
+            all_reach_all(self.hosts, host)
             and all(seen(client, overlay(host, last)) == overlay(client, 1) for last in (8, 9))
             and host.run(["meshd", "plan"], check=False).stdout == "no changes\n"
         )
