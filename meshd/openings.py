@@ -57,7 +57,7 @@ def _line(opening: Opening, chain: Chain, rules: Mapping[str, Chain]) -> str:
     if chain.name not in rules:
         owner, where = ("firewalld" if " firewalld" in chain.name else ""), f"nftables' chain {chain.name}"
     else:
-        marks = {"INPUT_ZONES": "firewalld", "ufw-user-input": "ufw"}
+        marks = {"INPUT_ZONES": "firewalld", "ufw-user-input": "ufw", "ufw6-user-input": "ufw"}
         owner, where = next((marks[name] for name in marks if name in rules), ""), f"iptables' chain {chain.name}"
     remedy = opening.remedies.get(owner, "let it pass there")
     return f"{opening.what} is shut by {owner or where}: {remedy}"
