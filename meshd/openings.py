@@ -17,8 +17,8 @@ class Opening:
     remedies: Mapping[str, str]
 
 
-def needed(settings: Settings, underlay: str) -> Iterator[Opening]:
-    """Give what has to pass on a host whose link `underlay` leads to the others."""
+def needed(settings: Settings, underlay: str | None) -> Iterator[Opening]:
+    """Give what has to pass on a host whose link `underlay`, None if it is gone, leads to the others."""
     ports = (("gossip", "tcp", settings.gossip_port), ("gossip", "udp", settings.gossip_port))
     for name, protocol, port in (*ports, ("WireGuard", "udp", settings.wireguard_port)):
         packet = Packet("input", underlay, protocol=protocol, port=port, version=settings.bind.version)
@@ -26,7 +26,7 @@ def needed(settings: Settings, underlay: str) -> Iterator[Opening]:
             "firewalld": f"firewall-cmd --permanent --add-port={port}/{protocol}; firewall-cmd --reload",
             "ufw": f"ufw allow {port}/{protocol}",
         }
-        yield Opening(f"{protocol.upper()} port {port} ({name}) on {underlay}", packet, remedies)
+        yield Opening(f"{protocol.upper()} port {port} ({name}) on {underlay or 'the underlay'}", packet, remedies)
     if settings.docker:
         yield from _forwarded(settings.wireguard, settings.bridge)
 

@@ -159,7 +159,7 @@ def _shut(settings: Settings) -> list[str]:
     """Give a line for each thing that the firewall of this host shuts, though meshd needs it open."""
     versions = {4, settings.bind.version}
     try:
-        needed = openings.needed(settings, underlay.holder(settings.bind) or "")
+        needed = openings.needed(settings, underlay.holder(settings.bind))
         return list(openings.shut(needed, firewall.ruleset(), {v: firewall.saved(v) for v in versions}))
     except MeshdError as error:
         return [f"firewall: {error}"]

@@ -16,10 +16,10 @@ Truth = bool | None
 
 @dataclass(frozen=True, slots=True)
 class Packet:
-    """The first packet of a connection. `version` is IP's; an unknown protocol or port is None."""
+    """The first packet of a connection. `version` is IP's; None is what is not known of it."""
 
     hook: str
-    link_in: str
+    link_in: str | None
     link_out: str = ""
     protocol: str | None = None
     port: int | None = None

@@ -147,6 +147,12 @@ def test_the_way_between_wireguard_and_the_bridge(
     assert told(replace(SETTINGS, docker=docker)) == expected
 
 
+def test_while_no_link_has_the_address_a_rule_for_any_link_may_admit(netns: Namespace) -> None:
+    assert netns
+    load("table inet t {\nchain input {\n" + SHUT + 'iifname "eth0" tcp dport 7946 accept\n}\n}\n')
+    assert told(SETTINGS, link=None) == {UDP, WIREGUARD}
+
+
 def test_over_ipv6_the_rules_for_ipv6_count(netns: Namespace) -> None:
     assert netns
     load("table ip6 t {\nchain input {\n" + SHUT + "udp dport 51820 accept\n}\n}\n")
@@ -164,14 +170,14 @@ def load(rules: str) -> None:
     subprocess.run(program, input=rules, text=True, check=True, timeout=20)
 
 
-def told(settings: Settings) -> set[str]:
+def told(settings: Settings, link: str | None = "u0") -> set[str]:
     """Give what is said to be shut: ports as in ALL, ways as they are called."""
-    whats = [line.partition(" is shut by ")[0] for line in lines(settings)]
+    whats = [line.partition(" is shut by ")[0] for line in lines(settings, link)]
     return {what.replace(" port", "").partition(" (")[0] for what in whats}
 
 
-def lines(settings: Settings) -> list[str]:
-    needed = openings.needed(settings, "u0")
+def lines(settings: Settings, link: str | None = "u0") -> list[str]:
+    needed = openings.needed(settings, link)
     return list(openings.shut(needed, firewall.ruleset(), {version: firewall.saved(version) for version in (4, 6)}))
 
 
