@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PACKAGES := python3 python3-venv serf wireguard-go nftables iptables docker.io iproute2 util-linux \
-	busybox-static wireguard-tools tcpdump systemd-container bsdutils procps
+	busybox-static wireguard-tools tcpdump systemd-container bsdutils procps dbus-daemon python3-dbus python3-gi
 
 # What the guest with Debian's kernel needs; only `make test-kernel` asks for it.
 GUEST := qemu-system-x86 kmod busybox-static
@@ -55,14 +55,17 @@ demo-down: setup
 
 # Most tests wait most of the time, so two files run at once. They are copied away from the sources, so that they import the
 # installed wheel and not the checkout.
-test: setup .make/busybox
+test: setup .make/busybox .make/firewalls
 	rm -rf .make/tests && mkdir -p .make/tests && cp -r tests pyproject.toml .make/tests/
-	cd .make/tests && MESHD_BUSYBOX=$(CURDIR)/.make/busybox ../../$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
-		--ignore=tests/lab/test_dockers.py $(PYTEST)
+	cd .make/tests && MESHD_BUSYBOX=$(CURDIR)/.make/busybox MESHD_FIREWALLS=$(CURDIR)/.make/firewalls \
+		../../$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --ignore=tests/lab/test_dockers.py $(PYTEST)
 
 # The root of hosts that have little else than busybox.
 .make/busybox: .ci/fetch-busybox
 	.ci/fetch-busybox $@
+
+.make/firewalls: .ci/fetch-firewalls
+	.ci/fetch-firewalls $@
 
 # Docker's versions of Debian's other suites, unpacked beside the machine's own.
 test-docker: setup $(DOCKERS:%=.make/docker/%)

@@ -14,7 +14,7 @@ from meshd.errors import ApplyError, MissingError
 from meshd.model import Action, Chain, Change, IptablesRule, Resource, Rule, Table
 from meshd.netlink import notifications, subscribe
 
-PACKAGES = {"nft": "nftables", "iptables": "iptables", "iptables-save": "iptables"}
+PACKAGES = {"nft": "nftables", "iptables": "iptables", "iptables-save": "iptables", "ip6tables-save": "iptables"}
 MARK = "meshd:"
 # Where meshd may have rules of its own.
 PLACES = (("filter", "DOCKER-USER"), ("filter", "FORWARD"), ("raw", "PREROUTING"))
@@ -149,6 +149,28 @@ def parse_saved(text: str, owner: str) -> Iterator[IptablesRule]:
             if rest[start : start + 4] == comment and (table, chain) in PLACES:
                 yield IptablesRule(table, chain, tuple(rest[:start] + rest[start + 4 :]), owner)
                 break
+
+
+# --- the rules of all ------------------------------------------------------------------------------------------------
+
+
+def ruleset() -> list[dict[str, Any]]:
+    """Give everything in nftables, as libnftables-json(5) writes it. Raises ApplyError."""
+    done = run(["nft", "-j", "list", "ruleset"])
+    if done.returncode != 0:
+        raise ApplyError(f"listing all nftables rules: {_first_line(done.stderr)}")
+    try:
+        return list(json.loads(done.stdout)["nftables"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ApplyError(f"listing all nftables rules: unexpected answer of nft: {error!r}") from error
+
+
+def saved(version: int) -> str:
+    """Give what iptables-save prints, for IPv6 ip6tables-save; without iptables, or without its answer, nothing."""
+    try:
+        return run(["iptables-save" if version == 4 else "ip6tables-save"]).stdout
+    except MissingError:
+        return ""
 
 
 # --- changes by others ---------------------------------------------------------------------------------------------

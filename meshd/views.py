@@ -5,7 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from meshd import plan
+from meshd import firewall, openings, plan, underlay
+from meshd.config import Settings
+from meshd.errors import MeshdError
 from meshd.model import Change, Host, Member, Peer, Record, Status
 from meshd.reconcile import Machine, Report, reconcile
 from meshd.state import State
@@ -148,9 +150,19 @@ def status(state: State) -> dict[str, Any]:
         "peers": f"{len(report.peers)}, {_fresh(report.peers)} with a handshake in the last 3 minutes",
         "pending": [str(change) for change in report.changes],
         "refused": [f"{name}: {reason}" for name, reason in sorted(report.roster.refused.items())],
-        "problems": [str(failure) for failure in report.failures],
+        "problems": [*map(str, report.failures), *_shut(settings)],
         "state directory": str(state.directory),
     }
+
+
+def _shut(settings: Settings) -> list[str]:
+    """Give a line for each thing that the firewall of this host shuts, though meshd needs it open."""
+    versions = {4, settings.bind.version}
+    try:
+        needed = openings.needed(settings, underlay.holder(settings.bind))
+        return list(openings.shut(needed, firewall.ruleset(), {v: firewall.saved(v) for v in versions}))
+    except MeshdError as error:
+        return [f"firewall: {error}"]
 
 
 def status_text(facts: Mapping[str, Any]) -> str:

@@ -7,23 +7,17 @@ from pathlib import Path
 import pytest
 
 from meshd.lab.hosts import Lab, LabHost
-from tests.lab.conftest import (
-    SERVER,
-    assemble,
-    eventually,
-    fetch,
-    overlay,
-    rtt,
-    run_box,
-    run_container,
-)
+from tests.lab.conftest import assemble, eventually, overlay, run_box
 from tests.lab.faults import restart_docker
+from tests.lab.promises import all_reach_all, from_the_underlay, published, seen, serve
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
-# What .ci/fetch-docker has unpacked, the oldest first (`make test-docker`). All other tests run on the installed one.
+# What .ci/fetch-docker has unpacked, the oldest first (`make test-docker`).
 FOLDER = Path(os.environ.get("MESHD_DOCKERS", "/nowhere"))
 VERSIONS = {suite: version for suite, version in (("trixie", "26."), ("sid", "28.")) if (FOLDER / suite).is_dir()}
+# The machine's own, which all other tests run on too.
+INSTALLED = "installed"
 
 # How long a host may take to be whole again after what was done to its engine, in seconds.
 LIMIT = 10.0
@@ -35,40 +29,18 @@ class Mesh:
     def __init__(self, lab: Lab, root: Path | None) -> None:
         self.lab, self.root = lab, root
         self.hosts = assemble(lab, docker=3, root=self.root)
-        # Pinned, as a restart of an engine may give containers each other's addresses.
-        self.published, self.closed = overlay(self.hosts[0], 8), overlay(self.hosts[0], 9)
-        for name, address, *options in (("published", self.published, "-p", "8080:80"), ("closed", self.closed)):
-            options += ["--ip", address, "--restart", "always", "meshd/serf", "sh", "-c", SERVER]
-            run_container(self.hosts[0], name, *options)
+        self.servers = serve(self.hosts[0])
 
     def check(self) -> None:
         """Everything that a user was promised, within the limit."""
         for host in self.hosts:
             eventually(lambda: host.run(["meshd", "plan"], check=False).stdout == "no changes\n", LIMIT, "settled")  # noqa: B023
-        for source in self.hosts:
-            for target in self.hosts:
-                eventually(lambda: rtt(source, "box", overlay(target, 1)), LIMIT, f"{source.name} to {target.name}")  # noqa: B023
+        eventually(lambda: all_reach_all(self.hosts), LIMIT, "all containers reach each other")
         server, client = self.hosts[0], self.hosts[1]
-        outside = f"http://{server.address}:8080/cgi-bin/peer"
-        eventually(lambda: fetch(client, outside) == str(client.address), LIMIT, "the published port, by the underlay")
-        for address in (self.published, self.closed):
+        eventually(lambda: published(server, client), LIMIT, "the published port, by the underlay")
+        for address in self.servers:
             eventually(lambda: seen(client, address) == overlay(client, 1), LIMIT, "the source is the container's")  # noqa: B023
-            assert self.from_the_underlay(address) == ""
-
-    def from_the_underlay(self, address: str) -> str:
-        """What a neighbour gets that routes to a container's address past WireGuard."""
-        neighbour = self.lab.switch
-        neighbour.run(["ip", "route", "add", address, "via", str(self.hosts[0].address)])
-        try:
-            return fetch(neighbour, f"http://{address}/cgi-bin/peer")
-        finally:
-            neighbour.run(["ip", "route", "del", address])
-
-
-def seen(client: LabHost, address: str) -> str:
-    """The source that a web server sees when the container `box` asks it."""
-    url = f"http://{address}/cgi-bin/peer"
-    return client.run(["docker", "exec", "box", "wget", "-q", "-O", "-", url], check=False).stdout.strip()
+            assert from_the_underlay(self.lab, server, address) == ""
 
 
 def version(host: LabHost) -> str:
@@ -93,15 +65,15 @@ def test_upgraded_in_place_from_each_to_the_next(lab: Lab) -> None:
         lab.down()
 
 
-@pytest.fixture(scope="module", params=VERSIONS)
+@pytest.fixture(scope="module", params=[INSTALLED, *VERSIONS])
 def mesh(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Mesh]:
-    yield Mesh(lab, FOLDER / request.param)
+    yield Mesh(lab, None if request.param == INSTALLED else FOLDER / request.param)
     lab.down()
 
 
 def test_the_mesh(mesh: Mesh) -> None:
-    assert mesh.root is not None
-    assert version(mesh.hosts[0]).startswith(VERSIONS[mesh.root.name])
+    if mesh.root is not None:
+        assert version(mesh.hosts[0]).startswith(VERSIONS[mesh.root.name])
     mesh.check()
 
 

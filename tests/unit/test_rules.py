@@ -93,6 +93,7 @@ def test_own_iptables_rules_are_found_by_their_owner_where_meshd_puts_any() -> N
         (Engine("20.10.24+dfsg1"), USER),
         (Engine("27.5.1"), USER),
         (Engine("28.0.4"), [*USER, "PREROUTING"]),
+        (Engine("28.1.1"), [*USER, "PREROUTING"]),
         (Engine("29.7.2"), [*USER, "PREROUTING"]),
         (Engine("dev"), [*USER, "PREROUTING"]),
         (Engine("28.5.2", "iptables+firewalld"), [*USER, "PREROUTING"]),
