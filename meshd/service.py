@@ -13,7 +13,9 @@ from meshd.serf import clean_environment
 from meshd.state import DEFAULT, State
 
 UNITS = Path("/etc/systemd/system")
-START_TIMEOUT = 15.0
+# On a slow or busy machine Python takes its time, a minute at worst; one that ends instead is noticed at once.
+START_TIMEOUT = 60.0
+STOP_TIMEOUT = 15.0
 
 # Before docker.service: dockerd finds the bridge with its address, and forwarding on. KillMode=process: a restart or
 # an upgrade ends the daemon alone; Serf and wireguard-go carry traffic and are adopted by the next one.
@@ -151,7 +153,7 @@ def stop(state: State) -> None:
         _systemctl("disable", "--now", unit_name(state))
         (UNITS / unit_name(state)).unlink()
         _systemctl("daemon-reload")
-    deadline = time.monotonic() + START_TIMEOUT
+    deadline = time.monotonic() + STOP_TIMEOUT
     number = signal.SIGTERM
     while (pid := state.agent_pid()) is not None:
         if time.monotonic() > deadline:
