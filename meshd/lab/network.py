@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from contextlib import closing
 from ipaddress import IPv4Address
+from pathlib import Path
 from typing import Any
 
 from meshd.errors import InputError
@@ -14,6 +15,9 @@ GATEWAY = IPv4Address("10.10.10.1")
 PREFIX_LENGTH = 24
 # An address beyond the underlay (TEST-NET-3): hosts and masqueraded containers reach it by the default route.
 WORLD = IPv4Address("203.0.113.1")
+# One table holds the neighbours of all namespaces (arp(7)): 33 hosts that know each other fill the kernel's 1,024.
+NEIGHBOURS = 1 << 15
+_NEIGHBOUR_LIMITS = Path("/proc/sys/net/ipv4/neigh/default")
 
 
 def address(name: str) -> IPv4Address:
@@ -26,6 +30,7 @@ def address(name: str) -> IPv4Address:
 
 def make_switch(pid: int) -> None:
     """Make the switch's bridge, with the gateway's address on it, in the namespace of process `pid`."""
+    _make_room_for_neighbours()
     with closing(_netlink(pid)) as ipr:
         ipr.link("add", ifname=BRIDGE, kind="bridge", br_forward_delay=0)
         _address(ipr, BRIDGE, GATEWAY, PREFIX_LENGTH)
@@ -47,6 +52,13 @@ def plug_in(switch: int, host: int, name: str, mtu: int) -> None:
         ipr.link("set", index=_index(ipr, "lo"), state="up")
         _address(ipr, "eth0", address(name), PREFIX_LENGTH)
         ipr.route("add", dst="default", gateway=str(GATEWAY))
+
+
+def _make_room_for_neighbours() -> None:
+    """Raise the kernel's limits, for good: another lab may need them as well. A namespace of one's own has none."""
+    for path in _NEIGHBOUR_LIMITS.glob("gc_thresh[123]"):
+        if int(path.read_text()) < NEIGHBOURS:
+            path.write_text(str(NEIGHBOURS))
 
 
 def heal() -> str:
