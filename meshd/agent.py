@@ -130,7 +130,7 @@ class Agent:
                 return sorted(set(news))
 
     def _is_echo(self, hint: str) -> bool:
-        """Tell whether this is the kernel's word of what the last pass did. A second one is of somebody else's doing."""
+        """Tell whether this is the kernel's word of what the last pass did; a second one is of somebody's doing."""
         if hint not in self.echoes:
             return False
         self.echoes.remove(hint)

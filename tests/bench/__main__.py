@@ -4,9 +4,9 @@ from pathlib import Path
 
 import click
 
-from tests.bench import handler, passes, report
+from tests.bench import changes, handler, joins, passes, report
 
-MEASUREMENTS = {"passes": passes.run, "handler": handler.run}
+MEASUREMENTS = {"passes": passes.run, "handler": handler.run, "joins": joins.run, "changes": changes.run}
 
 
 @click.command()
