@@ -5,14 +5,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
 from meshd.lab.hosts import LabHost
 from tests.bench.journal import Journal, pinging, watching
 from tests.bench.mesh import Mesh, standing
 from tests.bench.report import Result, Target
-from tests.lab.conftest import members
+from tests.lab.conftest import address_of
 from tests.lab.faults import KILL_DAEMON, STATE, boot
 
 REKEY = f"{KILL_DAEMON}; rm {STATE}/wireguard.key; meshd up"
@@ -123,7 +122,7 @@ class Changes:
         self.journal.settle()
         begun = time.monotonic()
         host = boot(self.mesh.lab, host)
-        with pinging(self.mesh.hosts, _address(host)) as reached:
+        with pinging(self.mesh.hosts, address_of(host)) as reached:
             heard = self._status("Join", host, begun)
         yield "power back", Spread(heard.heard, _since(begun, reached))
 
@@ -136,7 +135,7 @@ class Changes:
         self.journal.settle()
         begun = time.monotonic()
         self.mesh.lab.heal()
-        with pinging(self.mesh.hosts, _address(host)) as reached:
+        with pinging(self.mesh.hosts, address_of(host)) as reached:
             heard = self._status("Join", host, begun)
         yield "cable mended", Spread(heard.heard, _since(begun, reached))
 
@@ -149,11 +148,6 @@ class Changes:
 
     def _since(self, begun: float) -> dict[str, float]:
         return dict.fromkeys((host.name for host in self.mesh.hosts), begun)
-
-
-def _address(host: LabHost) -> IPv4Address:
-    """Give the overlay address of a host, which may have had to take another subnet than at first."""
-    return IPv4Network(members(host)[host.name]["subnet"]).network_address
 
 
 def _since(begun: float, times: Mapping[str, float]) -> dict[str, float]:

@@ -100,8 +100,13 @@ def _hurry() -> None:
 
 
 @contextmanager
-def pinging(hosts: Sequence[LabHost], target: IPv4Address, pause: float = 0.025) -> Iterator[dict[str, float]]:
-    """Ping an address from each host until it has answered there once; the dict says when, by the hosts' names."""
+def pinging(
+    hosts: Sequence[LabHost], target: IPv4Address, *, pause: float = 0.025, patience: float = PATIENCE
+) -> Iterator[dict[str, float]]:
+    """Ping an address from each host until it has answered there once; the dict says when, by the hosts' names.
+
+    Who has got no answer within `patience` seconds after the block is not in it.
+    """
     answered: dict[str, float] = {}
     stopping = Event()
     sockets = {_icmp(host): host.name for host in hosts}
@@ -109,7 +114,7 @@ def pinging(hosts: Sequence[LabHost], target: IPv4Address, pause: float = 0.025)
     thread.start()
     try:
         yield answered
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + patience
         while thread.is_alive() and time.monotonic() < deadline:
             thread.join(0.1)
     finally:
