@@ -49,6 +49,7 @@ class Agent:
         self.stale_since: dict[str, float] = {}
         self.quiet_since: dict[str, float] = {}
         self.complaints: set[str] = set()
+        self.echoes: set[str] = set()
         self.report = Report()
 
     def run(self) -> None:
@@ -120,14 +121,24 @@ class Agent:
 
     def _wait(self, timeout: float) -> list[str]:
         """Give the hints that came, an empty list if none did for `timeout` seconds."""
-        try:
-            hints = [self.hints.get(timeout=timeout)]
-        except queue.Empty:
-            return []
-        self.stopping.wait(SETTLE)
-        while not self.hints.empty():
-            hints.append(self.hints.get())
-        return sorted(set(hints))
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                hints = [self.hints.get(timeout=max(0.0, deadline - time.monotonic()))]
+            except queue.Empty:
+                return []
+            self.stopping.wait(SETTLE)
+            while not self.hints.empty():
+                hints.append(self.hints.get())
+            if news := [hint for hint in hints if not self._is_echo(hint)]:
+                return sorted(set(news))
+
+    def _is_echo(self, hint: str) -> bool:
+        """Tell whether this is the kernel's word of what the last pass did; a second one is of somebody's doing."""
+        if hint not in self.echoes:
+            return False
+        self.echoes.remove(hint)
+        return True
 
     def _follow_underlay(self) -> None:
         try:
@@ -162,6 +173,7 @@ class Agent:
             return False
         report = self.report
         self.quiet_since = {key: self.quiet_since.get(key, time.monotonic()) for key in report.quiet}
+        self.echoes = links.told(report.changes)
         for change in report.changes:
             log.info("%s (seen by %s)", change, ", ".join(hints) or "timer")
         refused = [f"refused {name}: {reason}" for name, reason in sorted(report.roster.refused.items())]

@@ -162,9 +162,10 @@ class Exchange:
             self._hear(news[0], record)
 
     def _hear(self, name: str, record: Record) -> None:
-        """Keep a record that its owner has signed for the next pass."""
+        """Keep a record that its owner has signed for the next pass, unless the tags have brought it already."""
         known = self.heard.get(name)
-        if name != self.state.settings.name and (known is None or record.seq > known.seq):
+        newest = max(known.seq if known else 0, self._applied.get(name, 0))
+        if name != self.state.settings.name and record.seq > newest:
             self.heard[name] = record
             self.hint(f"serf: record of {name}")
 

@@ -7,7 +7,7 @@ import errno
 import socket
 import struct
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 from pyroute2.netlink.rtnl.marshal import MarshalRtnl
 
 from meshd.errors import ApplyError, ConflictError
-from meshd.model import Action, Address, Change, Link, Resource, Sysctl
+from meshd.model import Action, Address, Change, Link, Resource, Route, Sysctl
 from meshd.netlink import RT_TABLE_MAIN, link_kind, notifications, rtnetlink, subscribe, tolerating
 
 PROC_SYS = Path("/proc/sys")
@@ -226,6 +226,16 @@ def watch(names: Collection[str], protocol: int, hint: Callable[[str], None], st
         raise ApplyError(f"watching links: {error.strerror or error}") from error
 
 
+def told(changes: Iterable[Change]) -> set[str]:
+    """Give the hints by which a watch tells of the routes among one's own changes."""
+    routes = [(c.resource, c.action is Action.REMOVE) for c in changes if isinstance(c.resource, Route)]
+    return {"netlink: " + _route_text(str(route.prefix), "removed" if gone else "changed") for route, gone in routes}
+
+
+def _route_text(prefix: str, done: str) -> str:
+    return f"route {prefix} {done}"
+
+
 class _Watcher:
     """Turns netlink datagrams into hints. Links are remembered by index: a route's message has no name."""
 
@@ -260,8 +270,7 @@ class _Watcher:
             return f"address {message.get('IFA_LOCAL')} of {link} {done}"
         ours = message.get("RTA_OIF") in self.index or message.get("proto") == self._protocol
         if event.endswith("ROUTE") and ours and message.get("RTA_TABLE") == RT_TABLE_MAIN:
-            prefix = f"{message.get('RTA_DST') or IPv4Address(0)}/{message['dst_len']}"
-            return f"route {prefix} {done}"
+            return _route_text(f"{message.get('RTA_DST') or IPv4Address(0)}/{message['dst_len']}", done)
         return None
 
     def _link_text(self, message: Any, done: str) -> str | None:

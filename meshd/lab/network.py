@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
 from typing import Any
 
 from meshd.errors import InputError, MeshdError
@@ -22,6 +23,9 @@ CARRIER_TIMEOUT = 5.0
 IFA_F_NODAD = 0x02  # include/uapi/linux/if_addr.h
 # An address beyond the underlay (TEST-NET-3): hosts and masqueraded containers reach it by the default route.
 WORLD = IPv4Address("203.0.113.1")
+# One table holds the neighbours of all namespaces (arp(7)): 33 hosts that know each other fill the kernel's 1,024.
+NEIGHBOURS = 1 << 15
+_NEIGHBOUR_LIMITS = Path("/proc/sys/net/ipv4/neigh/default")
 
 
 def addresses(name: str, underlay: str = "ipv4") -> tuple[IPAddress, ...]:
@@ -42,6 +46,7 @@ def gateway(version: int) -> IPAddress:
 
 def make_switch(pid: int) -> None:
     """Make the switch's bridge, with the gateway's addresses on it, in the namespace of process `pid`."""
+    _make_room_for_neighbours()
     with closing(_netlink(pid)) as ipr:
         ipr.link("add", ifname=BRIDGE, kind="bridge", br_forward_delay=0)
         for version, length in PREFIX_LENGTHS.items():
@@ -77,6 +82,13 @@ def _wait_for_carrier(ipr: Any, link: str) -> None:
         if time.monotonic() > deadline:
             raise MeshdError(f"the lab's cable {link} has no carrier after {CARRIER_TIMEOUT:g} s")
         time.sleep(0.01)
+
+
+def _make_room_for_neighbours() -> None:
+    """Raise the kernel's limits, for good: another lab may need them as well. A namespace of one's own has none."""
+    for path in _NEIGHBOUR_LIMITS.glob("gc_thresh[123]"):
+        if int(path.read_text()) < NEIGHBOURS:
+            path.write_text(str(NEIGHBOURS))
 
 
 def heal() -> str:

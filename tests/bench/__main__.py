@@ -4,19 +4,23 @@ from pathlib import Path
 
 import click
 
-from tests.bench import handler, passes, report
+from tests.bench import changes, handler, joins, passes, report, scale
 
-MEASUREMENTS = {"passes": passes.run, "handler": handler.run}
+MEASUREMENTS = {"passes": passes.run, "handler": handler.run, "joins": joins.run, "changes": changes.run}
+
+
+# Takes minutes and most of a machine.
+ON_REQUEST = {"scale": scale.run}
 
 
 @click.command()
 @click.option("--quick", is_flag=True, help="fewer sizes and repetitions")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("docs/benchmarks"), show_default=True)
-@click.argument("names", nargs=-1, type=click.Choice([*MEASUREMENTS]))
+@click.argument("names", nargs=-1, type=click.Choice([*MEASUREMENTS, *ON_REQUEST]))
 def main(names: tuple[str, ...], out: Path, *, quick: bool) -> None:
     """Measure, print tables, and write JSON and figures."""
     for name in names or MEASUREMENTS:
-        result = MEASUREMENTS[name](quick=quick)
+        result = (MEASUREMENTS | ON_REQUEST)[name](quick=quick)
         click.echo(report.text(result))
         report.write([result], out)
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,11 @@ def run_box(host: LabHost) -> None:
 def overlay(host: LabHost, last: int = 0) -> str:
     """The overlay address of a host, or of its container `last`, in a lab where nobody had to move."""
     return f"172.20.{host.address.packed[-1]}.{last}"
+
+
+def address_of(host: LabHost) -> IPv4Address:
+    """The overlay address of a host, also of one that had to move."""
+    return IPv4Network(members(host)[host.name]["subnet"]).network_address
 
 
 def members(host: LabHost) -> dict[str, dict[str, str]]:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from ipaddress import IPv4Interface, ip_address
+from ipaddress import IPv4Interface, IPv4Network, ip_address
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ import pytest
 
 from meshd import links, netlink, underlay
 from meshd.errors import ApplyError, ConflictError, InputError
-from meshd.model import Action, Address, Change, Link, Sysctl
+from meshd.model import Action, Address, Change, Link, Route, Sysctl
+from meshd.routes import Routes
 from tests.netns.conftest import Namespace
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("netns")]
@@ -269,6 +270,16 @@ def test_watch_tells_of_our_links_and_routes_only() -> None:
             pass
         ip("link", "add", "ovl0", "type", "bridge")
         assert hint() == "netlink: link ovl0 changed"
+
+
+def test_what_a_watch_tells_of_own_routes_is_known_before() -> None:
+    make_underlay()
+    routes = Routes("u0", IPv4Network("172.20.0.0/16"))
+    added = Change(Action.ADD, Route(IPv4Network("172.20.7.0/24"), "u0"))
+    with watching("wg0") as hint:
+        for change in (added, replace(added, action=Action.REMOVE)):
+            routes.apply(change)
+            assert {hint()} == links.told([change])
 
 
 def test_an_overrun_is_a_hint(monkeypatch: pytest.MonkeyPatch, netns: Namespace) -> None:

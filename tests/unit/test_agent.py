@@ -1,0 +1,28 @@
+"""What the daemon makes of its hints; tests/lab has it at work."""
+
+from ipaddress import IPv4Network
+
+from meshd import links
+from meshd.agent import Agent
+from meshd.model import Action, Change, Route
+from meshd.state import State
+
+ADDED = Change(Action.ADD, Route(IPv4Network("172.20.7.0/24"), "wg0"))
+TOLD = "netlink: route 172.20.7.0/24 changed"
+
+
+def test_what_the_kernel_tells_of_the_last_pass_is_no_reason_for_another(state: State) -> None:
+    agent = Agent(state)
+    agent.echoes = links.told([ADDED])
+    agent.hint(TOLD)
+    assert agent._wait(0.1) == []
+    agent.hint(TOLD)
+    assert agent._wait(0.1) == [TOLD], "the second one is somebody else's"
+
+
+def test_an_echo_does_not_hide_what_came_with_it(state: State) -> None:
+    agent = Agent(state)
+    agent.echoes = links.told([ADDED])
+    for text in (TOLD, "serf: member-join", TOLD):
+        agent.hint(text)
+    assert agent._wait(0.1) == [TOLD, "serf: member-join"]
