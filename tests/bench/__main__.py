@@ -4,9 +4,15 @@ from pathlib import Path
 
 import click
 
-from tests.bench import handler, passes, report
+from tests.bench import at_rest, datapath, handler, passes, report, tunnels
 
-MEASUREMENTS = {"passes": passes.run, "handler": handler.run}
+MEASUREMENTS = {
+    "passes": passes.run,
+    "handler": handler.run,
+    "datapath": datapath.run,
+    "tunnels": tunnels.run,
+    "at-rest": at_rest.run,
+}
 
 
 @click.command()

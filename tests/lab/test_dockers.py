@@ -21,7 +21,7 @@ from tests.lab.faults import restart_docker
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
-# What .ci/fetch-docker has unpacked, the oldest first (`make test-docker`). All other tests run on the installed one.
+# What .ci/unpack has unpacked, the oldest first (`make test-docker`). All other tests run on the installed one.
 FOLDER = Path(os.environ.get("MESHD_DOCKERS", "/nowhere"))
 VERSIONS = {suite: version for suite, version in (("trixie", "26."), ("sid", "28.")) if (FOLDER / suite).is_dir()}
 
