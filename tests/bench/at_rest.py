@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from ipaddress import IPv4Address
@@ -45,7 +44,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Rest:
-    """A host at rest: by program its share of a core in %, its MB and its MB at the peak; bytes a second on its link."""
+    """A host at rest: by program the share of a core in % and the memory in MB; bytes a second on its link."""
 
     programs: Mapping[str, Usage]
     traffic: float | None = None
@@ -108,8 +107,8 @@ def _bare_serfs(host: LabHost) -> LabHost:
             retry_join=["127.0.0.1"],
         )
         (host.directory / f"serf{number}.json").write_text(json.dumps(config))
-    start = f"cd {host.directory}; for file in serf*.json; do serf agent -config-file=$file >/dev/null 2>&1 & sleep 0.1; done"
-    host.run(["bash", "-c", f"{start}; disown -a"])
+    start = f"serf agent -config-file={host.directory}/serf$number.json >/dev/null 2>&1 & sleep 0.1"
+    host.run(["sh", "-c", f"for number in $(seq {AGENTS}); do {start}; done"])
     listed = "SERF_RPC_AUTH=secret serf members -rpc-addr 127.0.0.1:8001 | grep -c alive"
     eventually(lambda: host.run(["sh", "-c", listed], check=False).stdout == f"{AGENTS}\n", 30, "the Serfs have met")
     return host
@@ -137,13 +136,13 @@ def _rest(hosts: Mapping[int, Sequence[LabHost]], seconds: int) -> dict[int, Res
 
 def _processes(host: LabHost) -> list[tuple[str, int]]:
     """Find the programs that run on a host: the name and the process id as seen from here."""
-    space = os.readlink(f"/proc/{host.pid}/ns/pid")
+    space = Path(f"/proc/{host.pid}/ns/pid").readlink()
     found = []
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and os.readlink(entry / "ns/pid") == space:
+        if entry.name.isdigit() and (entry / "ns/pid").readlink() == space:
             words = (entry / "cmdline").read_bytes().decode().split("\0")
             # By what runs: the process that passes for Serf has only its name.
-            program = Path(os.readlink(entry / "exe")).name
+            program = (entry / "exe").readlink().name
             name = "daemon" if words[1:4] == ["-I", "-m", "meshd"] else program
             if name in PROGRAMS:
                 found.append((name, int(entry.name)))
@@ -200,18 +199,14 @@ def _draw(rests: Mapping[int, Rest], axes: Any) -> None:
     sizes = [peers for peers in rests if peers]
     for place, name in enumerate(PROGRAMS):
         for column, peers in enumerate(sizes):
-            source = 0 if name == "serf" and peers == AGENTS - 1 else peers
-            used = rests[source].programs.get(name)
-            if used is None:
-                continue
-            at = column + (place - 1) * 0.27
-            axes.bar(at, used.memory, 0.25, color=f"C{place}", label=name if column == 0 else "")
-            axes.annotate(
-                f"{used.cpu:.2f} %", (at, used.memory), (0, 3), textcoords="offset points", ha="center", fontsize=8
-            )
-    axes.set(
-        xticks=range(len(sizes)), xticklabels=[f"{s:,}" for s in sizes], xlabel="peers", ylabel="resident memory, MB"
-    )
-    axes.legend(
-        frameon=False, fontsize=9, title="above each bar:\n% of a core", loc="upper left", bbox_to_anchor=(1, 1)
-    )
+            # With 50 peers, Serf is that of the bare agents.
+            of = {**rests[0].programs, **rests[peers].programs} if peers < AGENTS else rests[peers].programs
+            used = of.get(name)
+            if used is not None:
+                at = column + (place - 1) * 0.28
+                axes.bar(at, used.memory, 0.26, color=f"C{place}", label="" if column else name)
+                axes.annotate(f"{used.cpu:.2f} %", (at, used.memory + 1), ha="center", fontsize=8)
+    names = [f"{size:,}" for size in sizes]
+    axes.set(xticks=range(len(sizes)), xticklabels=names, xlabel="peers", ylabel="resident memory, MB")
+    legend = axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+    legend.set_title("above each bar:\n% of a core", {"size": 9})

@@ -1,6 +1,6 @@
 """A stand-in for Serf's RPC with as many members as wanted; tests/netns/test_serf_rpc.py holds both to one contract.
 
-It knows what a pass asks: handshake, auth, members, tags, stats. A daemon's streams stay silent, its questions unanswered.
+It knows what a pass asks: handshake, auth, members, tags, stats. Streams stay silent, questions get no answer.
 """
 
 import re

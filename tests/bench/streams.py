@@ -92,7 +92,7 @@ def rounds(ways: Sequence[Way], count: int, seconds: int) -> dict[str, list[Figu
 
 
 def median(figures: Sequence[Figures], what: str) -> float:
-    return statistics.median(getattr(f, what) for f in figures)
+    return float(statistics.median(getattr(f, what) for f in figures))
 
 
 def ratios(ours: Sequence[Figures], theirs: Sequence[Figures], what: str) -> list[float]:
