@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from ipaddress import IPv4Address
@@ -136,15 +137,15 @@ def _rest(hosts: Mapping[int, Sequence[LabHost]], seconds: int) -> dict[int, Res
 
 def _processes(host: LabHost) -> list[tuple[str, int]]:
     """Find the programs that run on a host: the name and the process id as seen from here."""
-    space = Path(f"/proc/{host.pid}/ns/pid").readlink()
-    found = []
+    space, found = Path(f"/proc/{host.pid}/ns/pid").readlink(), []
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and (entry / "ns/pid").readlink() == space:
-            words = (entry / "cmdline").read_bytes().decode().split("\0")
+        if not entry.name.isdigit():
+            continue
+        with suppress(OSError):  # it has ended, or is nobody's
+            words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
             # By what runs: the process that passes for Serf has only its name.
-            program = (entry / "exe").readlink().name
-            name = "daemon" if words[1:4] == ["-I", "-m", "meshd"] else program
-            if name in PROGRAMS:
+            name = "daemon" if words[1:4] == ["-I", "-m", "meshd"] else (entry / "exe").readlink().name
+            if name in PROGRAMS and (entry / "ns/pid").readlink() == space:
                 found.append((name, int(entry.name)))
     return found
 
@@ -205,7 +206,7 @@ def _draw(rests: Mapping[int, Rest], axes: Any) -> None:
             if used is not None:
                 at = column + (place - 1) * 0.28
                 axes.bar(at, used.memory, 0.26, color=f"C{place}", label="" if column else name)
-                axes.annotate(f"{used.cpu:.2f} %", (at, used.memory + 1), ha="center", fontsize=8)
+                axes.annotate(f"{used.cpu:.2f} %", (at, used.memory + 1), ha="center", fontsize=7)
     names = [f"{size:,}" for size in sizes]
     axes.set(xticks=range(len(sizes)), xticklabels=names, xlabel="peers", ylabel="resident memory, MB")
     legend = axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))

@@ -65,6 +65,7 @@ def write(results: Sequence[Result], directory: Path) -> None:
         axes.set_title(result.title, loc="left", fontweight="bold")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="0.9", linewidth=0.6)
+        axes.set_axisbelow(True)
         # Without a date: the same figures give the same file.
         figure.savefig(directory / f"{result.name}.svg", metadata={"Date": None})
 

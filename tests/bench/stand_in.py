@@ -75,7 +75,7 @@ class _Connection(socketserver.BaseRequestHandler):
                 self.request.sendall(msgpack.packb({"Seq": header["Seq"], "Error": error}) + answer)
 
     def _messages(self) -> Iterator[dict[str, Any]]:
-        unpacker = msgpack.Unpacker()
+        unpacker = msgpack.Unpacker(unicode_errors="replace")  # payloads are any bytes
         while data := self.request.recv(65536):
             unpacker.feed(data)
             yield from unpacker
