@@ -13,6 +13,11 @@ PREFIX ?= /opt/meshd
 WORKERS ?= 2
 DOCKERS ?= trixie sid
 
+# What the benchmarks compare with and measure by, unpacked and not installed: iperf3, tinc and Nebula bring services.
+TOOLS := iperf3 libiperf0 libsctp1 iputils-ping tinc liblzo2-2 nebula
+# The suites with a newer wireguard-go.
+NEWER := trixie sid
+
 .PHONY: install uninstall setup demo demo-down test test-docker test-kernel chaos bench bench-quick bench-scale test-unit fuzz check format clean
 
 setup: .make/packages .make/wheel
@@ -73,8 +78,9 @@ test-docker: setup $(DOCKERS:%=.make/docker/%)
 	cd .make/tests && MESHD_DOCKERS=$(CURDIR)/.make/docker ../../$(BIN)/python -m pytest \
 		tests/lab/test_dockers.py $(PYTEST)
 
-.make/docker/%: .ci/fetch-docker
-	.ci/fetch-docker $* $@
+# runc stays the machine's: the newer ones want a newer libc, and it has no part in the network.
+.make/docker/%: .ci/unpack
+	.ci/unpack $* $@ docker.io containerd
 
 # Random faults and a check of everything after each: `make chaos CHAOS=50 CHAOS_SEED=7`.
 CHAOS ?= 200
@@ -93,15 +99,21 @@ test-kernel: setup .make/kernel
 
 # Figures, not tests: tables here, JSON and plots in docs/benchmarks. `make bench BENCH=passes` for one of them.
 BENCH ?=
-bench: setup
+bench: setup .make/tools/own $(NEWER:%=.make/tools/%)
 	$(BIN)/python -m tests.bench $(BENCH)
 
-bench-quick: setup
+bench-quick: setup .make/tools/own $(NEWER:%=.make/tools/%)
 	$(BIN)/python -m tests.bench --quick --out .make/bench $(BENCH)
 
 # A hundred hosts on this machine, a quarter of an hour; docs/scale.md says what follows.
 bench-scale: setup
 	$(BIN)/python -m tests.bench scale
+
+.make/tools/own: .ci/unpack
+	.ci/unpack $$(. /etc/os-release && echo $$VERSION_CODENAME) $@ $(TOOLS)
+
+.make/tools/%: .ci/unpack
+	.ci/unpack $* $@ wireguard-go
 
 test-unit: setup
 	$(BIN)/python -m pytest tests/unit $(PYTEST)

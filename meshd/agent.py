@@ -21,8 +21,10 @@ from meshd.state import State
 
 log = logging.getLogger("meshd")
 
-# A full pass at least this often: what the kernel does not notify (a flushed rule, a sysctl) is found by it.
-INTERVAL = 10.0
+# A full pass at least this often: what the kernel does not notify (a flushed rule, a sysctl) is found by it. Its cost
+# grows with the hosts, and so does the interval beyond 250 of them: looking in vain stays below 0.3 % of a core.
+INTERVAL, LONGEST_INTERVAL = 10.0, 60.0
+HOSTS_A_SECOND = 25
 # Hints of one cause come in bursts; this is what the first one waits for the others.
 SETTLE = 0.02
 RETRY = 1.0
@@ -114,9 +116,9 @@ class Agent:
                 self._follow_underlay()
             ok = self._keep_serf() and self._pass(hints, plan.ORDER if full else MEMBERSHIP)
             if full:
-                full_pass_due = time.monotonic() + INTERVAL
+                full_pass_due = time.monotonic() + (_interval(len(self.report.roster.hosts)) if ok else INTERVAL)
                 _trim(self.state)
-            pause = min(INTERVAL, max(0.0, full_pass_due - time.monotonic())) if ok else RETRY
+            pause = max(0.0, full_pass_due - time.monotonic()) if ok else RETRY
             hints = self._wait(min(pause, HANDSHAKE) if self.quiet_since else pause)
 
     def _wait(self, timeout: float) -> list[str]:
@@ -282,6 +284,11 @@ def run(state: State) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: agent.stop())
     agent.run()
+
+
+def _interval(hosts: int) -> float:
+    """Give the seconds from one full pass to the next."""
+    return min(max(INTERVAL, hosts / HOSTS_A_SECOND), LONGEST_INTERVAL)
 
 
 def _notify_service_manager() -> None:

@@ -4,10 +4,17 @@ from pathlib import Path
 
 import click
 
-from tests.bench import changes, handler, joins, passes, report, scale
+from tests.bench import at_rest, changes, datapath, handler, joins, passes, report, scale, tunnels
 
-MEASUREMENTS = {"passes": passes.run, "handler": handler.run, "joins": joins.run, "changes": changes.run}
-
+MEASUREMENTS = {
+    "passes": passes.run,
+    "handler": handler.run,
+    "joins": joins.run,
+    "changes": changes.run,
+    "datapath": datapath.run,
+    "tunnels": tunnels.run,
+    "at-rest": at_rest.run,
+}
 
 # Takes minutes and most of a machine.
 ON_REQUEST = {"scale": scale.run}

@@ -29,8 +29,8 @@ def signed_record(number: int, life: int = 1) -> Record:
     )
 
 
-def fill(state: State, rpc_port: int, wireguard: str) -> Member:
-    """Write the state directory of host 0, without Docker; give it as a member."""
+def fill(state: State, rpc_port: int, wireguard: str, *, docker: bool = False) -> Member:
+    """Write the state directory of host 0; give it as a member."""
     own = signed_record(0)
     settings = Settings(
         name="barge0",
@@ -40,7 +40,7 @@ def fill(state: State, rpc_port: int, wireguard: str) -> Member:
         wireguard=wireguard,
         wireguard_backend="userspace",
         rpc_port=rpc_port,
-        docker=False,
+        docker=docker,
         # Or wireguard-go would spend the machine on handshakes with hosts that do not exist.
         keepalive=0,
     )

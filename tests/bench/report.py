@@ -15,16 +15,17 @@ from matplotlib.figure import Figure
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A figure and the most that it should be."""
+    """A figure and the most that it should be, or the least."""
 
     what: str
     figure: float
     limit: float
     unit: str
+    at_least: bool = False
 
     @property
     def is_met(self) -> bool:
-        return self.figure <= self.limit
+        return self.figure >= self.limit if self.at_least else self.figure <= self.limit
 
     def __str__(self) -> str:
         said = "met" if self.is_met else "MISSED"
@@ -64,6 +65,7 @@ def write(results: Sequence[Result], directory: Path) -> None:
         axes.set_title(result.title, loc="left", fontweight="bold")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="0.9", linewidth=0.6)
+        axes.set_axisbelow(True)
         # Without a date: the same figures give the same file.
         figure.savefig(directory / f"{result.name}.svg", metadata={"Date": None})
 

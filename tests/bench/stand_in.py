@@ -1,6 +1,6 @@
 """A stand-in for Serf's RPC with as many members as wanted; tests/netns/test_serf_rpc.py holds both to one contract.
 
-It knows what a pass asks: handshake, auth, members, tags, stats.
+It knows what a pass asks: handshake, auth, members, tags, stats. Streams stay silent, questions get no answer.
 """
 
 import re
@@ -16,7 +16,8 @@ import msgpack
 from meshd.model import Member
 from meshd.tags import LIMIT, size
 
-_WITH_BODY = {"handshake", "auth", "tags", "members-filtered"}
+_SILENT = {"monitor", "stream", "event", "query"}
+_WITH_BODY = {"handshake", "auth", "tags", "members-filtered", *_SILENT}
 
 
 class StandIn(socketserver.ThreadingTCPServer):
@@ -74,7 +75,7 @@ class _Connection(socketserver.BaseRequestHandler):
                 self.request.sendall(msgpack.packb({"Seq": header["Seq"], "Error": error}) + answer)
 
     def _messages(self) -> Iterator[dict[str, Any]]:
-        unpacker = msgpack.Unpacker()
+        unpacker = msgpack.Unpacker(unicode_errors="replace")  # payloads are any bytes
         while data := self.request.recv(65536):
             unpacker.feed(data)
             yield from unpacker
@@ -95,7 +96,7 @@ class _Connection(socketserver.BaseRequestHandler):
             return "", _packed(m for m in self.server.members if re.fullmatch(body["Name"], m.name))
         if command == "stats":
             return "", msgpack.packb({"agent": {"name": self.server.members[0].name}})
-        error = "Unsupported command"
+        error = "" if command in _SILENT else "Unsupported command"
         if command == "tags":
             error = self.server.set_tags(body.get("Tags", {}), body.get("DeleteTags", []))
         return error, b""

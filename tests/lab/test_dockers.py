@@ -13,7 +13,7 @@ from tests.lab.promises import all_reach_all, from_the_underlay, published, seen
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
-# What .ci/fetch-docker has unpacked, the oldest first (`make test-docker`).
+# What .ci/unpack has unpacked, the oldest first (`make test-docker`).
 FOLDER = Path(os.environ.get("MESHD_DOCKERS", "/nowhere"))
 VERSIONS = {suite: version for suite, version in (("trixie", "26."), ("sid", "28.")) if (FOLDER / suite).is_dir()}
 # The machine's own, which all other tests run on too.
