@@ -28,8 +28,9 @@ HOSTS_A_SECOND = 25
 # Hints of one cause come in bursts; this is what the first one waits for the others.
 SETTLE = 0.02
 RETRY = 1.0
-# What the first handshake of two hosts may take before the one that waits for it begins one itself.
-HANDSHAKE = 0.5
+# What the first handshake of two hosts may take before the one that waits for it begins one itself: longer than a
+# packet is under way.
+HANDSHAKE = 0.2
 LONGEST_SEARCH = 10.0
 LOG_LIMIT = 4 * 2**20
 # Anybody with the gossip key can make any number of members that are refused.

@@ -181,14 +181,14 @@ def diff(
     return (*changes, *(Change(Action.REMOVE, r) for r in sorted(extra, key=_rank, reverse=True)))
 
 
-def speaks_first(own: str, other: str) -> bool:
-    """Tell which of two public keys begins the first handshake; the other one waits for a moment.
+def speaks_first(own: Record, other: Record) -> bool:
+    """Tell which of two hosts begins the first handshake: the one with the newer record; the other waits for a moment.
 
     A keepalive begins it at once. Two that cross are both lost, since each side then answers and forgets its own
     question, and WireGuard asks again only after 5 s (REKEY_TIMEOUT). Two hosts that learn of each other at the same
-    time, as when one joins, would often do that.
+    time, as when one joins, would often do that. Who joins is mostly the last of the two to be ready.
     """
-    return own < other
+    return (own.seq, own.public_key) > (other.seq, other.public_key)
 
 
 def _keep_quiet(wanted: Resource, old: Resource | None, patient: Collection[str]) -> Resource:

@@ -214,8 +214,8 @@ def reconcile(
 
 def _patient(settings: Settings, own: Record, roster: Roster) -> set[str]:
     """Give the public keys of those who begin the handshake with this host; without a daemon nobody would follow up."""
-    keys = {record.public_key for record in roster.hosts.values()} if settings.daemon and settings.keepalive else set()
-    return {key for key in keys if not plan.speaks_first(own.public_key, key)}
+    others = roster.hosts.values() if settings.daemon and settings.keepalive else ()
+    return {other.public_key for other in others if not plan.speaks_first(own, other)}
 
 
 def _quiet(observed: Iterable[Resource], changes: Iterable[Change]) -> frozenset[str]:

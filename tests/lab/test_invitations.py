@@ -93,6 +93,7 @@ def test_a_certificate_is_renewed_without_losing_a_packet(hosts: list[LabHost]) 
     one, two, _ = hosts
     join(two, one, invite(one, "barge2", "--ttl", "90d"), "--no-docker")
     before = state(two).certificate
+    eventually(lambda: ping(one, overlay(two)), 5, "the tunnel is there")
     flow = one.popen(["busybox", "ping", "-i", "0.02", overlay(two)], stdout=subprocess.PIPE)
     time.sleep(0.3)
     join(two, one, invite(one, "barge2", "--ttl", "180d"))

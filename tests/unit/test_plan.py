@@ -168,9 +168,10 @@ def _with_handshakes(resources: tuple[Resource, ...]) -> tuple[Resource, ...]:
     return tuple(replace(r, handshake=NOW - 1) if isinstance(r, Peer) else r for r in resources)
 
 
-def test_of_two_hosts_exactly_one_begins() -> None:
-    one, two = public_key("barge1"), public_key("barge2")
-    assert plan.speaks_first(one, two) is not plan.speaks_first(two, one)
+def test_of_two_hosts_exactly_one_begins_the_newer_one() -> None:
+    old, new, same = record(1, seq=1), record(2, seq=2), record(3, seq=2)
+    assert (plan.speaks_first(new, old), plan.speaks_first(old, new)) == (True, False)
+    assert plan.speaks_first(new, same) is not plan.speaks_first(same, new)
 
 
 # --- the guard -----------------------------------------------------------------------------------------------------
