@@ -106,9 +106,7 @@ def _hurry() -> None:
 
 
 @contextmanager
-def pinging(
-    hosts: Sequence[LabHost], target: IPv4Address, *, patience: float = PATIENCE
-) -> Iterator[dict[str, float]]:
+def pinging(hosts: Sequence[LabHost], target: IPv4Address, *, patience: float = PATIENCE) -> Iterator[dict[str, float]]:
     """Ping an address from each host until it has answered there once; the dict says when, by the hosts' names.
 
     Who has got no answer within `patience` seconds after the block is not in it.
