@@ -92,7 +92,7 @@ bench: setup
 bench-quick: setup
 	$(BIN)/python -m tests.bench --quick --out .make/bench $(BENCH)
 
-# A hundred hosts on this machine, a quarter of an hour; docs/scale.md says what follows.
+# A mesh that grows to a hundred hosts on this machine; docs/scale.md says what follows.
 bench-scale: setup
 	$(BIN)/python -m tests.bench scale
 
