@@ -105,7 +105,7 @@ bench: setup .make/tools/own $(NEWER:%=.make/tools/%)
 bench-quick: setup .make/tools/own $(NEWER:%=.make/tools/%)
 	$(BIN)/python -m tests.bench --quick --out .make/bench $(BENCH)
 
-# A hundred hosts on this machine, a quarter of an hour; docs/scale.md says what follows.
+# A mesh that grows to a hundred hosts on this machine; docs/scale.md says what follows.
 bench-scale: setup
 	$(BIN)/python -m tests.bench scale
 

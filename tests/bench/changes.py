@@ -40,7 +40,7 @@ class Spread:
 
 def run(*, quick: bool) -> Result:
     """Change what one host publishes, let it go, fail and come back, again and again, in the mesh that is there."""
-    size, rounds = (10, 1) if quick else (50, 4)
+    size, rounds = (10, 1) if quick else (50, 2)
     mesh = standing()
     mesh.grow(size - 1)
     spreads = measure(mesh, rounds)

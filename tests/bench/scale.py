@@ -92,6 +92,7 @@ def _settle(hosts: Sequence[LabHost]) -> float:
     """Wait until every host has a peer for every other one; give the seconds."""
     begun, waiting = time.monotonic(), list(hosts)
     while waiting and time.monotonic() < begun + SETTLED:
+        time.sleep(0.1)
         waiting = [host for host in waiting if _peers(host) != len(hosts) - 1]
     if waiting:
         raise TimeoutError(f"not all peers on {', '.join(host.name for host in waiting)}")
@@ -107,7 +108,7 @@ def _reach(hosts: Sequence[LabHost]) -> float:
     answered, asked = 0, 0
     for target in random.sample(hosts, SAMPLE):
         others = [host for host in hosts if host != target]
-        with pinging(others, address_of(target), pause=1.0, patience=10.0) as reached:
+        with pinging(others, address_of(target), patience=10.0) as reached:
             pass
         answered, asked = answered + len(reached), asked + len(others)
     return answered / asked * 100
