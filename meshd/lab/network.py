@@ -24,7 +24,7 @@ IFA_F_NODAD = 0x02  # include/uapi/linux/if_addr.h
 # An address beyond the underlay (TEST-NET-3): hosts and masqueraded containers reach it by the default route.
 WORLD = IPv4Address("203.0.113.1")
 # One table holds the neighbours of all namespaces (arp(7)): 33 hosts that know each other fill the kernel's 1,024.
-NEIGHBOURS = 1 << 15
+FEW, NEIGHBOURS = 30, 1 << 15
 _NEIGHBOUR_LIMITS = Path("/proc/sys/net/ipv4/neigh/default")
 
 
@@ -33,10 +33,15 @@ def addresses(name: str, underlay: str = "ipv4") -> tuple[IPAddress, ...]:
 
     Raises InputError for another name.
     """
+    number = _number(name)
+    return tuple(gateway(version) + 99 + number for version in UNDERLAYS[underlay])
+
+
+def _number(name: str) -> int:
     number = re.fullmatch(r"barge([1-9][0-9]{0,2})", name)
     if number is None or int(number[1]) > 150:
         raise InputError(f"lab hosts are barge1 to barge150, not {name!r}")
-    return tuple(gateway(version) + 99 + int(number[1]) for version in UNDERLAYS[underlay])
+    return int(number[1])
 
 
 def gateway(version: int) -> IPAddress:
@@ -46,7 +51,6 @@ def gateway(version: int) -> IPAddress:
 
 def make_switch(pid: int) -> None:
     """Make the switch's bridge, with the gateway's addresses on it, in the namespace of process `pid`."""
-    _make_room_for_neighbours()
     with closing(_netlink(pid)) as ipr:
         ipr.link("add", ifname=BRIDGE, kind="bridge", br_forward_delay=0)
         for version, length in PREFIX_LENGTHS.items():
@@ -58,6 +62,8 @@ def plug_in(switch: int, host: int, name: str, underlay: str, mtu: int) -> None:
     """Lay a cable from the switch to a host, and give the host its addresses and its default routes."""
     from meshd.netlink import tolerating  # noqa: PLC0415  as in _netlink
 
+    if _number(name) > FEW:
+        _make_room_for_neighbours()
     with closing(_netlink(switch)) as ipr:
         # The cable of a host that has just lost its power is there until the kernel has cleaned up behind it.
         for index in ipr.link_lookup(ifname=name):
