@@ -24,6 +24,8 @@ from meshd.tombstones import Graves
 # An asker hears within this time from everybody who is ready; who is not is asked again.
 ASK = 1.0
 GOODBYE_TIMEOUT = 5.0
+# How often a tombstone is told once more.
+AGAIN = 2
 Progress = Callable[[int, int], None]
 
 
@@ -222,11 +224,16 @@ def _end(state: State, name: str, graves: Graves) -> None:
         member = next((m for m in client.members() if m.name == name), None)
         if member is not None and member.status in {Status.FAILED, Status.LEFT}:
             client.force_leave(name, prune=True)
-    # Whoever does not hear it now asks for it later, or is told by those who have.
     with suppress(SerfError):
         gossip.tell_gone(state, graves)
     reconcile(state)
     state.hint("cli: tombstones")
+    # An event is passed on to a few members picked at random, dead ones among them, and may miss one. Whoever does not
+    # hear it now asks for it later, or is told by those who have.
+    for _ in range(AGAIN):
+        time.sleep(ASK)
+        with suppress(SerfError):
+            gossip.tell_gone(state, graves)
 
 
 def renumber(state: State, subnet: IPv4Network | None, *, force: bool, say: Callable[[str], None]) -> None:
