@@ -17,7 +17,7 @@ JUMBO = 9000
 def run(*, quick: bool) -> Result:
     """Measure all in turn; each pair of hosts has one of the ways, except that three share the last pair."""
     with bench_lab() as lab:
-        figures = rounds(list(_ways(lab, quick=quick)), 2 if quick else 6, 1)
+        figures = rounds(list(_ways(lab, quick=quick)), 1 if quick else 5, 1)
     return Result(
         "tunnels",
         "Host to host: meshd, other meshes, the bare underlay",
