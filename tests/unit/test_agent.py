@@ -2,6 +2,9 @@
 
 from ipaddress import IPv4Network
 
+import pytest
+
+from meshd import agent as daemon
 from meshd import links
 from meshd.agent import Agent
 from meshd.model import Action, Change, Route
@@ -26,3 +29,8 @@ def test_an_echo_does_not_hide_what_came_with_it(state: State) -> None:
     for text in (TOLD, "serf: member-join", TOLD):
         agent.hint(text)
     assert agent._wait(0.1) == [TOLD, "serf: member-join"]
+
+
+@pytest.mark.parametrize(("hosts", "seconds"), [(0, 10), (3, 10), (250, 10), (1000, 40), (1500, 60), (10000, 60)])
+def test_looking_in_vain_comes_more_rarely_the_more_hosts_there_are(hosts: int, seconds: float) -> None:
+    assert daemon._interval(hosts) == seconds
