@@ -10,8 +10,8 @@ from meshd.lab.hosts import LabHost
 OVERLAY = "172.20.0.0/16"
 MTU = 1420  # wg-quick's own choice on an underlay of 1500
 
-# `setsid`, as at boot and as meshd's: the scheduler groups processes by session (sched(7), autogroup), and in that of the
-# iperf3 here a first, noisy comparison saw wireguard-go carry more than outside of it.
+# `setsid`, as at boot and as meshd's: the scheduler groups processes by session (sched(7), autogroup), and in that of
+# the iperf3 here a first, noisy comparison saw wireguard-go carry more than outside of it.
 _UP = """
 umask 077
 wg genkey > wg.key
