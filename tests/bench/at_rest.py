@@ -23,10 +23,9 @@ from meshd.lab.hosts import Lab, LabHost
 from meshd.model import Endpoint
 from tests.bench import members as simulated
 from tests.bench import pretend
-from tests.bench.datapath import bench_lab
 from tests.bench.report import Result, Target
 from tests.conftest import eventually
-from tests.lab.conftest import init, join, settled
+from tests.lab.conftest import empty_lab, init, join, settled
 
 SIMULATED = (50, 1000)
 AGENTS = 51
@@ -54,7 +53,7 @@ class Rest:
 def run(*, quick: bool) -> Result:
     """Let all of them rest at the same time: together they take a few percent of a core."""
     calm, seconds = (5, 10) if quick else (20, 60)
-    with bench_lab() as lab:
+    with empty_lab("meshd-bench-") as lab:
         hosts = {3: _mesh(lab, 1, 3), **({} if quick else {10: _mesh(lab, 5, 10)})}
         hosts |= {size: [_simulate(lab, 20 + place, size)] for place, size in enumerate(SIMULATED)}
         agents = _bare_serfs(lab.power_on("barge30"))

@@ -1,11 +1,8 @@
 """The data path between containers of two hosts: meshd against the same WireGuard laid by hand."""
 
 import statistics
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from meshd.lab import images
@@ -13,7 +10,7 @@ from meshd.lab.hosts import Lab, LabHost
 from tests.bench import by_hand
 from tests.bench.report import Result, Target
 from tests.bench.streams import UNITS, End, Figures, Way, interval, median, ratios, rounds
-from tests.lab.conftest import assemble, run_box
+from tests.lab.conftest import assemble, empty_lab, run_box
 
 LEAST = 0.95
 
@@ -21,7 +18,7 @@ LEAST = 0.95
 def run(*, quick: bool) -> Result:
     """Measure both in turn."""
     pairs, seconds = (2, 1) if quick else (12, 1)
-    with bench_lab() as lab:
+    with empty_lab("meshd-bench-") as lab:
         ours, theirs = rounds([_meshd(lab), _by_hand(lab)], pairs, seconds).values()
     return Result(
         "datapath",
@@ -30,17 +27,6 @@ def run(*, quick: bool) -> Result:
         tuple(_targets(ours, theirs)),
         partial(_draw, ours, theirs),
     )
-
-
-@contextmanager
-def bench_lab() -> Iterator[Lab]:
-    """An empty lab; everything in it is gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="meshd-bench-", dir="/var/tmp", ignore_cleanup_errors=True) as directory:
-        lab = Lab(Path(directory) / "lab")
-        try:
-            yield lab
-        finally:
-            lab.down()
 
 
 def _meshd(lab: Lab) -> Way:

@@ -1,12 +1,10 @@
 """A mesh of lab hosts without Docker that several measurements share: building one of 50 takes minutes."""
 
 import atexit
-import shutil
 import subprocess
-import tempfile
 import time
+from contextlib import ExitStack
 from functools import cache
-from pathlib import Path
 
 from meshd.lab.hosts import Lab, LabHost
 from tests.lab import conftest
@@ -15,8 +13,8 @@ from tests.lab import conftest
 class Mesh:
     """The hosts barge1 … bargeN in one lab, each joined by the one before."""
 
-    def __init__(self, directory: Path) -> None:
-        self.lab = Lab(directory)
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
         self.hosts: list[LabHost] = []
         self.invitation = ""
 
@@ -56,13 +54,6 @@ class Mesh:
 @cache
 def standing() -> Mesh:
     """Give the one mesh of this run, which is removed when the run ends."""
-    # A unix socket's path is short.
-    directory = Path(tempfile.mkdtemp(prefix="meshd-bench-", dir="/var/tmp"))
-    mesh = Mesh(directory / "lab")
-
-    def remove() -> None:
-        mesh.lab.down()
-        shutil.rmtree(directory)
-
-    atexit.register(remove)
-    return mesh
+    stack = ExitStack()
+    atexit.register(stack.close)
+    return Mesh(stack.enter_context(conftest.empty_lab("meshd-bench-")))

@@ -6,17 +6,16 @@ from typing import Any
 
 from meshd.lab.hosts import Lab, LabHost
 from tests.bench import others
-from tests.bench.datapath import bench_lab
 from tests.bench.report import Result
 from tests.bench.streams import TOOLS, UNITS, End, Figures, Way, interval, median, ratios, rounds
-from tests.lab.conftest import init, join, overlay
+from tests.lab.conftest import empty_lab, init, join, overlay
 
 JUMBO = 9000
 
 
 def run(*, quick: bool) -> Result:
     """Measure all in turn; each pair of hosts has one of the ways, except that three share the last pair."""
-    with bench_lab() as lab:
+    with empty_lab("meshd-bench-") as lab:
         figures = rounds(list(_ways(lab, quick=quick)), 1 if quick else 5, 1)
     return Result(
         "tunnels",

@@ -2,13 +2,11 @@
 
 import random
 import sys
-import tempfile
-from pathlib import Path
 
 import click
 
-from meshd.lab.hosts import Lab
 from tests.chaos.run import run
+from tests.lab.conftest import empty_lab
 
 
 @click.command()
@@ -16,13 +14,8 @@ from tests.chaos.run import run
 @click.option("--seed", type=int, default=None, help="That of an earlier run, to draw the same.  [default: drawn]")
 def main(faults: int, seed: int | None) -> None:
     """Do random faults to a mesh of five hosts in namespaces, and check everything after each."""
-    # dockerd's overlay2 wants a real disk, and a unix socket's path is short.
-    with tempfile.TemporaryDirectory(prefix="meshd-lab-", dir="/var/tmp", ignore_cleanup_errors=True) as directory:
-        lab = Lab(Path(directory) / "lab")
-        try:
-            outcome = run(lab, faults, random.randrange(10_000) if seed is None else seed, click.echo)
-        finally:
-            lab.down()
+    with empty_lab() as lab:
+        outcome = run(lab, faults, random.randrange(10_000) if seed is None else seed, click.echo)
     sys.exit(1 if outcome.violations else 0)
 
 

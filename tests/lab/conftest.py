@@ -27,16 +27,23 @@ SERVER = (
 )
 
 
-@pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    """An empty lab for the tests of one module; everything in it is gone afterwards."""
+@contextmanager
+def empty_lab(prefix: str = "meshd-lab-") -> Iterator[Lab]:
+    """An empty lab; everything in it is gone afterwards."""
     # dockerd's overlay2 wants a real disk, and a unix socket's path is short.
-    with tempfile.TemporaryDirectory(prefix="meshd-lab-", dir="/var/tmp", ignore_cleanup_errors=True) as directory:
+    with tempfile.TemporaryDirectory(prefix=prefix, dir="/var/tmp", ignore_cleanup_errors=True) as directory:
         lab = Lab(Path(directory) / "lab")
         try:
             yield lab
         finally:
             lab.down()
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    """An empty lab for the tests of one module."""
+    with empty_lab() as lab:
+        yield lab
 
 
 @contextmanager
