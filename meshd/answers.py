@@ -1,9 +1,10 @@
 """What a host answers to the others' queries, from what it has on disk. With a daemon or by a lone handler."""
 
 from meshd import authority
-from meshd.queries import CONFIRM, GONE, RECORD, GoneQuestion, answer_gone, name_question
+from meshd.queries import BURY, CONFIRM, GONE, RECORD, YES, GoneQuestion, answer_gone, name_question
 from meshd.state import State
 from meshd.tags import pack_certificate, to_wire
+from meshd.tombstones import Graves
 
 
 def answer(state: State, query: str, payload: bytes) -> bytes | None:
@@ -11,6 +12,9 @@ def answer(state: State, query: str, payload: bytes) -> bytes | None:
     if query == GONE:
         question = GoneQuestion.parse(payload)
         return answer_gone(question, state.roster().graves) if question is not None else None
+    if query == BURY:
+        graves = Graves.read(payload)
+        return YES if graves and not graves.without(state.roster().graves) else None
     if query == RECORD:
         return _record(state, name_question(payload))
     if query == CONFIRM and state.authority_key is not None:

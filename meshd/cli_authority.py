@@ -1,13 +1,16 @@
 """The commands of who may join: `invite`, `forget`, `revoke` and `authority`, on the host that holds the authority."""
 
 from ipaddress import IPv4Network
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from meshd.cli_types import Duration, Prefix
 from meshd.errors import InputError
 from meshd.state import State
+
+if TYPE_CHECKING:
+    from meshd.lifecycle import Readiness
 
 # How long a reusable invitation holds, in seconds, unless somebody says otherwise.
 REUSABLE = 86400
@@ -78,8 +81,9 @@ def forget(state: State, name: str) -> None:
     """
     from meshd import lifecycle  # noqa: PLC0415  as above
 
-    lifecycle.forget(state, name)
+    heard = lifecycle.forget(state, name)
     click.echo(f"{name} is forgotten.")
+    _say_who_has_heard(heard)
 
 
 @click.command()
@@ -98,8 +102,19 @@ def revoke(state: State, name: str) -> None:
     """
     from meshd import lifecycle  # noqa: PLC0415  as above
 
-    for revoked in lifecycle.revoke(state, name):
+    names, heard = lifecycle.revoke(state, name)
+    for revoked in names:
         click.echo(f"{revoked} is revoked.")
+    _say_who_has_heard(heard)
+
+
+def _say_who_has_heard(heard: "Readiness") -> None:
+    alive = len(heard.ready) + len(heard.missing)
+    if alive:
+        click.echo(f"{len(heard.ready)} of {alive} other hosts that are alive have confirmed it.")
+    if heard.missing:
+        names = ", ".join(sorted(heard.missing))
+        click.echo(f"Warning: no answer from {names}: to be told by the others, or asks for it later", err=True)
 
 
 @click.group()

@@ -16,7 +16,7 @@ from meshd import answers, gossip
 from meshd.credentials import CredentialError
 from meshd.errors import MeshdError, SerfError
 from meshd.model import Record, Status
-from meshd.queries import APPLIED, GONE, RECORD, GoneQuestion, Question, read_announcement
+from meshd.queries import APPLIED, BURY, GONE, RECORD, YES, GoneQuestion, Question, read_announcement
 from meshd.reconcile import Report, bury
 from meshd.state import State
 from meshd.tags import RecordError
@@ -182,6 +182,8 @@ class Exchange:
             return
         if name == GONE and (question := GoneQuestion.parse(payload)) is not None:
             self._ask_back(question)
+        if name == BURY:
+            self._bury(Graves.read(payload))
         if answer := answers.answer(self.state, name, payload):
             respond(answer)
 
@@ -203,7 +205,7 @@ class Exchange:
             for question in [q for q in waiting if q.answered_by(self._applied)]:
                 respond, _ = waiting.pop(question)
                 try:
-                    respond(Question.YES)
+                    respond(YES)
                 except SerfError as error:
                     log.debug("answering %s: %s", question.name, error)
             self._questions = waiting

@@ -13,7 +13,7 @@ from meshd import files, queries, serf, underlay
 from meshd.credentials import CredentialError
 from meshd.errors import SerfError
 from meshd.model import Certificate, Endpoint, Member, Record, Status
-from meshd.queries import APPLIED, CONFIRM, EVENT_LIMIT, GONE, RECORD, GoneQuestion
+from meshd.queries import APPLIED, BURY, CONFIRM, EVENT_LIMIT, GONE, RECORD, YES, GoneQuestion
 from meshd.state import State
 from meshd.tags import RecordError, encode, from_wire, read_certificate, to_wire
 from meshd.tombstones import Graves
@@ -32,7 +32,7 @@ def handler_command(state: State) -> str:
 def event_handlers(state: State) -> list[str]:
     """Give what Serf's `-event-handler` takes. With a daemon, that answers the queries itself."""
     command = handler_command(state)
-    alone = [f"query:{name}={command}" for name in (APPLIED, GONE, RECORD, CONFIRM)] + [f"user:{GONE}={command}"]
+    alone = [f"query:{name}={command}" for name in (APPLIED, GONE, BURY, RECORD, CONFIRM)] + [f"user:{GONE}={command}"]
     return [f"{MEMBER_EVENTS}={command}", *([] if state.settings.daemon else alone)]
 
 
@@ -130,6 +130,15 @@ def tell_gone(state: State, graves: Graves) -> None:
             client.event(GONE, page)
 
 
+def bury(state: State, graves: Graves, names: Collection[str]) -> set[str]:
+    """Tell these members of tombstones; give those who say that they have them all. Raises SerfError."""
+    having = set(names)
+    for page in graves.pages(EVENT_LIMIT):
+        if having:
+            having &= {name for name, answer in _ask(state, BURY, page, having) if answer == YES}
+    return having
+
+
 def ask_gone(state: State, names: Collection[str], known: Graves) -> Graves:
     """Ask members, MOST_ASKED of them at random, for the tombstones that are not among the known. Raises SerfError."""
     found = Graves()
@@ -195,10 +204,12 @@ def _some(names: Collection[str]) -> list[str]:
 
 
 def _ask(state: State, name: str, payload: bytes, nodes: Collection[str]) -> Iterator[tuple[str, bytes]]:
-    """Ask these members, or all where none is named, until those who were named have answered or time is over."""
+    """Ask these members, or all where none is named; end when those who were named have answered, or time is over."""
     heard: set[str] = set()
     with rpc(state) as client:
-        for sender, answer in client.query(name, payload, timeout=ASK, nodes=sorted(nodes)):
+        # The names travel in the query: only a few fit.
+        named = sorted(nodes) if len(nodes) <= MOST_ASKED else ()
+        for sender, answer in client.query(name, payload, timeout=ASK, nodes=named):
             yield sender, answer
             heard.add(sender)
             if nodes and heard >= set(nodes):

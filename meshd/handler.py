@@ -9,7 +9,7 @@ from pathlib import Path
 
 from meshd import answers
 from meshd.errors import MeshdError
-from meshd.queries import APPLIED, GONE, Question
+from meshd.queries import APPLIED, BURY, GONE, YES, Question
 from meshd.state import DEFAULT, State
 from meshd.tombstones import Graves
 
@@ -29,27 +29,38 @@ def handle(state: State, environment: "os._Environ[str]", payload: bytes) -> Non
         return
     # Serf's own events are of members: a pass. The others carry something that anybody may have written.
     event = environment.get("SERF_EVENT")
-    name = environment.get("SERF_QUERY_NAME") or environment.get("SERF_USER_EVENT")
-    question = Question.parse(payload) if (event, name) == ("query", APPLIED) else None
-    if event == "query" and question is None:
-        sys.stdout.buffer.write(answers.answer(state, name or "", payload) or b"")
+    name = environment.get("SERF_QUERY_NAME") or environment.get("SERF_USER_EVENT") or ""
+    is_tombstones = (event, name) in {("user", GONE), ("query", BURY)}
+    # Serf ends what it pipes in with a newline. A tombstone may end with one of its own, and is read with both.
+    text = payload.removesuffix(b"\n")
+    question = Question.parse(text) if (event, name) == ("query", APPLIED) else None
+    if event == "query" and not is_tombstones and question is None:
+        _answer(answers.answer(state, name, text))
         return
-    if event == "user" and name != GONE:
+    if event == "user" and not is_tombstones:
         return
     # Imports that the cases above do without.
     from meshd import gossip  # noqa: PLC0415
     from meshd.reconcile import WITHOUT_DOCKER, bury, reconcile  # noqa: PLC0415
 
-    if name == GONE and not bury(state, Graves.read(payload)):
-        return
+    if is_tombstones:
+        is_news = bury(state, Graves.read(payload))
+        if event == "query":
+            _answer(answers.answer(state, name, payload))
+        if not is_news:
+            return
     # Serf runs handlers one after the other. `meshd init/join/up` have asked Docker, and nothing here changes that.
     report = reconcile(state, kinds=WITHOUT_DOCKER)
     for failure in report.failures:
         print(f"meshd: {failure}", file=sys.stderr)  # noqa: T201  Serf's log
     if question is not None:
-        sys.stdout.write(Question.YES.decode() if question.answered_by(report.applied) else "")
+        _answer(YES if question.answered_by(report.applied) else None)
     elif report.roster.hosts and state.certificate.delegation is not None:
         gossip.confirm(state)
+
+
+def _answer(answer: bytes | None) -> None:
+    sys.stdout.buffer.write(answer or b"")
 
 
 if __name__ == "__main__":

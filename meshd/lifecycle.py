@@ -14,7 +14,7 @@ from meshd.errors import ConflictError, InputError, MeshdError, SerfError
 from meshd.identity import Admission, Invitation
 from meshd.membership import Roster
 from meshd.model import Endpoint, Host, Member, Record, Status
-from meshd.queries import APPLIED, Question
+from meshd.queries import APPLIED, YES, Question
 from meshd.reconcile import Report, bury, dismantle, endpoint, members, reconcile
 from meshd.reconcile import renumber as move
 from meshd.state import Claim, State
@@ -24,14 +24,14 @@ from meshd.tombstones import Graves
 # An asker hears within this time from everybody who is ready; who is not is asked again.
 ASK = 1.0
 GOODBYE_TIMEOUT = 5.0
-# How often a tombstone is told once more.
-AGAIN = 2
+# How often everybody alive is told of a tombstone: by gossip, and then those who have not said that they have it.
+TELLINGS = 4
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """The outcome of waiting for the others: those who configured this host, and those who did not say so."""
+    """The outcome of waiting for the others: those who have done what was asked, and those who did not say so."""
 
     ready: frozenset[str]
     missing: frozenset[str]
@@ -187,8 +187,8 @@ def _say_goodbye(state: State, claim: Claim) -> None:
         client.leave()
 
 
-def forget(state: State, name: str) -> None:
-    """Bury a host that will not come back: all others drop it, and its subnet is free.
+def forget(state: State, name: str) -> Readiness:
+    """Bury a host that will not come back: all others drop it, and its subnet is free. Give who has heard of it.
 
     Raises InputError for a name that is not known or without the authority, ConflictError for a host that is alive.
     """
@@ -205,20 +205,23 @@ def forget(state: State, name: str) -> None:
         member = next((m for m in client.members() if m.name == name), None)
         if member is not None and member.status is Status.ALIVE:
             raise ConflictError(f"{name} is alive: run 'meshd leave' there, or stop it first")
-    _end(state, name, Graves({name: goodbye}))
+    return _end(state, name, Graves({name: goodbye}))
 
 
-def revoke(state: State, name: str) -> list[str]:
-    """Cut a host off everywhere, or end a reusable invitation; give the names of all that is revoked with it."""
+def revoke(state: State, name: str) -> tuple[list[str], Readiness]:
+    """Cut a host off everywhere, or end a reusable invitation.
+
+    Give the names of all that is revoked with it, and who has heard of it.
+    """
     preflight.root()
     if name == state.settings.name:
         raise InputError(f"{name} is this host: bring the authority to another one and revoke it from there")
     revoked = authority.revoke(state, name)
-    _end(state, name, Graves(revoked=revoked))
-    return sorted({revocation.name for revocation in revoked.values()})
+    told = _end(state, name, Graves(revoked=revoked))
+    return sorted({revocation.name for revocation in revoked.values()}), told
 
 
-def _end(state: State, name: str, graves: Graves) -> None:
+def _end(state: State, name: str, graves: Graves) -> Readiness:
     bury(state, graves)
     with suppress(SerfError), gossip.rpc(state) as client:
         member = next((m for m in client.members() if m.name == name), None)
@@ -228,12 +231,27 @@ def _end(state: State, name: str, graves: Graves) -> None:
         gossip.tell_gone(state, graves)
     reconcile(state)
     state.hint("cli: tombstones")
-    # An event is passed on to a few members picked at random, dead ones among them, and may miss one. Whoever does not
-    # hear it now asks for it later, or is told by those who have.
-    for _ in range(AGAIN):
-        time.sleep(ASK)
-        with suppress(SerfError):
-            gossip.tell_gone(state, graves)
+    return _told(state, graves)
+
+
+def _told(state: State, graves: Graves) -> Readiness:
+    """Tell of tombstones until all alive, admitted hosts say that they have them; whoever does not asks for them later.
+
+    Serf passes an event or a query on to a few members picked at random, dead ones among them, and may miss one. Two
+    agents that join exchange all that they know, the latest events with it, and they do it by TCP.
+    """
+    having: set[str] = set()
+    missing = set(state.roster().hosts)
+    with suppress(SerfError):
+        for telling in range(TELLINGS):
+            missing = _expected(state) - having
+            if not missing:
+                break
+            if telling:
+                gossip.rejoin(state, {n: str(e) for n, e in state.contacts().items() if n in missing})
+            having |= gossip.bury(state, graves, missing)
+            missing -= having
+    return Readiness(frozenset(having), frozenset(missing))
 
 
 def renumber(state: State, subnet: IPv4Network | None, *, force: bool, say: Callable[[str], None]) -> None:
@@ -278,7 +296,7 @@ def wait_ready(state: State, seq: int, timeout: float, progress: Progress = lamb
         nodes = sorted(missing) if len(missing) <= 5 else ()
         with gossip.rpc(state) as client:
             for name, answer in client.query(APPLIED, question.payload(), timeout=ASK, nodes=nodes):
-                if answer == Question.YES and name in expected:
+                if answer == YES and name in expected:
                     ready.add(name)
                     progress(len(ready & expected) + 1, len(expected) + 1)
                 if expected <= ready:

@@ -6,6 +6,8 @@
 tells. As a query it is "these are mine, by their digest; which are yours?", and who has the same ones keeps silent. As
 a user event it tells.
 
+`meshd-bury` is the same tombstones as a query: who has them all, now or before, says yes.
+
 `meshd-record` carries a signed record besides the tags, which anybody with the gossip key can spoil: as a query, "what
 is NAME's?"; as a user event, "this is mine".
 
@@ -14,7 +16,6 @@ is NAME's?"; as a user event, "this is mine".
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import msgpack
 
@@ -24,18 +25,19 @@ from meshd.tombstones import Graves, unpack_list
 
 APPLIED = "meshd-applied"
 GONE = "meshd-gone"
+BURY = "meshd-bury"
 RECORD = "meshd-record"
 CONFIRM = "meshd-confirm"
 # Serf drops a query's answer of more than 1024 bytes and a user event of more than 512, both with its own headers.
 ANSWER_LIMIT = 900
 EVENT_LIMIT = 470
+YES = b"yes"
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
     """Whether a host has in its kernel what `name` published under `seq`, its goodbye included."""
 
-    YES: ClassVar[bytes] = b"yes"
     name: str
     seq: int
 

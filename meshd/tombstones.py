@@ -60,14 +60,13 @@ class Graves:
         return bool(self.gone or self.revoked)
 
     def without(self, other: "Graves") -> "Graves":
-        """Give those that the other does not have."""
-        gone = {name: g for name, g in self.gone.items() if other.gone.get(name) != g}
+        """Give those that say more than what the other has."""
+        gone = {n: g for n, g in self.gone.items() if n not in other.gone or g.seq > other.gone[n].seq}
         return Graves(gone, {serial: r for serial, r in self.revoked.items() if serial not in other.revoked})
 
     def merged(self, other: "Graves") -> "Graves":
         """Give both; of two goodbyes of one name the later one."""
-        later = {n: g for n, g in other.gone.items() if n not in self.gone or g.seq > self.gone[n].seq}
-        return Graves({**self.gone, **later}, {**other.revoked, **self.revoked})
+        return Graves({**self.gone, **other.without(self).gone}, {**other.revoked, **self.revoked})
 
     @property
     def digest(self) -> str:
@@ -121,9 +120,14 @@ class Graves:
 
 
 def unpack_list(payload: bytes) -> list[object]:
-    """Read a msgpack list that anybody may have sent; an empty one if it is none."""
+    """Read a msgpack list that anybody may have sent; an empty one if it is none.
+
+    Serf ends what it pipes into a handler with a newline, unless it ends with one by itself.
+    """
     try:
         value = msgpack.unpackb(payload, strict_map_key=False)
+    except msgpack.ExtraData as error:
+        value = error.unpacked if error.extra == b"\n" else None
     except (ValueError, msgpack.UnpackException, RecursionError):
         return []
     return value if isinstance(value, list) else []

@@ -507,3 +507,14 @@ def test_key_holder_makes_a_thousand_members_at_once(scene: Scene) -> None:
     finally:
         scene.stranger.run(["meshd", "leave"])
     eventually(lambda: len(peers(scene.mesh[0])) == len(peers(scene.mesh[1])) == 2, 10, "it has left")
+
+
+def test_key_holder_makes_members_that_swallow_the_gossip_and_a_revocation_reaches_all_the_same(scene: Scene) -> None:
+    """Serf passes a message on to a few members picked at random; with 200 dead ones nearly none of it arrives."""
+    one = scene.mesh[0]
+    one.run(["meshd", "invite", "ghost"])
+    scene.forge(*(("alive", alive(scene, f"void{number}", {})) for number in range(200)))
+    eventually(lambda: "".join(members(one)).count("void") > 100, 30, "Serf has taken them in")
+    one.run(["meshd", "revoke", "ghost"])
+    for host in scene.mesh:
+        assert "ghost" in {revocation.name for revocation in state(host).roster().revoked.values()}, host.name

@@ -47,8 +47,8 @@ def alone(lab: Lab) -> Iterator[Alone]:
             join(host, hosts[0], invitation, "--no-docker", "--no-daemon")
         output = host.run(["meshd", "up"]).stdout
         handlers = re.findall(r"-event-handler '([^']+)'", output)
-        # Member events, the four questions of other hosts, and goodbyes that they tell of.
-        assert len(handlers) == 6, output
+        # Member events, the five questions of other hosts, and goodbyes that they tell of.
+        assert len(handlers) == 7, output
         options = [f"-event-handler={handler}" for handler in handlers]
         options += [f"-node={host.name}", f"-bind={host.address}", f"-encrypt={key}"]
         # Nothing of meshd's own configuration: the tags must come from the handler.
@@ -88,6 +88,12 @@ def test_a_dead_agent_keeps_its_peer(alone: Alone) -> None:
     assert ping(alone.hosts[0], "172.20.103.0"), "failed is not left"
     alone.agents[2] = serf_agent(third, "-config-file=/var/lib/meshd/serf.json")
     eventually(lambda: alone.state(alone.hosts[0])["barge3"] == "alive", 30, "it is back, by the printed line")
+
+
+def test_a_revocation_is_confirmed_by_all(alone: Alone) -> None:
+    first = alone.hosts[0]
+    first.run(["meshd", "invite", "ghost"])
+    assert "2 of 2 other hosts that are alive have confirmed it" in first.run(["meshd", "revoke", "ghost"]).stdout
 
 
 def test_down_stays_down_whatever_serf_tells(alone: Alone) -> None:

@@ -247,6 +247,21 @@ def test_a_handler_gets_the_event_by_its_environment(start: Start, tmp_path: Pat
     eventually(lambda: seen.read_text() == "member-join barge1\n" * 2, 10, "then the join of the other")
 
 
+def test_a_handler_gets_the_payload_with_a_newline_at_its_end(start: Start, tmp_path: Path) -> None:
+    seen = tmp_path / "seen"
+    one = start(1, handlers=(f"user=cat >> {seen}", f"query=cat >> {seen}"))
+    expected = b""
+    with one.connect() as client:
+        for payload, piped in ((b"a", b"a\n"), (b"b\n", b"b\n"), (b"", b"")):
+            client.event("any", payload)
+            expected += piped
+            eventually(lambda: expected in (seen.read_bytes() if seen.exists() else b""), 10, "the event's")  # noqa: B023
+        for payload, piped in ((b"c", b"c\n"), (b"d\n", b"d\n")):
+            list(client.query("any", payload, timeout=0.3))
+            expected += piped
+            eventually(lambda: seen.read_bytes() == expected, 10, "the query's")  # noqa: B023
+
+
 def test_the_log_and_the_configuration_are_for_root_alone(start: Start) -> None:
     agent = start(1)
     assert agent.log.stat().st_mode & 0o777 == 0o600

@@ -16,14 +16,14 @@ from meshd import answers, authority
 from meshd.agent import Agent
 from meshd.errors import InputError
 from meshd.exchange import Exchange
-from meshd.queries import APPLIED, CONFIRM, GONE, RECORD, announcement
+from meshd.queries import APPLIED, BURY, CONFIRM, GONE, RECORD, announcement
 from meshd.state import Claim, State
 from meshd.tags import to_wire
 from meshd.tombstones import Graves, said
 from tests.conftest import AUTHORITY, record
 
 same_state = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-names = st.sampled_from([APPLIED, GONE, RECORD, CONFIRM, "other"])
+names = st.sampled_from([APPLIED, GONE, BURY, RECORD, CONFIRM, "other"])
 # Noise, and what is nearly right.
 payloads = st.one_of(
     st.binary(max_size=600),

@@ -81,3 +81,11 @@ def test_the_authoritys_word_is_about_one_life_of_one_host(change: dict[str, str
 
     assert proved(**said)  # type: ignore[arg-type]
     assert not proved(**(said | change))  # type: ignore[arg-type]
+
+
+def test_of_two_goodbyes_of_one_host_the_later_one_says_more() -> None:
+    first, second = (Graves({"barge1": Goodbye(seq, public_key("barge1"), b"p")}) for seq in (1, 2))
+    assert second.without(first) == second
+    assert not first.without(second)
+    assert not second.without(second)
+    assert first.merged(second) == second.merged(first) == second
