@@ -16,6 +16,7 @@ from threading import Event, Thread
 from meshd import bridge, files, firewall, gossip, links, plan, routes, rules, serf
 from meshd.errors import InputError, MeshdError
 from meshd.exchange import PATIENCE, Exchange
+from meshd.model import Engine
 from meshd.reconcile import MEMBERSHIP, WITHOUT_DOCKER, Report, reconcile, renumber
 from meshd.state import State
 
@@ -32,7 +33,12 @@ RETRY = 1.0
 # packet is under way.
 HANDSHAKE = 0.2
 LONGEST_SEARCH = 10.0
+# How often a thread that waits for hints looks whether it is to end. The process does not wait for it.
+LOOK = 2.0
 LOG_LIMIT = 4 * 2**20
+# Serf's handlers hear of an event at most this much later than its log tells: it holds them back for up to 3 s, and
+# with each repeats the last update of every member.
+HELD_BACK = 5.0
 # Anybody with the gossip key can make any number of members that are refused.
 MOST_REFUSED = 20
 # Serf takes some 45 s to believe a known name at a new address; until then its tags lag behind what was announced.
@@ -53,6 +59,8 @@ class Agent:
         self.quiet_since: dict[str, float] = {}
         self.complaints: set[str] = set()
         self.echoes: set[str] = set()
+        self.logged = -HELD_BACK
+        self.engine: Engine | None = None
         self.report = Report()
 
     def run(self) -> None:
@@ -137,11 +145,14 @@ class Agent:
                 return sorted(set(news))
 
     def _is_echo(self, hint: str) -> bool:
-        """Tell whether this is the kernel's word of what the last pass did; a second one is of somebody's doing."""
-        if hint not in self.echoes:
-            return False
-        self.echoes.remove(hint)
-        return True
+        """Tell whether this is no news: the kernel's word of the last pass, or a handler's of what Serf has logged.
+
+        A second word of the kernel is of somebody's doing.
+        """
+        if hint in self.echoes:
+            self.echoes.remove(hint)
+            return True
+        return hint.startswith("serf: member-") and time.monotonic() < self.logged + HELD_BACK
 
     def _follow_underlay(self) -> None:
         try:
@@ -168,13 +179,16 @@ class Agent:
         if claim is None or not claim.settled:
             return True  # `meshd join` is still asking the mesh
         try:
-            overdue = self._overdue()
-            self.report = reconcile(self.state, kinds=kinds, heard=dict(self.exchange.heard), overdue=overdue)
+            if any(hint.startswith(bridge.RESTARTED) for hint in hints):
+                self.engine = None
+            heard, overdue = dict(self.exchange.heard), self._overdue()
+            self.report = reconcile(self.state, kinds=kinds, heard=heard, overdue=overdue, engine=self.engine)
         except MeshdError as error:
             if not self.state.is_down:  # or `meshd down` is about to end this daemon
                 self._complain({str(error)})
             return False
         report = self.report
+        self.engine = report.engine or self.engine
         self.quiet_since = {key: self.quiet_since.get(key, time.monotonic()) for key in report.quiet}
         self.echoes = links.told(report.changes)
         for change in report.changes:
@@ -220,7 +234,7 @@ class Agent:
             before = os.umask(0o177)
             server.bind(str(path))
             os.umask(before)
-            server.settimeout(0.5)
+            server.settimeout(LOOK)
             while not self.stopping.is_set():
                 try:
                     text = server.recv(512)
@@ -236,6 +250,7 @@ class Agent:
             try:
                 for line in client.monitor("INFO"):
                     if "serf: EventMember" in line:
+                        self.logged = time.monotonic()
                         self.hint("serf: " + line.partition("serf: ")[2][:80])
             finally:
                 self.hint("serf: connection lost")

@@ -20,6 +20,9 @@ LABEL = "meshd.mesh"
 TIMEOUT = 20
 ASK_TIMEOUT = 3
 PAUSE = 1.0
+LOOK = 2.0
+# How the hints begin after which the engine may be another one.
+RESTARTED = "docker: the engine "
 _BRIDGE_NAME = "com.docker.network.bridge.name"
 _MTU = "com.docker.network.driver.mtu"
 _ADVICE = "start it (systemctl start docker), install it (apt install docker.io), or pass --no-docker"
@@ -44,8 +47,8 @@ class Bridge:
 
     def read(self) -> list[Resource]:
         with _client("listing Docker networks", self._base_url) as client:
-            attributes = self._find(client)
-            return [_network(attributes)] if attributes is not None and self._is_ours(attributes) else []
+            listed = (network.attrs for network in client.networks.list(names=[self.name]))
+            return [_network(attributes) for attributes in listed if self._is_ours(attributes)]
 
     def apply(self, change: Change) -> None:
         network = change.resource
@@ -156,14 +159,14 @@ def watch(name: str, hint: Callable[[str], None], stop: Event, base_url: str | N
             # Without a time-out: a quiet engine has no events for hours.
             with _client("following Docker's events", base_url, timeout=None) as client:
                 if away:
-                    hint("docker: the engine is back")
+                    hint(RESTARTED + "is back")
                 away = False
                 _follow(client, name, hint, stop)
         except MeshdError:
             pass  # no engine, or it went away: the stream ends in one way or another
         if not stop.is_set():
             if not away:
-                hint("docker: the engine went away")
+                hint(RESTARTED + "went away")
             away = True
             stop.wait(PAUSE)
 
@@ -186,7 +189,7 @@ def _ended_by(stop: Event, end: Callable[[], None]) -> Iterator[None]:
 
     def wait() -> None:
         while not over.is_set():
-            if stop.wait(0.5):
+            if stop.wait(LOOK):
                 end()
                 return
 

@@ -31,6 +31,9 @@ PAUSE = 10.0
 # Seconds between asking anybody for tombstones, with no occasion for it; and the longest before asking the authority.
 ASK_AGAIN = 60.0
 LONGEST_PAUSE = 300.0
+# Seconds until a daemon first asks the authority to confirm a delegation's certificate: a new record, which it makes
+# of it, is work for all hosts, and a host that has just joined gives them enough.
+CALM = 5.0
 # Records that are asked for after one pass: a thousand bogus members must not keep everybody busy.
 MOST_RECORDS = 3
 
@@ -49,7 +52,7 @@ class Exchange:
         self._alive: frozenset[str] = frozenset()
         self._announced = 0
         self._jobs: queue.Queue[Callable[[], None]] = queue.Queue()
-        self._asked_at: dict[object, float] = {}
+        self._asked_at: dict[object, float] = {"confirm": time.monotonic() + CALM}
         self._confirm_pause = PAUSE / 2
 
     def stop(self) -> None:

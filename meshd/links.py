@@ -208,7 +208,7 @@ def link_names() -> dict[str, str]:
 
 
 def watch(names: Collection[str], protocol: int, hint: Callable[[str], None], stop: threading.Event) -> None:
-    """Block until `stop` is set (seen within 0.5 s) and call `hint` for each change to the links `names`.
+    """Block until `stop` is set (seen within 2 s) and call `hint` for each change to the links `names`.
 
     That is: the links themselves, their IPv4 addresses and sysctls, IPv4 routes over them, any IPv4 route with meshd's
     `protocol`, forwarding as a whole, and an address of another link that went (the underlay's may be among them). A

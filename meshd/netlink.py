@@ -21,7 +21,7 @@ RT_TABLE_MAIN = 254
 RTN_UNICAST, RTN_UNREACHABLE = 1, 7
 SOL_NETLINK, NETLINK_ADD_MEMBERSHIP = 270, 1
 _BUFFER = 1 << 20  # room for a burst such as a whole mesh's routes going with their link
-_TICK = 0.5  # seconds between looks at `stop`
+_TICK = 2.0  # seconds between looks at `stop`
 _RTM_GETROUTE = 26
 _NLM_F_REQUEST, _NLM_F_DUMP_INTR, _NLM_F_DUMP = 0x1, 0x10, 0x300
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
@@ -120,7 +120,7 @@ def subscribe(protocol: int, *groups: int) -> socket.socket:
 
 
 def notifications(sock: socket.socket, stop: Event) -> Iterator[bytes | None]:
-    """Give each datagram until `stop` is set, seen within 0.5 s; None where some were lost. Raises OSError."""
+    """Give each datagram until `stop` is set, seen within 2 s; None where some were lost. Raises OSError."""
     while not stop.is_set():
         if not select.select([sock], [], [], _TICK)[0]:
             continue

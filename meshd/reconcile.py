@@ -66,7 +66,8 @@ class Report:
     """What a pass saw and did.
 
     `withheld` are removals for which there is no evidence (see plan.guard); `rival` is to have this host's subnet;
-    `quiet` are the public keys of peers that were left to begin the handshake (see plan.speaks_first).
+    `quiet` are the public keys of peers that were left to begin the handshake (see plan.speaks_first); `engine` is what
+    Docker said that it is, None if it was not asked.
     """
 
     roster: Roster = field(default_factory=Roster)
@@ -77,6 +78,7 @@ class Report:
     peers: tuple[Peer, ...] = ()
     rival: str | None = None
     quiet: frozenset[str] = frozenset()
+    engine: Engine | None = None
 
     @property
     def applied(self) -> dict[str, int]:
@@ -158,11 +160,13 @@ def reconcile(
     kinds: Collection[str] = plan.ORDER,
     heard: Mapping[str, Record] | None = None,
     overdue: Collection[str] = (),
+    engine: Engine | None = None,
 ) -> Report:
     """Make one pass. With `dry` nothing is changed or written; with `force` the guard lets everything through.
 
     `heard` are records that came another way than by tags; `overdue` the public keys of those who were to begin the
-    handshake and have not. Raises InputError for damaged state; whatever else fails is in the report.
+    handshake and have not; `engine` is what Docker is, if that is known. Raises InputError for damaged state; whatever
+    else fails is in the report.
     """
     settings = state.settings
     with state.lock():
@@ -189,7 +193,8 @@ def reconcile(
             failures.append(Failure("subnet", ConflictError(MUST_MOVE.format(subnet=own.record.subnet, rival=rival))))
         observed, readable, unread = machine.observe(kinds)
         failures += unread
-        here = local(settings, own, _engine(machine, kinds, readable, failures), observed)
+        docker = _engine(machine, kinds, readable, failures, engine)
+        here = local(settings, own, docker, observed, _mtu(settings, kinds))
         wanted = plan.desired(here, roster.sorted_hosts())
         moved = {
             r.public_key for n, r in roster.hosts.items() if n in known.hosts and r.endpoint != known.hosts[n].endpoint
@@ -209,6 +214,7 @@ def reconcile(
             tuple(r for r in observed if isinstance(r, Peer)),
             rival,
             _quiet(observed, changes) & patient,
+            docker,
         )
 
 
@@ -291,13 +297,15 @@ def _admit(
     )
 
 
-def _engine(machine: Machine, kinds: Collection[str], readable: set[str], failures: list[Failure]) -> Engine | None:
+def _engine(
+    machine: Machine, kinds: Collection[str], readable: set[str], failures: list[Failure], known: Engine | None
+) -> Engine | None:
     """Ask Docker what it is; without an answer its rules and its network are left as they are in this pass."""
     if "network" not in kinds or "network" not in readable:
         readable -= {"network", "iptables"}
         return None
     try:
-        return machine.engine()
+        return known or machine.engine()
     except MeshdError as error:
         readable -= {"network", "iptables"}
         failures.append(Failure("docker", error))
@@ -347,14 +355,21 @@ def endpoint(settings: Settings) -> Endpoint:
     return Endpoint(settings.advertised, settings.wireguard_port)
 
 
-def local(settings: Settings, own: Host, engine: Engine | None, observed: Iterable[Resource]) -> plan.Local:
+def _mtu(settings: Settings, kinds: Collection[str]) -> int:
+    """Give the overlay's MTU, 0 in a pass that sets none: to ask is a fifth of what a newcomer costs each other host."""
+    if {"link", "network"}.isdisjoint(kinds):
+        return 0
+    return settings.mtu or underlay.mtu(settings.bind) - OVERHEAD
+
+
+def local(settings: Settings, own: Host, engine: Engine | None, observed: Iterable[Resource], mtu: int) -> plan.Local:
     """Put together what the desired state depends on."""
     return plan.Local(
         host=own,
         overlay=settings.overlay,
         wireguard=settings.wireguard,
         port=settings.wireguard_port,
-        mtu=settings.mtu or underlay.mtu(settings.bind) - OVERHEAD,
+        mtu=mtu,
         keepalive=settings.keepalive,
         owner=settings.owner,
         bridge=settings.bridge if settings.docker else None,

@@ -62,7 +62,7 @@ PHASES: tuple[tuple[str, str, Callable[[Join], float]], ...] = (
 
 def run(*, quick: bool) -> Result:
     """Let a host join and leave again and again, in meshes that grow."""
-    sizes, rounds = ((3, 10), 2) if quick else ((3, 10, 50), 6)
+    sizes, rounds = ((3, 10), 2) if quick else ((3, 10, 25, 50), 6)
     mesh, joins = standing(), dict[int, list[Join]]()
     for size in sizes:
         mesh.grow(size - 1)

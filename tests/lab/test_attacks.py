@@ -57,9 +57,9 @@ class Scene:
         self.gossip_key = state(self.mesh[0]).gossip_key
         self.others = 2
 
-    def listed(self) -> dict[str, dict[str, Any]]:
-        """What Serf on the first host says of each member."""
-        rows = json.loads(serf(self.mesh[0], "members", "-format=json"))["members"]
+    def listed(self, host: LabHost | None = None) -> dict[str, dict[str, Any]]:
+        """What Serf on a host, by default the first one, says of each member."""
+        rows = json.loads(serf(host or self.mesh[0], "members", "-format=json"))["members"]
         return {row["name"]: row for row in rows}
 
     def tags(self, name: str) -> dict[str, str]:
@@ -96,7 +96,8 @@ class Scene:
     def refused(self, name: str, reason: str) -> None:
         """Require that every other host refuses a member for this reason, and says so in its log."""
         for host in (host for host in self.mesh if host.name != name):
-            eventually(lambda h=host: is_refused(h, name, reason), 10, f"{name}: {reason}")  # type: ignore[misc]
+            # Whom the gossip misses learns it when two Serfs next exchange all that they know, every 30 s.
+            eventually(lambda h=host: is_refused(h, name, reason), 45, f"{name}: {reason}")  # type: ignore[misc]
             eventually(lambda h=host: re.search(f"WARNING refused {name}: .*{re.escape(reason)}", log(h)), 5, "logged")  # type: ignore[misc]
 
     def unharmed(self) -> None:
@@ -112,8 +113,7 @@ class Scene:
         """Tell whether the three see each other alive in Serf and have the peers that they should have."""
         names = {"barge1", "barge2", "barge3"}
         for host in self.mesh:
-            rows = json.loads(serf(host, "members", "-format=json"))["members"]
-            alive = {row["name"] for row in rows if row["status"] == "alive"}
+            alive = {name for name, row in self.listed(host).items() if row["status"] == "alive"}
             if not names <= alive or len(peers(host)) != self.others:
                 return False
         return True
@@ -251,7 +251,9 @@ def test_key_holder_takes_the_name_of_a_host_that_failed(scene: Scene) -> None:
     stop_agents(victim)
     eventually(lambda: members(scene.mesh[0])["barge3"]["state"] == "failed", 30, "it is seen as failed")
     with scene.agent("barge3", {}):
-        eventually(lambda: scene.listed()["barge3"]["addr"] == taken, 60, "the name is taken")
+        # Each Serf counts from when itself saw it fail; one that counts longer than another hears of it 30 s later.
+        for host in scene.mesh[:2]:
+            eventually(lambda h=host: scene.listed(h)["barge3"]["addr"] == taken, 90, "the name is taken")  # type: ignore[misc]
         scene.refused("barge3", "no record")
         scene.unharmed()
     with scene.agent("barge3", copied):
@@ -302,7 +304,7 @@ def insider(scene: Scene) -> Iterator[LabHost]:
     join(scene.stranger, scene.mesh[0], invitation(scene.mesh[0]), "--no-docker")
     # In its record, too, which the next pass makes anew.
     eventually(lambda: keys(scene.stranger)[1].certificate.delegation is None, 20, "the authority has confirmed it")
-    eventually(lambda: confirmed(scene), 20, "and all have its newest record")
+    eventually(lambda: confirmed(scene), 45, "and all have its newest record")
     stop_agents(scene.stranger)
     scene.others = 3
     try:

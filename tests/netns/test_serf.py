@@ -247,6 +247,21 @@ def test_a_handler_gets_the_event_by_its_environment(start: Start, tmp_path: Pat
     eventually(lambda: seen.read_text() == "member-join barge1\n" * 2, 10, "then the join of the other")
 
 
+def test_handlers_hear_of_each_update_again_and_again(start: Start, tmp_path: Path) -> None:
+    seen = tmp_path / "seen"
+    seen.touch()
+    one = start(1, handlers=(f'member-join,member-update=sed "s/^/$SERF_EVENT /" | cut -f1 >> {seen}',))
+    with start(2).connect() as client:
+        client.join([one.gossip])
+        client.tags({"a": "b"}, [])
+    eventually(lambda: "member-update barge2" in seen.read_text(), 10, "the update")
+    before = seen.read_text()
+    with start(3).connect() as client:
+        client.join([one.gossip])
+    eventually(lambda: "member-join barge3" in seen.read_text(), 10, "the join")
+    assert "member-update barge2" in seen.read_text().removeprefix(before), "together with a join of another"
+
+
 def test_a_handler_gets_the_payload_with_a_newline_at_its_end(start: Start, tmp_path: Path) -> None:
     seen = tmp_path / "seen"
     one = start(1, handlers=(f"user=cat >> {seen}", f"query=cat >> {seen}"))

@@ -1,5 +1,6 @@
 """What the daemon makes of its hints; tests/lab has it at work."""
 
+import time
 from ipaddress import IPv4Network
 
 import pytest
@@ -26,9 +27,22 @@ def test_what_the_kernel_tells_of_the_last_pass_is_no_reason_for_another(state: 
 def test_an_echo_does_not_hide_what_came_with_it(state: State) -> None:
     agent = Agent(state)
     agent.echoes = links.told([ADDED])
+    agent.logged = time.monotonic() - daemon.HELD_BACK
     for text in (TOLD, "serf: member-join", TOLD):
         agent.hint(text)
     assert agent._wait(0.1) == [TOLD, "serf: member-join"]
+
+
+def test_a_handler_tells_nothing_new_of_what_serf_has_logged(state: State) -> None:
+    agent = Agent(state)
+    agent.hint("serf: member-join")
+    assert agent._wait(0.1) == ["serf: member-join"]
+    agent.logged = time.monotonic()
+    agent.hint("serf: member-join")
+    agent.hint("serf: member-update")
+    assert agent._wait(0.1) == []
+    agent.hint("netlink: link wg0 removed")
+    assert agent._wait(0.1) == ["netlink: link wg0 removed"]
 
 
 @pytest.mark.parametrize(("hosts", "seconds"), [(0, 10), (3, 10), (250, 10), (1000, 40), (1500, 60), (10000, 60)])
