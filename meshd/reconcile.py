@@ -356,7 +356,7 @@ def endpoint(settings: Settings) -> Endpoint:
 
 
 def _mtu(settings: Settings, kinds: Collection[str]) -> int:
-    """Give the overlay's MTU, 0 in a pass that sets none: to ask is a fifth of what a newcomer costs each other host."""
+    """Give the overlay's MTU, 0 in a pass that sets none: asking is a fifth of what a newcomer costs any host."""
     if {"link", "network"}.isdisjoint(kinds):
         return 0
     return settings.mtu or underlay.mtu(settings.bind) - OVERHEAD
