@@ -176,7 +176,7 @@ def join(
 
     preflight.root()
     text = invite or (invite_file.read(2**16) if invite_file else None)
-    if state.exists:
+    if is_known := state.exists:
         _again(state, text)
     else:
         invitation = identity.decode(text or _prompt())
@@ -190,7 +190,7 @@ def join(
             towards=member.address,
         )  # fmt: skip
         lifecycle.join(state, settings, invitation, admission, member)
-    _wait(state, timeout, strict=strict)
+    _wait(state, timeout, strict=strict, is_new=not is_known)
 
 
 main.add_command(cli_authority.invite)
@@ -399,8 +399,11 @@ def _again(state: State, text: str | None) -> None:
     lifecycle.up(state)
 
 
-def _wait(state: State, timeout: float, *, strict: bool) -> None:
-    """Wait for the others with a progress line on a terminal, then print the members."""
+def _wait(state: State, timeout: float, *, strict: bool, is_new: bool = False) -> None:
+    """Wait for the others with a progress line on a terminal, then print the members.
+
+    A host that `is_new` and hears that its invitation was revoked is as it was before.
+    """
     from meshd import lifecycle, views  # noqa: PLC0415
 
     if not state.settings.daemon:
@@ -416,6 +419,10 @@ def _wait(state: State, timeout: float, *, strict: bool) -> None:
     readiness = lifecycle.wait_ready(state, claim.record.seq if claim else 0, timeout, progress)
     total = len(readiness.ready) + len(readiness.missing) + 1
     click.echo(f"{chr(13) if terminal else ''}{len(readiness.ready) + 1}/{total} hosts ready", err=True)
+    if reason := lifecycle.ended(state):
+        if is_new:
+            lifecycle.leave(state, force=True)
+        raise InputError(reason)
     click.echo(views.members_text(views.members(state, views.gather(state))))
     if readiness.missing:
         click.echo(

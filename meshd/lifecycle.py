@@ -15,7 +15,7 @@ from meshd.identity import Admission, Invitation
 from meshd.membership import Roster
 from meshd.model import Endpoint, Host, Member, Record, Status
 from meshd.queries import APPLIED, YES, Question
-from meshd.reconcile import Report, bury, dismantle, endpoint, members, reconcile
+from meshd.reconcile import Report, bury, dismantle, endpoint, members, membership_ended, reconcile
 from meshd.reconcile import renumber as move
 from meshd.state import Claim, State
 from meshd.tags import encode
@@ -290,7 +290,7 @@ def wait_ready(state: State, seq: int, timeout: float, progress: Progress = lamb
         expected = _expected(state)
         progress(len(ready & expected) + 1, len(expected) + 1)
         missing = expected - ready
-        if not missing or time.monotonic() >= deadline:
+        if not missing or time.monotonic() >= deadline or ended(state):
             return Readiness(frozenset(ready & expected), frozenset(missing))
         # The names travel in the query: only a few fit.
         nodes = sorted(missing) if len(missing) <= 5 else ()
@@ -301,6 +301,12 @@ def wait_ready(state: State, seq: int, timeout: float, progress: Progress = lamb
                     progress(len(ready & expected) + 1, len(expected) + 1)
                 if expected <= ready:
                     break
+
+
+def ended(state: State) -> str:
+    """Say why this host is no member any more, as far as it has heard; the empty string while it is one."""
+    claim = state.claim()
+    return membership_ended(Host(state.settings.name, claim.record), state.roster(), time.time()) if claim else ""
 
 
 def _expected(state: State) -> set[str]:

@@ -250,9 +250,8 @@ def superseded_by(own: Host, members: Iterable[Member], mesh: Mesh, known: Roste
     asks. Only hosts that have not known each other can have come to claim the same: who was here under another subnet,
     or has said goodbye, takes nobody's.
     """
-    strangers = (
-        m for m in members if m.status is Status.ALIVE and m.name not in known.hosts.keys() | known.gone.keys()
-    )
+    met = known.hosts.keys() | known.gone.keys()
+    strangers = (member for member in members if member.status is Status.ALIVE and member.name not in met)
     rivals = subnet_rivals(own, strangers, mesh, known, now)
     winner = min(rivals, key=lambda name: rivals[name].certificate.rank, default=None)
     if winner is None or rivals[winner].certificate.rank > own.record.certificate.rank:

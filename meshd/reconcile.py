@@ -39,7 +39,7 @@ OVERHEAD = 80
 # What a change of members alone can change; a pass after Serf's hint reads nothing else.
 MEMBERSHIP = frozenset({"device", "peer", "route", "tags"})
 ENDED = {
-    membership.REVOKED: "the authority has revoked this host",
+    membership.REVOKED: "the authority has revoked this host, or the invitation by which it came",
     membership.BURIED: "the mesh has forgotten this host: run 'meshd leave --force' here, then 'meshd join' again",
 }
 EXPIRED = "this host is a member no more, {reason}: 'meshd join' with a new invitation for its name renews it"
@@ -180,8 +180,8 @@ def reconcile(
             raise InputError(f"the mesh {settings.mesh} is down on this host: 'meshd up' starts it")
         now = time.time()
         own = Host(settings.name, (claim if dry else renewed(state, claim)).record)
-        if ended := known.ended(own.name, own.record, now):
-            failures.append(Failure("membership", MeshdError(ENDED.get(ended, EXPIRED.format(reason=ended)))))
+        if ended := membership_ended(own, known, now):
+            failures.append(Failure("membership", MeshdError(ended)))
         roster, listed = known, []
         try:
             listed = members(state)
@@ -273,6 +273,12 @@ def renumber(state: State, subnet: IPv4Network | None = None) -> Record:
         if failures:
             raise failures[0].error
         return state.publish(subnet=new, endpoint=endpoint(settings), settled=True).record
+
+
+def membership_ended(own: Host, known: Roster, now: float) -> str:
+    """Say why this host is no member any more, and what to do; the empty string while it is one."""
+    reason = known.ended(own.name, own.record, now)
+    return ENDED.get(reason, EXPIRED.format(reason=reason)) if reason else ""
 
 
 def _admit(
