@@ -102,11 +102,14 @@ class Changes:
         return Spread(*(_since(begun, times) for times in (heard, applied, handler)))
 
     def revocation(self, host: LabHost) -> Spread:
-        """A user event of the first host, which acts by itself and does not log it; Serf holds no user event back."""
+        """A user event of the first host, which acts by itself and does not log it; Serf holds no user event back.
+
+        The first host then asks the others whether they have heard, in which they hear of it as well.
+        """
         self.journal.settle()
         first, *others = self.mesh.hosts
         first.run(["meshd", "revoke", host.name])
-        text = "Received event: user-event: meshd-gone"
+        text = "Received event: user-event: meshd-gone|Received event: query: meshd-bury"
         begun = self._logged(first, text)
         heard = self.journal.on_each(others, text, self._since(begun))
         applied = self.journal.on_each(others, "remove peer", self._since(begun))

@@ -17,7 +17,7 @@ LEAST = 0.95
 
 def run(*, quick: bool) -> Result:
     """Measure both in turn."""
-    pairs, seconds = (2, 1) if quick else (12, 1)
+    pairs, seconds = (2, 1) if quick else (30, 1)
     with empty_lab("meshd-bench-") as lab:
         ours, theirs = rounds([_meshd(lab), _by_hand(lab)], pairs, seconds).values()
     return Result(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from threading import Event, Thread
 
+import click
 from pyroute2 import netns
 
 from meshd.lab.hosts import LabHost
@@ -40,13 +41,16 @@ class Journal:
     lines: dict[str, list[Line]] = field(default_factory=dict)
 
     def first(self, host: LabHost, text: str, after: float = 0.0) -> float | None:
-        """Give when the first line with this text was there, None if there is none."""
-        return next((line.at for line in self.lines[host.name] if line.at >= after and text in line.text), None)
+        """Give when the first line with this text, or one of several between `|`, was there; None if there is none."""
+        texts = text.split("|")
+        lines = (line for line in self.lines[host.name] if line.at >= after)
+        return next((line.at for line in lines if any(one in line.text for one in texts)), None)
 
     def on_each(self, hosts: Sequence[LabHost], text: str, after: Mapping[str, float]) -> dict[str, float]:
         """Wait until every host has logged this text after a moment of its own; give when, by the hosts' names.
 
-        Serf does not tell everybody of everything: a leave may overtake an update. A few may be missing in the end.
+        Serf does not tell everybody of everything: a leave may overtake an update. Of ten hosts one may be missing in
+        the end, which is said.
         """
         deadline = time.monotonic() + PATIENCE
         while True:
@@ -55,6 +59,8 @@ class Journal:
             late = time.monotonic() > deadline
             if late and len(missing) * 10 > len(hosts):
                 raise TimeoutError(f"{text!r} is not in the logs of {', '.join(missing)}")
+            if late and missing:
+                click.echo(f"Not in the logs of {', '.join(missing)}, and left out: {text!r}", err=True)
             if late or not missing:
                 return {name: at for name, at in found.items() if at is not None}
             time.sleep(0.05)
