@@ -74,9 +74,12 @@ class Machine:
         return host
 
     def _leader(self, pid: int) -> int:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        names = {child: Path(f"/proc/{child}/comm").read_text().strip() for child in children}
-        return next((int(child) for child, name in names.items() if name == "systemd"), 0)
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            # The shell makes directories first: a child may have ended by now.
+            with suppress(FileNotFoundError, ProcessLookupError):
+                if Path(f"/proc/{child}/comm").read_text().strip() == "systemd":
+                    return int(child)
+        return 0
 
     def cut_power(self) -> None:
         """Kill everything on the machine at once."""
