@@ -199,6 +199,11 @@ def _ask_confirmation(state: State) -> Certificate | None:
     return None
 
 
+def named(nodes: Collection[str]) -> list[str]:
+    """Give the names to put into a query, none where it asks all: they travel in it, and only a few fit."""
+    return sorted(nodes) if len(nodes) <= MOST_ASKED else []
+
+
 def _some(names: Collection[str]) -> list[str]:
     return random.sample(sorted(names), min(len(names), MOST_ASKED))
 
@@ -207,9 +212,7 @@ def _ask(state: State, name: str, payload: bytes, nodes: Collection[str]) -> Ite
     """Ask these members, or all where none is named; end when those who were named have answered, or time is over."""
     heard: set[str] = set()
     with rpc(state) as client:
-        # The names travel in the query: only a few fit.
-        named = sorted(nodes) if len(nodes) <= MOST_ASKED else ()
-        for sender, answer in client.query(name, payload, timeout=ASK, nodes=named):
+        for sender, answer in client.query(name, payload, timeout=ASK, nodes=named(nodes)):
             yield sender, answer
             heard.add(sender)
             if nodes and heard >= set(nodes):

@@ -292,8 +292,7 @@ def wait_ready(state: State, seq: int, timeout: float, progress: Progress = lamb
         missing = expected - ready
         if not missing or time.monotonic() >= deadline or ended(state):
             return Readiness(frozenset(ready & expected), frozenset(missing))
-        # The names travel in the query: only a few fit.
-        nodes = sorted(missing) if len(missing) <= 5 else ()
+        nodes = gossip.named(missing)
         with gossip.rpc(state) as client:
             for name, answer in client.query(APPLIED, question.payload(), timeout=ASK, nodes=nodes):
                 if answer == YES and name in expected:
