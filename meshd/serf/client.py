@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import msgpack
+from tenacity import Retrying, retry_if_exception, stop_after_attempt
 
 from meshd.errors import SerfError
 from meshd.model import IPAddress, Member, Status
@@ -23,6 +24,8 @@ from meshd.model import IPAddress, Member, Status
 LIMIT = 64 * 2**20
 _STATUSES = frozenset(Status)
 CHUNK = 65536
+# Serf waits this long for a change of its own tags to have left (its option `broadcast_timeout`).
+BROADCAST_TIMEOUT = 5.0
 
 
 class Serf:
@@ -103,8 +106,18 @@ class Serf:
         return int(body.get("Num", 0))
 
     def tags(self, tags: Mapping[str, str], delete: Sequence[str] = ()) -> None:
-        """Set and delete own tags. It takes 0.5 s: the agent waits for the gossip to have left."""
-        self._call("tags", {"Tags": dict(tags), "DeleteTags": list(delete)})
+        """Set and delete own tags. It takes 0.5 s: the agent waits for the gossip to have left.
+
+        An agent whose wait was in vain may have lost the change to one of the same moment (its own answer to a
+        suspicion, or somebody else's call): it is told again.
+        """
+        request = {"Tags": dict(tags), "DeleteTags": list(delete)}
+        lost = retry_if_exception(lambda error: isinstance(error, SerfError) and "update broadcast" in str(error))
+        self._connection.settimeout(BROADCAST_TIMEOUT + self._timeout)
+        try:
+            Retrying(retry=lost, stop=stop_after_attempt(3), reraise=True)(self._call, "tags", request)
+        finally:
+            self._connection.settimeout(self._timeout)
 
     def leave(self) -> None:
         """Leave the gossip; the agent then ends."""

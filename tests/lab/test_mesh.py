@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from meshd.agent import HELD_BACK
 from meshd.lab import images, network
 from meshd.lab.hosts import Lab, LabHost
 from tests.lab.conftest import SERVER, eventually, fetch, init, join, overlay, ping, rtt, run_container, serf, snapshot
@@ -231,6 +232,12 @@ def test_a_handler_is_a_hint_to_the_daemon(mesh: Mesh) -> None:
     host = mesh.hosts[0]
     command = re.search(r'"member-join[^"=]*=([^"]+)"', host.run(["cat", f"{STATE}/serf.json"]).stdout)
     assert command, "Serf is told of the handler"
+    newest = ["stat", "-c", "%Y", f"{STATE}/serf.log", f"{STATE}/agent.pid"]
+    eventually(
+        lambda: time.time() - max(map(int, host.run(newest).stdout.split())) > HELD_BACK + 1,
+        60,
+        "no member event has just been logged: a handler's word is news",
+    )
     (peer, *_) = host.run(["wg", "show", "wg0", "peers"]).stdout.split()
     # Nobody notifies of that.
     host.run(["wg", "set", "wg0", "peer", peer, "remove"])

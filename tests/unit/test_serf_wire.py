@@ -105,6 +105,18 @@ def test_an_error_of_the_agent_is_told_in_one_line() -> None:
     assert str(caught.value) == "stats: no such thing"
 
 
+def test_tags_that_an_agent_has_lost_on_the_way_are_told_again() -> None:
+    lost = {"Error": "timeout waiting for update broadcast"}
+    with agent_that_sends(packed({"Seq": 1, **lost}, {"Seq": 2, "Error": ""})) as serf:
+        serf.tags({"a": "b"})
+    answers = [{"Seq": seq, **lost} for seq in (1, 2, 3)]
+    with agent_that_sends(packed(*answers)) as serf, pytest.raises(SerfError, match="tags: timeout waiting for update"):
+        serf.tags({"a": "b"})
+    refused = [{"Seq": 1, "Error": "too long"}, {"Seq": 2, "Error": ""}]
+    with agent_that_sends(packed(*refused)) as serf, pytest.raises(SerfError, match="tags: too long"):
+        serf.tags({"a": "b"})
+
+
 def test_a_bomb_of_nested_lists_is_an_error() -> None:
     with agent_that_sends(b"\x91" * 100_000) as serf, pytest.raises(SerfError):
         serf.stats()
