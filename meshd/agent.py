@@ -167,7 +167,6 @@ class Agent:
         try:
             with gossip.start(self.state):
                 log.info("serf started")
-                self.search.set()
         except MeshdError as error:
             self._complain({f"serf: {error}"})
             return False
@@ -181,6 +180,7 @@ class Agent:
         try:
             if any(hint.startswith(bridge.RESTARTED) for hint in hints):
                 self.engine = None
+            lost = self.report.lost.keys()
             heard, overdue = dict(self.exchange.heard), self._overdue()
             self.report = reconcile(self.state, kinds=kinds, heard=heard, overdue=overdue, engine=self.engine)
         except MeshdError as error:
@@ -188,6 +188,8 @@ class Agent:
                 self._complain({str(error)})
             return False
         report = self.report
+        if report.lost.keys() - lost:
+            self.search.set()
         self.engine = report.engine or self.engine
         self.quiet_since = {key: self.quiet_since.get(key, time.monotonic()) for key in report.quiet}
         self.echoes = links.told(report.changes)
@@ -279,12 +281,11 @@ class Agent:
         """Look for the hosts that Serf has lost, more and more rarely while the same ones stay lost."""
         pause, before = RETRY, set[str]()
         while not self.stopping.is_set():
-            if self.search.wait(pause):
+            if self.search.wait(pause if before else None):
                 self.search.clear()
                 pause = RETRY
+            lost = self.report.lost
             try:
-                with gossip.rpc(self.state) as client:
-                    lost = gossip.lost(self.state, client.members())
                 joined = gossip.rejoin(self.state, lost)
             except MeshdError as error:
                 log.debug("rejoin: %s", error)

@@ -12,7 +12,7 @@ from tenacity import Retrying, stop_after_delay, wait_fixed
 from meshd import files, queries, serf, underlay
 from meshd.credentials import CredentialError
 from meshd.errors import SerfError
-from meshd.model import Certificate, Endpoint, Member, Record, Status
+from meshd.model import Certificate, Endpoint, Record
 from meshd.queries import APPLIED, BURY, CONFIRM, EVENT_LIMIT, GONE, RECORD, YES, GoneQuestion
 from meshd.state import State
 from meshd.tags import RecordError, encode, from_wire, read_certificate, to_wire
@@ -102,13 +102,7 @@ def stop(state: State) -> None:
         serf.stop(pid)
 
 
-def lost(state: State, members: Collection[Member]) -> dict[str, str]:
-    """Give the known hosts that Serf does not see alive: name -> gossip address."""
-    alive = {member.name for member in members if member.status is Status.ALIVE}
-    return {name: str(endpoint) for name, endpoint in sorted(state.contacts().items()) if name not in alive}
-
-
-def rejoin(state: State, lost: Mapping[str, str]) -> int:
+def rejoin(state: State, lost: Mapping[str, Endpoint]) -> int:
     """Join lost hosts by their addresses; give the number that answered.
 
     Serf itself remembers too little of whom it knew: after a restart or a long partition only this brings it back.
@@ -119,7 +113,7 @@ def rejoin(state: State, lost: Mapping[str, str]) -> int:
             # One at a time: a dead address must not hold up the others for longer than one time-out.
             for address in lost.values():
                 with suppress(SerfError):
-                    joined += client.join([address])
+                    joined += client.join([str(address)])
     return joined
 
 

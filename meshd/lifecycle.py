@@ -182,7 +182,7 @@ def _say_goodbye(state: State, claim: Claim) -> None:
         if adopted:
             client.tags(encode(claim.record), [])
         else:
-            gossip.rejoin(state, gossip.lost(state, client.members()))
+            gossip.rejoin(state, membership.lost(state.contacts(), client.members()))
         wait_ready(state, claim.record.seq, GOODBYE_TIMEOUT)
         client.leave()
 
@@ -248,7 +248,7 @@ def _told(state: State, graves: Graves) -> Readiness:
             if not missing:
                 break
             if telling:
-                gossip.rejoin(state, {n: str(e) for n, e in state.contacts().items() if n in missing})
+                gossip.rejoin(state, {n: e for n, e in state.contacts().items() if n in missing})
             having |= gossip.bury(state, graves, missing)
             missing -= having
     return Readiness(frozenset(having), frozenset(missing))

@@ -6,13 +6,14 @@ one that failed, left without a goodbye, or is simply not listed keeps its last 
 data plane.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from ipaddress import IPv4Network
 
 from meshd import tombstones
 from meshd.credentials import CredentialError, Trust, check_time
-from meshd.model import Goodbye, Host, Member, Record, Revocation, Status, is_name
+from meshd.model import Endpoint, Goodbye, Host, Member, Record, Revocation, Status, is_name
 from meshd.tags import RecordError, decode
 
 # Seconds after its last new record (whose number is at least the clock's) in which a host may still have to move.
@@ -86,12 +87,13 @@ def admit(
     *,
     now: float,
     heard: Mapping[str, Record] | None = None,
-    networks: Collection[IPv4Network] = (),
+    networks: Callable[[], Collection[IPv4Network]] = tuple,
     left_is_goodbye: bool = False,
 ) -> Roster:
     """Decide who is a host, from Serf's members and what this host knew before.
 
-    `heard` are records that came another way than by tags, `networks` this host's own, which no new subnet may overlap.
+    `heard` are records that came another way than by tags, `networks` this host's own, which no new subnet may overlap;
+    they are asked for when there is one.
     `left_is_goodbye` is for handlers without a daemon, where Serf's own leave is all the goodbye there is.
     """
     members = sorted((m for m in members if m.name != own.name), key=lambda m: m.name)
@@ -171,10 +173,11 @@ def _settle(
     hosts: dict[str, Record],
     claims: Mapping[str, Record],
     alive: Collection[str],
-    networks: Collection[IPv4Network],
+    networks: Callable[[], Collection[IPv4Network]],
 ) -> dict[str, str]:
     """Put the claims into `hosts` one by one, incumbents first, and give the reasons for those that lose."""
     refused: dict[str, str] = {}
+    ours = cache(networks)
     # Incumbents keep what they have even if their newest record is refused, so they hold it from the start.
     subnets = {record.subnet: name for name, record in hosts.items()} | {own.record.subnet: own.name}
     keys = {record.public_key: name for name, record in hosts.items()} | {own.record.public_key: own.name}
@@ -192,7 +195,7 @@ def _settle(
             refused[name] = f"its WireGuard key is {owner}'s"
         elif neighbour != name:
             refused[name] = f"its endpoint {record.endpoint} is {neighbour}'s"
-        elif (old is None or old.subnet != record.subnet) and (own_one := _overlapped(record.subnet, networks)):
+        elif (old is None or old.subnet != record.subnet) and (own_one := _overlapped(record.subnet, ours())):
             refused[name] = f"subnet {record.subnet} overlaps this host's own network {own_one}"
         else:
             if old is not None:
@@ -217,6 +220,29 @@ def _by_precedence(hosts: Mapping[str, Record], claims: Mapping[str, Record]) ->
         return known is None, moves, claims[name].certificate.rank, name
 
     yield from sorted(claims, key=rank)
+
+
+def contacts(before: Mapping[str, Endpoint], members: Iterable[Member], roster: Roster) -> dict[str, Endpoint]:
+    """Give where to find the hosts again, by name: what was known before, and what Serf says of them now.
+
+    A host has signed its address; where Serf says another one, somebody may be using its name.
+    """
+    kept = {name: endpoint for name, endpoint in before.items() if name not in roster.gone}
+    named = {
+        member.name: Endpoint(member.address, member.port)
+        for member in members
+        if member.name in roster.hosts and member.address == roster.hosts[member.name].endpoint.address
+    }
+    if named:
+        # The address that was joined through has no name yet; it goes when the first host is known by its own.
+        kept.pop("", None)
+    return kept | named
+
+
+def lost(contacts: Mapping[str, Endpoint], members: Iterable[Member]) -> dict[str, Endpoint]:
+    """Give those of the known gossip addresses whose host is not alive for Serf."""
+    alive = {member.name for member in members if member.status is Status.ALIVE}
+    return {name: endpoint for name, endpoint in sorted(contacts.items()) if name not in alive}
 
 
 def bury(known: Roster, mesh: Mesh, graves: tombstones.Graves) -> Roster:

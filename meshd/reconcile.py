@@ -3,6 +3,7 @@
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from ipaddress import IPv4Network
 
 from meshd import addressing, links, membership, plan, underlay
@@ -66,6 +67,7 @@ class Report:
     """What a pass saw and did.
 
     `withheld` are removals for which there is no evidence (see plan.guard); `rival` is to have this host's subnet;
+    `lost` are the known hosts that Serf does not see alive, with their gossip addresses;
     `quiet` are the public keys of peers that were left to begin the handshake (see plan.speaks_first); `engine` is what
     Docker said that it is, None if it was not asked.
     """
@@ -79,6 +81,7 @@ class Report:
     rival: str | None = None
     quiet: frozenset[str] = frozenset()
     engine: Engine | None = None
+    lost: Mapping[str, Endpoint] = field(default_factory=dict)
 
     @property
     def applied(self) -> dict[str, int]:
@@ -96,11 +99,12 @@ class Report:
 
 
 class Machine:
-    """All adapters of one mesh on this host."""
+    """All adapters of one mesh on this host, for one pass: Serf is asked for its members once."""
 
     def __init__(self, state: State) -> None:
         settings = state.settings
         self.settings = settings
+        self.members = cache(partial(members, state))
         self.wireguard: WireGuard = find(settings.wireguard, state.wireguard_key, settings.wireguard_backend)
         names = (settings.wireguard, settings.bridge) if settings.docker else (settings.wireguard,)
         bridge = settings.bridge
@@ -111,7 +115,7 @@ class Machine:
             Routes(settings.wireguard, settings.overlay),
             Nftables(table_name(settings.wireguard)),
             self.wireguard,
-            SerfTags(settings.rpc_port, state.rpc_key, settings.name, NAMES),
+            SerfTags(settings.rpc_port, state.rpc_key, settings.name, NAMES, self.members),
         ]
         if self.bridge is not None:
             self.adapters += [Ports(settings.overlay), Iptables(settings.owner), self.bridge]
@@ -184,7 +188,7 @@ def reconcile(
             failures.append(Failure("membership", MeshdError(ended)))
         roster, listed = known, []
         try:
-            listed = members(state)
+            listed = machine.members()
             roster = _admit(state, own, listed, known, heard=heard, now=now)
         except (SerfError, ApplyError) as error:
             failures.append(Failure("members", error))
@@ -201,9 +205,13 @@ def reconcile(
         }
         patient = _patient(settings, own.record, roster).difference(overdue)
         changes = plan.diff(wanted, observed, now=now, moved=moved, patient=patient, kinds=readable & set(kinds))
+        before = state.contacts()
+        contacts = membership.contacts(before, listed, roster)
         changes, withheld = (changes, ()) if force else plan.guard(changes, observed, _departed(known, roster))
         if not dry:
-            _remember(state, known, roster, listed, changes)
+            _remember(state, known, roster, changes)
+            if contacts != before:
+                state.save_contacts(contacts)
             failures += machine.apply(changes)
         return Report(
             roster,
@@ -215,6 +223,7 @@ def reconcile(
             rival,
             _quiet(observed, changes) & patient,
             docker,
+            membership.lost(contacts, listed) if listed else {},
         )
 
 
@@ -259,7 +268,7 @@ def renumber(state: State, subnet: IPv4Network | None = None) -> Record:
         if machine.bridge is not None and (attached := machine.bridge.containers()):
             raise ConflictError(f"containers are attached to {settings.bridge}: {', '.join(attached)}")
         known, allowed = state.roster(), claim.record.certificate.subnets
-        taken = membership.claimed(settings.name, members(state), state.mesh, known, time.time())
+        taken = membership.claimed(settings.name, machine.members(), state.mesh, known, time.time())
         taken |= {record.subnet for record in known.hosts.values()}
         if subnet is not None and subnet in taken:
             raise ConflictError(f"the subnet {subnet} is taken by another host: 'meshd members' shows who has which")
@@ -298,7 +307,7 @@ def _admit(
         known,
         now=now,
         heard=heard,
-        networks=underlay.networks(settings.overlay, {settings.wireguard, settings.bridge}),
+        networks=lambda: underlay.networks(settings.overlay, {settings.wireguard, settings.bridge}),
         left_is_goodbye=not settings.daemon,
     )
 
@@ -324,23 +333,10 @@ def _departed(known: Roster, roster: Roster) -> set[str]:
     return over | {goodbye.public_key for goodbye in roster.gone.values()}
 
 
-def _remember(state: State, known: Roster, roster: Roster, listed: Sequence[Member], changes: Sequence[Change]) -> None:
+def _remember(state: State, known: Roster, roster: Roster, changes: Sequence[Change]) -> None:
     """Put on disk what must be known before the changes are made: the hosts, and the sysctls to put back."""
     if (roster.hosts, roster.gone) != (known.hosts, known.gone):
         state.save_roster(roster)
-    contacts = state.contacts()
-    kept = {n: e for n, e in contacts.items() if n not in roster.gone}
-    # The address that was joined through has no name yet; it goes when the first host is known by its own. The host
-    # has signed its address; where Serf says another one, somebody may be using its name.
-    named = {
-        m.name: Endpoint(m.address, m.port)
-        for m in listed
-        if m.name in roster.hosts and m.address == roster.hosts[m.name].endpoint.address
-    }
-    if named:
-        kept.pop("", None)
-    if (now_known := kept | named) != contacts:
-        state.save_contacts(now_known)
     originals = state.originals()
     found = {
         c.resource.path: c.old.value

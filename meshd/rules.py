@@ -50,15 +50,16 @@ def table(
     fragment = f"udp sport {port} ip frag-off set 0"
     # Who is not on the bridge is not on the overlay: not Docker's other networks, and not those of another mesh here.
     # They answer what has come to them by a published port.
-    strangers = f'iifname != "{bridge}" ' if bridge else ""
-    forward = [in_clear, f'oifname "{wireguard}" {strangers}ct state != {{ established, related }} drop']
+    unasked = f'oifname "{wireguard}" ct state != {{ established, related }} drop'
+    forward = [in_clear, unasked, *_inbound(wireguard, subnet)]
     if bridge is not None:
-        forward += [f'oifname "{wireguard}" {clamp}', f'iifname "{wireguard}" {clamp}']
-        # The others' WireGuard drops it as well: no container speaks for another host's.
-        forward.append(f'iifname "{bridge}" oifname "{wireguard}" ip saddr != {subnet} drop')
-    forward += _inbound(wireguard, subnet)
-    if bridge is not None:
-        forward += _guard(wireguard, bridge)
+        forward = [
+            f'oifname "{wireguard}" {clamp}',
+            f'iifname "{wireguard}" {clamp}',
+            *_overlay(wireguard, bridge, subnet),
+            *forward,
+            *_guard(bridge),
+        ]
     return Table(
         table_name(wireguard),
         (
@@ -73,6 +74,19 @@ def table(
 
 def _names(*links: str | None) -> str:
     return "{ " + ", ".join(f'"{name}"' for name in links if name) + " }"
+
+
+def _overlay(wireguard: str, bridge: str, subnet: IPv4Network) -> list[str]:
+    """Let this host's containers and the overlay speak. Nearly every packet is one of theirs and is asked no more.
+
+    The others' WireGuard drops a source that is not in this host's subnet as well: no container speaks for another
+    host's.
+    """
+    return [
+        f'iifname "{bridge}" oifname "{wireguard}" ip saddr {subnet} accept',
+        f'iifname "{bridge}" oifname "{wireguard}" drop',
+        f'iifname "{wireguard}" oifname "{bridge}" ip daddr {subnet} accept',
+    ]
 
 
 def _inbound(wireguard: str, subnet: IPv4Network) -> list[str]:
@@ -90,20 +104,21 @@ def _input(links: str, allow: Collection[str]) -> list[str]:
         return []
     ports = [entry.split("/") for entry in sorted(allow)]
     return [
-        f"iifname {links} ct state established,related accept",
-        f"iifname {links} ip protocol icmp accept",
-        *(f"iifname {links} {protocol} dport {port} accept" for protocol, port in ports),
-        f"iifname {links} drop",
+        f"iifname != {links} accept",
+        "ct state established,related accept",
+        "ip protocol icmp accept",
+        *(f"{protocol} dport {port} accept" for protocol, port in ports),
+        "drop",
     ]
 
 
-def _guard(wireguard: str, bridge: str) -> list[str]:
-    """Keep everybody but the overlay away from containers, except through published ports and for replies.
+def _guard(bridge: str) -> list[str]:
+    """Keep everybody else away from containers, except through published ports and for replies.
 
     Docker's own FORWARD policy does that only where forwarding was off when it started.
     """
     return [
-        f'oifname "{bridge}" iifname {{ "{bridge}", "{wireguard}" }} accept',
+        f'oifname "{bridge}" iifname "{bridge}" accept',
         f'oifname "{bridge}" ct state established,related accept',
         f'oifname "{bridge}" ct status dnat accept',
         f'oifname "{bridge}" drop',

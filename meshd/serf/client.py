@@ -4,7 +4,6 @@ A request is a header {Command, Seq} and a body; an answer is a header {Seq, Err
 Everything that is read was written, in part, by other members: it is bounded and checked.
 """
 
-import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -92,13 +91,6 @@ class Serf:
         if not isinstance(entries, list):
             raise SerfError("members: the agent's answer has no list of members")
         return [member for entry in entries if (member := decode_member(entry)) is not None]
-
-    def member(self, name: str) -> Member | None:
-        """Give one member by its name, None if the agent has none."""
-        request = {"Tags": {}, "Status": "", "Name": re.escape(name)}
-        entries = self._call("members-filtered", request, body=True).get("Members") or []
-        found = (decode_member(entry) for entry in entries)
-        return next((member for member in found if member is not None and member.name == name), None)
 
     def join(self, addresses: Sequence[str], *, replay: bool = False) -> int:
         """Join through the members at `address:port`; give the number that answered. Raises SerfError if none did."""

@@ -1,26 +1,31 @@
 """This host's own Serf tags as a resource like any other: read, compared, set."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
-from meshd.model import Action, Change, Resource, Tags
+from meshd.model import Action, Change, Member, Resource, Tags
 from meshd.serf.client import Serf
 
 
 class SerfTags:
-    """The adapter of the tags `names` of the member `name`, which is this host."""
+    """The adapter of the tags `names` of the member `name`, which is this host.
+
+    It reads them from `members`: a pass asks for the list once.
+    """
 
     kinds: ClassVar[frozenset[str]] = frozenset({"tags"})
 
-    def __init__(self, port: int, auth_key: str, name: str, names: Sequence[str]) -> None:
+    def __init__(
+        self, port: int, auth_key: str, name: str, names: Sequence[str], members: Callable[[], Sequence[Member]]
+    ) -> None:
         self._port = port
         self._auth_key = auth_key
         self._name = name
         self._names = tuple(names)
+        self._members = members
 
     def read(self) -> list[Resource]:
-        with Serf.connect(self._port, self._auth_key) as serf:
-            own = serf.member(self._name)
+        own = next((member for member in self._members() if member.name == self._name), None)
         tags = {} if own is None else {n: own.tags[n] for n in sorted(self._names) if n in own.tags}
         return [Tags(tuple(tags.items()))] if tags else []
 

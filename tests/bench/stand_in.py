@@ -3,7 +3,6 @@
 It knows what a pass asks: handshake, auth, members, tags, stats. Streams stay silent, questions get no answer.
 """
 
-import re
 import socket
 import socketserver
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +16,7 @@ from meshd.model import Member
 from meshd.tags import LIMIT, size
 
 _SILENT = {"monitor", "stream", "event", "query"}
-_WITH_BODY = {"handshake", "auth", "tags", "members-filtered", *_SILENT}
+_WITH_BODY = {"handshake", "auth", "tags", *_SILENT}
 
 
 class StandIn(socketserver.ThreadingTCPServer):
@@ -80,7 +79,7 @@ class _Connection(socketserver.BaseRequestHandler):
             unpacker.feed(data)
             yield from unpacker
 
-    def _answer(self, command: str, body: Mapping[str, Any]) -> tuple[str, bytes]:  # noqa: PLR0911  one a command
+    def _answer(self, command: str, body: Mapping[str, Any]) -> tuple[str, bytes]:
         """Give the error, empty if there is none, and the packed body of the answer."""
         if command == "handshake":
             self.greeted = True
@@ -92,8 +91,6 @@ class _Connection(socketserver.BaseRequestHandler):
             return "Authentication required" if self.greeted else "Handshake required", b""
         if command == "members":
             return "", self.server.answer
-        if command == "members-filtered":
-            return "", _packed(m for m in self.server.members if re.fullmatch(body["Name"], m.name))
         if command == "stats":
             return "", msgpack.packb({"agent": {"name": self.server.members[0].name}})
         error = "" if command in _SILENT else "Unsupported command"

@@ -297,10 +297,10 @@ def test_two_hosts_can_swap_their_addresses() -> None:
 
 def test_a_subnet_that_overlaps_an_own_network_is_not_taken_and_an_incumbents_stays() -> None:
     network = record(2).subnet.supernet()
-    roster = admit(OWN, MESH, [member(2)], Roster(), now=NOW, networks=[network])
+    roster = admit(OWN, MESH, [member(2)], Roster(), now=NOW, networks=lambda: [network])
     assert roster.refused == {"barge2": f"subnet 172.20.102.0/24 overlaps this host's own network {network}"}
     known = admitted([member(2)])
-    assert admit(OWN, MESH, [member(2)], known, now=NOW, networks=[network]).hosts == known.hosts
+    assert admit(OWN, MESH, [member(2)], known, now=NOW, networks=lambda: [network]).hosts == known.hosts
 
 
 # --- goodbyes that others tell of, and subnets that two hosts claim -------------------------------------------------

@@ -20,7 +20,7 @@ def test_nft_gets_each_closing_brace_on_a_line_of_its_own_and_a_digest_on_each_r
     lines = render(TABLE).splitlines()
     assert all(line.strip() == "}" for line in lines if line.endswith("}") and "{" not in line)
     texts = [line for line in lines if line.startswith("    ") and not line.strip().startswith("type ")]
-    assert len(texts) == sum(len(chain.rules) for chain in TABLE.chains) == 18
+    assert len(texts) == sum(len(chain.rules) for chain in TABLE.chains) == 21
     assert all(f'comment "meshd:{rule.digest}"' in render(TABLE) for chain in TABLE.chains for rule in chain.rules)
 
 
