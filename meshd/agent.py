@@ -23,9 +23,9 @@ from meshd.state import State
 log = logging.getLogger("meshd")
 
 # A full pass at least this often: what the kernel does not notify (a flushed rule, a sysctl) is found by it. Its cost
-# grows with the hosts, and so does the interval beyond 250 of them: looking in vain stays below 0.3 % of a core.
+# grows with the hosts, and so does the interval beyond 200 of them: looking in vain stays below 0.3 % of a core.
 INTERVAL, LONGEST_INTERVAL = 10.0, 60.0
-HOSTS_A_SECOND = 25
+HOSTS_A_SECOND = 20
 # Hints of one cause come in bursts; this is what the first one waits for the others.
 SETTLE = 0.02
 RETRY = 1.0

@@ -73,6 +73,8 @@ class Endpoint:
 
 # A pass reads two for each host (gossip and WireGuard), which mostly are what they were.
 _parsed = lru_cache(32768)(Endpoint._parse)
+# A pass asks each route for its key three times.
+_text = lru_cache(32768)(str)
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,7 +318,7 @@ class Route:
 
     @property
     def key(self) -> str:
-        return f"{self.prefix} metric {self.metric}"
+        return f"{_text(self.prefix)} metric {self.metric}"
 
     def __str__(self) -> str:
         if self.link is None:

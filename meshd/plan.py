@@ -55,7 +55,7 @@ class Local:
 
 
 def desired(local: Local, hosts: Iterable[Host]) -> tuple[Resource, ...]:
-    """Give everything that should be on this host, in the order in which it is made."""
+    """Give everything that should be on this host; `diff` puts it into the order in which it is made."""
     record = local.host.record
     resources: list[Resource] = [
         rules.table(
@@ -76,7 +76,7 @@ def desired(local: Local, hosts: Iterable[Host]) -> tuple[Resource, ...]:
         resources += _bridge(local, local.bridge)
     for host in hosts:
         resources += _peer(local, host.record)
-    return tuple(sorted(resources, key=_rank))
+    return tuple(resources)
 
 
 def _bridge(local: Local, bridge: str) -> list[Resource]:
