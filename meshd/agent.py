@@ -281,7 +281,7 @@ class Agent:
         """Look for the hosts that Serf has lost, more and more rarely while the same ones stay lost."""
         pause, before = RETRY, set[str]()
         while not self.stopping.is_set():
-            if self.search.wait(pause if before else None):
+            if self.search.wait(pause if self.report.lost else None):
                 self.search.clear()
                 pause = RETRY
             lost = self.report.lost
