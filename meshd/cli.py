@@ -141,6 +141,7 @@ def init(state: State, /, **options: Any) -> None:
     cli_authority.print_invitation(state, invite_many(state, "", Terms(expiry(cli_authority.REUSABLE))))
     if not settings.daemon:
         _print_no_daemon(state)
+    _warn_of_firewalls(state)
 
 
 @main.command()
@@ -408,6 +409,7 @@ def _wait(state: State, timeout: float, *, strict: bool, is_new: bool = False) -
 
     if not state.settings.daemon:
         _print_no_daemon(state)
+        _warn_of_firewalls(state)
         return
     claim = state.claim()
     terminal = sys.stderr.isatty()
@@ -424,6 +426,7 @@ def _wait(state: State, timeout: float, *, strict: bool, is_new: bool = False) -
             lifecycle.leave(state, force=True)
         raise InputError(reason)
     click.echo(views.members_text(views.members(state, views.gather(state))))
+    _warn_of_firewalls(state)
     if readiness.missing:
         click.echo(
             f"Warning: not ready after {timeout:g} s: {', '.join(sorted(readiness.missing))}; they go on trying",
@@ -431,6 +434,14 @@ def _wait(state: State, timeout: float, *, strict: bool, is_new: bool = False) -
         )
         if strict:
             sys.exit(3)
+
+
+def _warn_of_firewalls(state: State) -> None:
+    """Say what this host's own firewall shuts; the others would seem to be at fault."""
+    from meshd import views  # noqa: PLC0415
+
+    for line in views.shut(state.settings):
+        click.echo(f"Warning: {line}", err=True)
 
 
 def _pass(state: State, *, as_json: bool, dry: bool, force: bool) -> None:

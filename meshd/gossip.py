@@ -21,6 +21,8 @@ from meshd.tombstones import Graves
 # The names of those who are asked travel in the query; one of them would do.
 MOST_ASKED = 5
 ASK = 1.0
+# A host without a daemon answers what is told it when it has acted on it, and Serf may have other handlers to run first.
+TELL = 3.0
 MEMBER_EVENTS = "member-join,member-leave,member-failed,member-update,member-reap"
 
 
@@ -129,7 +131,7 @@ def bury(state: State, graves: Graves, names: Collection[str]) -> set[str]:
     having = set(names)
     for page in graves.pages(EVENT_LIMIT):
         if having:
-            having &= {name for name, answer in _ask(state, BURY, page, having) if answer == YES}
+            having &= {name for name, answer in _ask(state, BURY, page, having, TELL) if answer == YES}
     return having
 
 
@@ -202,11 +204,13 @@ def _some(names: Collection[str]) -> list[str]:
     return random.sample(sorted(names), min(len(names), MOST_ASKED))
 
 
-def _ask(state: State, name: str, payload: bytes, nodes: Collection[str]) -> Iterator[tuple[str, bytes]]:
+def _ask(
+    state: State, name: str, payload: bytes, nodes: Collection[str], timeout: float = ASK
+) -> Iterator[tuple[str, bytes]]:
     """Ask these members, or all where none is named; end when those who were named have answered, or time is over."""
     heard: set[str] = set()
     with rpc(state) as client:
-        for sender, answer in client.query(name, payload, timeout=ASK, nodes=named(nodes)):
+        for sender, answer in client.query(name, payload, timeout=timeout, nodes=named(nodes)):
             yield sender, answer
             heard.add(sender)
             if nodes and heard >= set(nodes):

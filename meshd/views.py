@@ -150,12 +150,12 @@ def status(state: State) -> dict[str, Any]:
         "peers": f"{len(report.peers)}, {_fresh(report.peers)} with a handshake in the last 3 minutes",
         "pending": [str(change) for change in report.changes],
         "refused": [f"{name}: {reason}" for name, reason in sorted(report.roster.refused.items())],
-        "problems": [*map(str, report.failures), *_shut(settings)],
+        "problems": [*map(str, report.failures), *shut(settings)],
         "state directory": str(state.directory),
     }
 
 
-def _shut(settings: Settings) -> list[str]:
+def shut(settings: Settings) -> list[str]:
     """Give a line for each thing that the firewall of this host shuts, though meshd needs it open."""
     versions = {4, settings.bind.version}
     try:

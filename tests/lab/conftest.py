@@ -180,7 +180,9 @@ def log(host: LabHost) -> str:
 
 def init(host: LabHost, *options: str) -> str:
     """Run `meshd init`; give the invitation that it prints."""
-    output = host.run(["meshd", "init", *options]).stdout
+    done = host.run(["meshd", "init", *options])
+    output = done.stdout
+    assert "is shut by" not in done.stderr, "no false alarm"
     found = re.search(r"MESHD_INVITE=(meshd2\.\S+) meshd join (\S+)", output)
     assert found, output
     assert found[2] in map(str, host.addresses)
@@ -190,7 +192,9 @@ def init(host: LabHost, *options: str) -> str:
 def join(host: LabHost, via: LabHost, invitation: str, *options: str, version: int = 0) -> str:
     """Run `meshd join` by the other's main address, or by that of an IP version; give what it prints."""
     address = next(a for a in via.addresses if version in {0, a.version})
-    return host.run(["meshd", "join", str(address), *options], env={"MESHD_INVITE": invitation}).stdout
+    done = host.run(["meshd", "join", str(address), *options], env={"MESHD_INVITE": invitation})
+    assert "is shut by" not in done.stderr, "no false alarm"
+    return done.stdout
 
 
 def snapshot(host: LabHost) -> str:

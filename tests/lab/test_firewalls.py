@@ -124,9 +124,11 @@ def test_status_names_the_port_that_is_shut_and_what_opens_it(mesh: Mesh, what: 
     (line,) = problems(host)
     found, _, remedy = line.partition(": ")
     assert found == f"TCP port 7946 (gossip) on eth0 is shut by {what.partition(' ')[0]}"
+    assert f"Warning: {line}\n" in host.run(["meshd", "up"]).stderr
     host.run(["sh", "-ec", remedy])
     assert problems(host) == []
     assert connects(neighbour, host, 7946)
+    assert "Warning" not in host.run(["meshd", "up"]).stderr
 
 
 def test_status_names_a_port_that_a_file_of_rules_shuts(mesh: Mesh) -> None:
