@@ -21,7 +21,7 @@ from meshd.tombstones import Graves
 # The names of those who are asked travel in the query; one of them would do.
 MOST_ASKED = 5
 ASK = 1.0
-# A host without a daemon answers what is told it when it has acted on it, and Serf may have other handlers to run first.
+# A host without a daemon answers when it has acted on what it is told, and Serf may have other handlers to run first.
 TELL = 3.0
 MEMBER_EVENTS = "member-join,member-leave,member-failed,member-update,member-reap"
 
