@@ -29,9 +29,9 @@ HOSTS_A_SECOND = 20
 # Hints of one cause come in bursts; this is what the first one waits for the others.
 SETTLE = 0.02
 RETRY = 1.0
-# What the first handshake of two hosts may take before the one that waits for it begins one itself: longer than a
-# packet is under way.
-HANDSHAKE = 0.2
+# When, in seconds, the one of two hosts that waits for the first handshake begins one itself, and begins anew: at first
+# after longer than a packet is under way. WireGuard by itself takes 5 s, and as often as two have crossed.
+HANDSHAKE = (0.2, 0.8, 2.0, 5.0)
 LONGEST_SEARCH = 10.0
 # How often a thread that waits for hints looks whether it is to end. The process does not wait for it.
 LOOK = 2.0
@@ -56,7 +56,7 @@ class Agent:
         self.search = Event()
         self.rivalry: float | None = None
         self.stale_since: dict[str, float] = {}
-        self.quiet_since: dict[str, float] = {}
+        self.unmet: dict[str, tuple[float, ...]] = {}
         self.complaints: set[str] = set()
         self.echoes: set[str] = set()
         self.logged = -HELD_BACK
@@ -128,7 +128,8 @@ class Agent:
                 full_pass_due = time.monotonic() + (_interval(len(self.report.roster.hosts)) if ok else INTERVAL)
                 _trim(self.state)
             pause = max(0.0, full_pass_due - time.monotonic()) if ok else RETRY
-            hints = self._wait(min(pause, HANDSHAKE) if self.quiet_since else pause)
+            due = min((times[0] for times in self.unmet.values() if times), default=full_pass_due)
+            hints = self._wait(min(pause, max(0.0, due - time.monotonic())))
 
     def _wait(self, timeout: float) -> list[str]:
         """Give the hints that came, an empty list if none did for `timeout` seconds."""
@@ -181,7 +182,8 @@ class Agent:
             if any(hint.startswith(bridge.RESTARTED) for hint in hints):
                 self.engine = None
             lost = self.report.lost.keys()
-            heard, overdue = dict(self.exchange.heard), self._overdue()
+            heard, now = dict(self.exchange.heard), time.monotonic()
+            overdue = {key for key, times in self.unmet.items() if times and times[0] <= now}
             self.report = reconcile(self.state, kinds=kinds, heard=heard, overdue=overdue, engine=self.engine)
         except MeshdError as error:
             if not self.state.is_down:  # or `meshd down` is about to end this daemon
@@ -191,7 +193,8 @@ class Agent:
         if report.lost.keys() - lost:
             self.search.set()
         self.engine = report.engine or self.engine
-        self.quiet_since = {key: self.quiet_since.get(key, time.monotonic()) for key in report.quiet}
+        fresh = tuple(time.monotonic() + seconds for seconds in HANDSHAKE)
+        self.unmet = {key: tuple(t for t in self.unmet.get(key, fresh) if t > now) for key in report.unmet}
         self.echoes = links.told(report.changes)
         for change in report.changes:
             log.info("%s (seen by %s)", change, ", ".join(hints) or "timer")
@@ -203,11 +206,6 @@ class Agent:
         self.exchange.after(report)
         self._yield_subnet(report)
         return not report.failures
-
-    def _overdue(self) -> set[str]:
-        """Give the peers that were to begin the handshake and have not: their first packet came too early, or never."""
-        now = time.monotonic()
-        return {key for key, since in self.quiet_since.items() if now - since >= HANDSHAKE}
 
     def _replayed(self, report: Report) -> list[str]:
         """Give the hosts whose tags have been older than their records for longer than Serf needs."""

@@ -191,6 +191,20 @@ def speaks_first(own: Record, other: Record) -> bool:
     return (own.seq, own.public_key) > (other.seq, other.public_key)
 
 
+def begin_anew(
+    wanted: Iterable[Resource], observed: Iterable[Resource], overdue: Collection[str]
+) -> tuple[Change, ...]:
+    """Give the changes that make WireGuard begin a handshake at once with these public keys, if there was none yet.
+
+    A peer that is made anew has forgotten its own first message, for which it would wait 5 s. Nothing is cut: without a
+    handshake no packet passes.
+    """
+    unmet = {r.public_key: r for r in observed if isinstance(r, Peer) and not r.handshake}
+    keys = unmet.keys() & set(overdue)
+    again = [(unmet[r.public_key], r) for r in wanted if isinstance(r, Peer) and r.public_key in keys]
+    return tuple(change for old, new in again for change in (Change(Action.REMOVE, old), Change(Action.ADD, new)))
+
+
 def _keep_quiet(wanted: Resource, old: Resource | None, patient: Collection[str]) -> Resource:
     if not isinstance(wanted, Peer) or wanted.public_key not in patient:
         return wanted

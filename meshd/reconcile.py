@@ -24,6 +24,7 @@ from meshd.model import (
     Port,
     Record,
     Resource,
+    Status,
     Sysctl,
 )
 from meshd.ports import Ports
@@ -67,9 +68,9 @@ class Report:
     """What a pass saw and did.
 
     `withheld` are removals for which there is no evidence (see plan.guard); `rival` is to have this host's subnet;
-    `lost` are the known hosts that Serf does not see alive, with their gossip addresses;
-    `quiet` are the public keys of peers that were left to begin the handshake (see plan.speaks_first); `engine` is what
-    Docker said that it is, None if it was not asked.
+    `lost` are the known hosts that Serf does not see alive, with their gossip addresses; `unmet` the public keys of
+    those that are to begin the handshake (see plan.speaks_first) and have not; `engine` is what Docker said that it is,
+    None if it was not asked.
     """
 
     roster: Roster = field(default_factory=Roster)
@@ -79,7 +80,7 @@ class Report:
     failures: tuple[Failure, ...] = ()
     peers: tuple[Peer, ...] = ()
     rival: str | None = None
-    quiet: frozenset[str] = frozenset()
+    unmet: frozenset[str] = frozenset()
     engine: Engine | None = None
     lost: Mapping[str, Endpoint] = field(default_factory=dict)
 
@@ -203,11 +204,12 @@ def reconcile(
         moved = {
             r.public_key for n, r in roster.hosts.items() if n in known.hosts and r.endpoint != known.hosts[n].endpoint
         }
-        patient = _patient(settings, own.record, roster).difference(overdue)
+        patient = _patient(settings, own.record, roster, listed)
         changes = plan.diff(wanted, observed, now=now, moved=moved, patient=patient, kinds=readable & set(kinds))
+        changes, withheld = (changes, ()) if force else plan.guard(changes, observed, _departed(known, roster))
+        changes += plan.begin_anew(wanted, observed, patient.intersection(overdue))
         before = state.contacts()
         contacts = membership.contacts(before, listed, roster)
-        changes, withheld = (changes, ()) if force else plan.guard(changes, observed, _departed(known, roster))
         if not dry:
             _remember(state, known, roster, changes)
             if contacts != before:
@@ -221,23 +223,21 @@ def reconcile(
             tuple(failures),
             tuple(r for r in observed if isinstance(r, Peer)),
             rival,
-            _quiet(observed, changes) & patient,
+            frozenset(patient) - {r.public_key for r in observed if isinstance(r, Peer) and r.handshake},
             docker,
             membership.lost(contacts, listed) if listed else {},
         )
 
 
-def _patient(settings: Settings, own: Record, roster: Roster) -> set[str]:
-    """Give the public keys of those who begin the handshake with this host; without a daemon nobody would follow up."""
-    others = roster.hosts.values() if settings.daemon and settings.keepalive else ()
-    return {other.public_key for other in others if not plan.speaks_first(own, other)}
+def _patient(settings: Settings, own: Record, roster: Roster, listed: Iterable[Member]) -> set[str]:
+    """Give the public keys of those who begin the handshake with this host, of the hosts that are alive.
 
-
-def _quiet(observed: Iterable[Resource], changes: Iterable[Change]) -> frozenset[str]:
-    """Give the public keys of the peers without keepalives after the changes."""
-    after = [*observed, *(change.resource for change in changes if change.action is not Action.REMOVE)]
-    keepalives = {peer.public_key: peer.keepalive for peer in after if isinstance(peer, Peer)}
-    return frozenset(key for key, keepalive in keepalives.items() if not keepalive)
+    Without a daemon nobody would follow up.
+    """
+    if not settings.daemon or not settings.keepalive:
+        return set()
+    alive = (roster.hosts[m.name] for m in listed if m.status is Status.ALIVE and m.name in roster.hosts)
+    return {other.public_key for other in alive if not plan.speaks_first(own, other)}
 
 
 def bury(state: State, graves: Graves) -> bool:

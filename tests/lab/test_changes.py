@@ -17,6 +17,14 @@ pytestmark = [pytest.mark.root, pytest.mark.lab]
 LEARNED, PASS, MOVED = 5.0, 10.0, 5.0
 # Seconds that WireGuard waits before it repeats a handshake.
 CROSSED = 5.0
+LOSE = """
+table bridge lose {
+    chain forward {
+        type filter hook forward priority 0;
+        udp dport 51820 drop
+    }
+}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +71,23 @@ def test_two_hosts_that_learn_of_each_other_at_once_do_not_talk_past_each_other(
     print(f"reach after two hosts have met: at most {max(took):.2f} s")  # noqa: T201
     assert max(took) < CROSSED
     eventually(lambda: all(keepalives(host) == {"25"} for host in keys), 2, "and both keep at it")
+
+
+def test_first_messages_that_are_lost_are_not_waited_for(lab: Lab, hosts: list[LabHost]) -> None:
+    """WireGuard alone repeats them after 5 s, on both sides at the same time."""
+    one, two, _ = hosts
+    lab.switch.run(["nft", "-f", "-"], text=LOSE)
+    try:
+        for host, other in ((one, key(two)), (two, key(one))):
+            host.run(["wg", "set", "wg0", "peer", other, "remove"])
+            assert State(host.directory / "meshd").hint("serf: test")
+        time.sleep(0.5)
+    finally:
+        lab.switch.run(["nft", "delete", "table", "bridge", "lose"])
+    took = eventually(lambda: ping(one, overlay(two)) and ping(two, overlay(one)), 10, "they reach each other")
+    print(f"reach after the first messages were lost: {took:.2f} s")  # noqa: T201
+    assert took < CROSSED - 2
+    eventually(lambda: all(keepalives(host) == {"25"} for host in (one, two)), 2, "and both keep at it")
 
 
 def keepalives(host: LabHost) -> set[str]:

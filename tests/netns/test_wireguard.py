@@ -301,6 +301,22 @@ def test_a_removed_peer_is_cut_off_and_comes_back(nodes: tuple[Node, Node]) -> N
     assert one.ping(two) == 1
 
 
+def test_a_peer_that_is_made_anew_begins_a_handshake_at_once(adapter: wireguard.WireGuard, name: str) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+        other.bind(("127.0.0.1", 0))
+        other.settimeout(2)  # WireGuard repeats its first message after 5 s
+        there = peer(1, f"127.0.0.1:{other.getsockname()[1]}", keepalive=25)
+        add(adapter, device(name))
+        subprocess.run(["ip", "link", "set", name, "up"], check=True)
+        for _ in range(3):
+            add(adapter, there)
+            assert other.recv(200)[:4] == b"\1\0\0\0", "a first message"
+            adapter.apply(Change(Action.SET, there, there))
+            with pytest.raises(TimeoutError):
+                other.recv(200)
+            remove(adapter, there)
+
+
 def test_a_new_adapter_takes_over_a_running_device(nodes: tuple[Node, Node]) -> None:
     one, two = nodes
     assert one.ping(two) == 1

@@ -164,6 +164,16 @@ def test_who_is_spoken_to_first_keeps_quiet_until_there_is_a_handshake_or_no_mor
     assert plan.diff(wanted(2, 3), wanted(2, 3), now=NOW, patient=patient) == ()
 
 
+def test_a_handshake_that_is_overdue_is_begun_anew_unless_there_was_one() -> None:
+    overdue = {public_key("barge2"), public_key("barge4")}
+    quiet = tuple(replace(r, keepalive=0) if isinstance(r, Peer) else r for r in wanted(2, 3))
+    removed, added = plan.begin_anew(wanted(2, 3, 4), quiet, overdue)
+    assert (removed.action, added.action) == (Action.REMOVE, Action.ADD)
+    assert removed.resource in quiet
+    assert added.resource in wanted(2)
+    assert plan.begin_anew(wanted(2, 3, 4), _with_handshakes(quiet), overdue) == ()
+
+
 def _with_handshakes(resources: tuple[Resource, ...]) -> tuple[Resource, ...]:
     return tuple(replace(r, handshake=NOW - 1) if isinstance(r, Peer) else r for r in resources)
 
