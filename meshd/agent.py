@@ -127,9 +127,8 @@ class Agent:
             if full:
                 full_pass_due = time.monotonic() + (_interval(len(self.report.roster.hosts)) if ok else INTERVAL)
                 _trim(self.state)
-            pause = max(0.0, full_pass_due - time.monotonic()) if ok else RETRY
-            due = min((times[0] for times in self.unmet.values() if times), default=full_pass_due)
-            hints = self._wait(min(pause, max(0.0, due - time.monotonic())))
+            due = min([full_pass_due, *(times[0] for times in self.unmet.values() if times)])
+            hints = self._wait(max(0.0, due - time.monotonic()) if ok else RETRY)
 
     def _wait(self, timeout: float) -> list[str]:
         """Give the hints that came, an empty list if none did for `timeout` seconds."""
@@ -175,15 +174,13 @@ class Agent:
 
     def _pass(self, hints: list[str], kinds: Collection[str]) -> bool:
         """Make a pass; what went wrong is logged once, not in each pass. True unless something failed."""
-        claim = self.state.claim()
+        claim, overdue = self.state.claim(), self._overdue()
         if claim is None or not claim.settled:
             return True  # `meshd join` is still asking the mesh
         try:
             if any(hint.startswith(bridge.RESTARTED) for hint in hints):
                 self.engine = None
-            lost = self.report.lost.keys()
-            heard, now = dict(self.exchange.heard), time.monotonic()
-            overdue = {key for key, times in self.unmet.items() if times and times[0] <= now}
+            lost, heard = self.report.lost.keys(), dict(self.exchange.heard)
             self.report = reconcile(self.state, kinds=kinds, heard=heard, overdue=overdue, engine=self.engine)
         except MeshdError as error:
             if not self.state.is_down:  # or `meshd down` is about to end this daemon
@@ -194,7 +191,7 @@ class Agent:
             self.search.set()
         self.engine = report.engine or self.engine
         fresh = tuple(time.monotonic() + seconds for seconds in HANDSHAKE)
-        self.unmet = {key: tuple(t for t in self.unmet.get(key, fresh) if t > now) for key in report.unmet}
+        self.unmet = {key: self.unmet.get(key, fresh) for key in report.unmet}
         self.echoes = links.told(report.changes)
         for change in report.changes:
             log.info("%s (seen by %s)", change, ", ".join(hints) or "timer")
@@ -206,6 +203,13 @@ class Agent:
         self.exchange.after(report)
         self._yield_subnet(report)
         return not report.failures
+
+    def _overdue(self) -> set[str]:
+        """Take the public keys of those with whom a handshake is to be begun by now, or begun anew."""
+        now = time.monotonic()
+        overdue = {key for key, times in self.unmet.items() if times and times[0] <= now}
+        self.unmet = {key: tuple(t for t in times if t > now) for key, times in self.unmet.items()}
+        return overdue
 
     def _replayed(self, report: Report) -> list[str]:
         """Give the hosts whose tags have been older than their records for longer than Serf needs."""

@@ -45,6 +45,14 @@ def test_a_handler_tells_nothing_new_of_what_serf_has_logged(state: State) -> No
     assert agent._wait(0.1) == ["netlink: link wg0 removed"]
 
 
+def test_a_handshake_is_begun_anew_at_its_times_and_each_of_them_counts_once(state: State) -> None:
+    agent, now = Agent(state), time.monotonic()
+    agent.unmet = {"one": (now - 2, now - 1, now + 60), "two": (now + 60,), "three": ()}
+    assert agent._overdue() == {"one"}
+    assert agent._overdue() == set()
+    assert agent.unmet == {"one": (now + 60,), "two": (now + 60,), "three": ()}
+
+
 @pytest.mark.parametrize(("hosts", "seconds"), [(0, 10), (3, 10), (200, 10), (1000, 50), (1500, 60), (10000, 60)])
 def test_looking_in_vain_comes_more_rarely_the_more_hosts_there_are(hosts: int, seconds: float) -> None:
     assert daemon._interval(hosts) == seconds
