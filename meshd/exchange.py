@@ -28,7 +28,9 @@ log = logging.getLogger("meshd")
 PATIENCE = 5.0
 # Seconds before the same thing is asked of the same ones again.
 PAUSE = 10.0
-# Seconds between asking anybody for tombstones, with no occasion for it; and the longest before asking the authority.
+# Seconds between asking for tombstones while a host is lost, which may have said goodbye where nobody here heard it;
+# between asking anybody, with no occasion for it; and the longest before asking the authority.
+ASK_LOST = 5.0
 ASK_AGAIN = 60.0
 LONGEST_PAUSE = 300.0
 # Seconds until a daemon first asks the authority to confirm a delegation's certificate: a new record, which it makes
@@ -74,6 +76,8 @@ class Exchange:
         away = bool(newcomers) and len(newcomers) * 2 >= len(alive)
         if away:
             self._ask_soon(partial(self._ask_gone, newcomers), newcomers)
+        if report.lost:
+            self._ask_soon(partial(self._ask_gone, alive), "lost", max(ASK_LOST, len(alive)))
         self._announce(again=away)
         self._ask_for_records(report)
         self._ask_for_confirmation()

@@ -1,12 +1,15 @@
 """What the daemon makes of what others tell it; tests/lab has it at work."""
 
+from dataclasses import replace
+from ipaddress import IPv4Address
 from threading import Event
 
 from meshd.exchange import Exchange
 from meshd.membership import Roster
+from meshd.model import Endpoint
 from meshd.reconcile import Report
 from meshd.state import State
-from tests.conftest import record
+from tests.conftest import member, record
 
 
 def test_an_announced_record_that_the_tags_brought_already_is_no_reason_for_a_pass(state: State) -> None:
@@ -17,3 +20,16 @@ def test_an_announced_record_that_the_tags_brought_already_is_no_reason_for_a_pa
     assert hints == []
     exchange._hear("barge2", record(2, seq=6))
     assert hints == ["serf: record of barge2"]
+
+
+def test_while_a_host_is_lost_the_others_are_asked_whether_it_has_said_goodbye(state: State) -> None:
+    exchange = Exchange(state, lambda _: None, Event())
+    met = Report(members=tuple(member(n) for n in (1, 2, 3, 4)))
+    exchange.after(met)
+    exchange._jobs.get_nowait()  # who meets many at once has been away
+    exchange.after(met)
+    assert exchange._jobs.empty()
+    lost = replace(met, lost={"barge5": Endpoint(IPv4Address("10.0.0.5"), 7946)})
+    exchange.after(lost)
+    exchange.after(lost)
+    assert exchange._jobs.qsize() == 1, "once, until it is time again"
