@@ -7,7 +7,8 @@ import socket
 import struct
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from threading import Event
 from typing import Any
 
@@ -29,15 +30,58 @@ _NLMSG_HEADER, _RTMSG = struct.Struct("=IHHII"), struct.Struct("=8BI")
 _NETLINK_GET_STRICT_CHK, _ANSWER_TIME = 12, 5.0
 
 
+_shared: ContextVar["_Shared | None"] = ContextVar("_shared", default=None)
+
+
+class _Shared:
+    """One socket for a block, opened when it is first needed."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self._socket: Any = None
+
+    def socket(self) -> Any:
+        if self._socket is None:
+            self._socket = self._stack.enter_context(_open())
+        return self._socket
+
+    def forget(self) -> None:
+        self._socket = None
+
+
+@contextmanager
+def one_socket() -> Iterator[None]:
+    """Let all that this thread does by `rtnetlink` in the block use one socket.
+
+    To open and close one takes pyroute2 longer than to set a route, and a host that joins sets one for each other.
+    """
+    with ExitStack() as stack:
+        token = _shared.set(_Shared(stack))
+        try:
+            yield
+        finally:
+            _shared.reset(token)
+
+
 @contextmanager
 def rtnetlink(doing: str) -> Iterator[Any]:
     """An rtnetlink socket, in no multicast group; what the kernel refuses is an ApplyError that begins with `doing`."""
+    shared = _shared.get()
     try:
-        # Strict checks let the kernel filter dumps by interface (Linux 4.20).
-        with IPRoute(groups=0, strict_check=True) as ipr:
+        if shared is not None:
+            yield shared.socket()
+            return
+        with _open() as ipr:
             yield ipr
     except (NetlinkError, OSError) as error:
+        if shared is not None and not isinstance(error, NetlinkError):
+            shared.forget()  # who knows what is left to be read from it
         raise ApplyError(f"{doing}: {error.args[-1] if error.args else error}") from error
+
+
+def _open() -> Any:
+    # Strict checks let the kernel filter dumps by interface (Linux 4.20).
+    return IPRoute(groups=0, strict_check=True)
 
 
 @contextmanager

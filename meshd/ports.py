@@ -51,7 +51,7 @@ def _is_on(ipr: Any, message: Any, overlay: IPv4Network) -> bool:
     # IFA_TARGET_NETNSID (Linux 4.20) asks another namespace without entering it. pyroute2 0.9 takes this 32-bit number
     # for a text, to which it adds a zero byte: the number's highest one, on little-endian machines.
     target = namespace.to_bytes(3, "little")
-    rows = ipr.addr("dump", family=socket.AF_INET, index=peer, target_netnsid=target, dump_filter=None)
+    rows = list(ipr.addr("dump", family=socket.AF_INET, index=peer, target_netnsid=target, dump_filter=None))
     return any(
         row["index"] == peer and row["prefixlen"] == overlay.prefixlen and IPv4Address(row.get("IFA_LOCAL")) in overlay
         for row in rows

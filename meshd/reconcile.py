@@ -27,6 +27,7 @@ from meshd.model import (
     Status,
     Sysctl,
 )
+from meshd.netlink import one_socket
 from meshd.ports import Ports
 from meshd.routes import Routes
 from meshd.rules import table_name
@@ -174,7 +175,7 @@ def reconcile(
     else fails is in the report.
     """
     settings = state.settings
-    with state.lock():
+    with state.lock(), one_socket():
         machine = Machine(state)
         known = state.roster()
         failures: list[Failure] = []
@@ -212,9 +213,9 @@ def reconcile(
         contacts = membership.contacts(before, listed, roster)
         if not dry:
             _remember(state, known, roster, changes)
+            failures += machine.apply(changes)
             if contacts != before:
                 state.save_contacts(contacts)
-            failures += machine.apply(changes)
         return Report(
             roster,
             tuple(listed),

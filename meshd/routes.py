@@ -133,9 +133,9 @@ def _is_guard(row: Any, overlay: IPv4Network) -> bool:
     return row["proto"] == PROTOCOL and row["type"] == RTN_UNREACHABLE and _prefix(row) == overlay
 
 
-def _dump(ipr: Any, **fields: int) -> Any:
+def _dump(ipr: Any) -> list[Any]:
     """The main table's IPv4 routes. `dump_filter=None` puts the fields into the request, so that the kernel filters."""
-    return ipr.route("dump", family=socket.AF_INET, table=RT_TABLE_MAIN, dump_filter=None, **fields)
+    return list(ipr.route("dump", family=socket.AF_INET, table=RT_TABLE_MAIN, dump_filter=None))
 
 
 def _index(link: str | None) -> int | None:

@@ -3,6 +3,7 @@
 It imports what a daemon imports and no more: its memory is one of the figures.
 """
 
+import gc
 import json
 import os
 import resource
@@ -13,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from meshd import plan
-from meshd.agent import Agent
+from meshd.agent import GARBAGE, Agent
 from meshd.errors import MeshdError
 from meshd.reconcile import MEMBERSHIP, Machine, members, reconcile
 from meshd.state import State
@@ -35,6 +36,7 @@ class Cost:
 
 def main() -> None:
     """Read one word a line, what to do, and answer each with a line of JSON."""
+    gc.set_threshold(GARBAGE)
     state = Agent(State(Path(sys.argv[1]))).state
     machine: Machine | None = None
     for line in sys.stdin:

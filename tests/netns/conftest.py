@@ -4,12 +4,14 @@ import itertools
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from pyroute2 import IPRoute, netns
+
+from meshd.netlink import one_socket
 
 _numbers = itertools.count()
 
@@ -68,6 +70,13 @@ def _end_wireguard_go(space: Namespace) -> None:
             continue
     for name in space.links:
         Path(f"/var/run/wireguard/{name}.sock").unlink(missing_ok=True)
+
+
+@pytest.fixture(params=["a socket each", "one socket"])
+def sockets(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both ways to speak rtnetlink: as a command does, and as a pass does."""
+    with one_socket() if request.param == "one socket" else nullcontext():
+        yield
 
 
 @pytest.fixture

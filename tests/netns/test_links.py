@@ -22,7 +22,7 @@ from meshd.model import Action, Address, Change, Link, Route, Sysctl
 from meshd.routes import Routes
 from tests.netns.conftest import Namespace
 
-pytestmark = [pytest.mark.root, pytest.mark.usefixtures("netns")]
+pytestmark = [pytest.mark.root, pytest.mark.usefixtures("netns", "sockets")]
 
 BRIDGE = Link("ovl0", "bridge", 1420, mac="02:42:ac:14:65:00")
 ADDRESS = Address("ovl0", IPv4Interface("172.20.101.0/16"))

@@ -13,7 +13,7 @@ from meshd.errors import ApplyError, ConflictError
 from meshd.model import Action, Change, Route
 from meshd.routes import PROTOCOL, Routes, overlapping
 
-pytestmark = [pytest.mark.root]
+pytestmark = [pytest.mark.root, pytest.mark.usefixtures("sockets")]
 
 OVERLAY = IPv4Network("172.20.0.0/16")
 OWN = IPv4Address("172.20.101.0")
