@@ -16,7 +16,7 @@ from threading import Event, Thread
 
 from meshd import bridge, files, firewall, gossip, links, plan, routes, rules, serf
 from meshd.errors import InputError, MeshdError
-from meshd.exchange import PATIENCE, Exchange
+from meshd.exchange import ASKED, PATIENCE, Exchange
 from meshd.model import Engine
 from meshd.reconcile import MEMBERSHIP, WITHOUT_DOCKER, Report, reconcile, renumber
 from meshd.state import State
@@ -33,6 +33,8 @@ RETRY = 1.0
 # When, in seconds, the one of two hosts that waits for the first handshake begins one itself, and begins anew: at first
 # after longer than a packet is under way. WireGuard by itself takes 5 s, and as often as two have crossed.
 HANDSHAKE = (0.2, 0.8, 2.0, 5.0)
+# So much later for each host of the mesh, at most a second: a newcomer has to shake hands with all of them.
+HANDSHAKE_A_HOST = 0.02
 LONGEST_SEARCH = 10.0
 # How often a thread that waits for hints looks whether it is to end. The process does not wait for it.
 LOOK = 2.0
@@ -151,11 +153,13 @@ class Agent:
     def _is_echo(self, hint: str) -> bool:
         """Tell whether this is no news: the kernel's word of the last pass, or a handler's of what Serf has logged.
 
-        A second word of the kernel is of somebody's doing.
+        A second word of the kernel is of somebody's doing. A question may have been answered after the last pass.
         """
         if hint in self.echoes:
             self.echoes.remove(hint)
             return True
+        if hint == ASKED:
+            return not self.exchange.is_asked
         return hint.startswith("serf: member-") and time.monotonic() < self.logged + HELD_BACK
 
     def _follow_underlay(self) -> None:
@@ -194,7 +198,8 @@ class Agent:
         if report.lost.keys() - lost:
             self.search.set()
         self.engine = report.engine or self.engine
-        fresh = tuple(time.monotonic() + seconds for seconds in HANDSHAKE)
+        since = time.monotonic() + min(HANDSHAKE_A_HOST * len(report.roster.hosts), 1.0)
+        fresh = tuple(since + seconds for seconds in HANDSHAKE)
         self.unmet = {key: self.unmet.get(key, fresh) for key in report.unmet}
         self.echoes = links.told(report.changes)
         for change in report.changes:

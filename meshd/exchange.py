@@ -36,6 +36,8 @@ LONGEST_PAUSE = 300.0
 # Seconds until a daemon first asks the authority to confirm a delegation's certificate: a new record, which it makes
 # of it, is work for all hosts, and a host that has just joined gives them enough.
 CALM = 5.0
+ASKED = "serf: asked for readiness"
+"""The hint that somebody waits for a pass."""
 # Records that are asked for after one pass: a thousand bogus members must not keep everybody busy.
 MOST_RECORDS = 3
 
@@ -202,7 +204,13 @@ class Exchange:
             self._questions[question] = (respond, time.monotonic() + PATIENCE)
         self._answer()
         if not question.answered_by(self._applied):
-            self.hint("serf: asked for readiness")
+            self.hint(ASKED)
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether somebody waits for a pass."""
+        with self._answering:
+            return bool(self._questions)
 
     def _answer(self) -> None:
         """Say yes to those who asked for records that are applied now; the others wait for a later pass."""

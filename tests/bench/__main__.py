@@ -27,8 +27,10 @@ ON_REQUEST = {"scale": scale.run}
 @click.argument("names", nargs=-1, type=click.Choice([*MEASUREMENTS, *ON_REQUEST]))
 def main(names: tuple[str, ...], out: Path, *, quick: bool) -> None:
     """Measure, print tables, and write JSON and figures."""
-    for name in names or MEASUREMENTS:
-        result = (MEASUREMENTS | ON_REQUEST)[name](quick=quick)
+    every = MEASUREMENTS | ON_REQUEST
+    # In this order, whatever was asked for: the joins would find the changes' mesh of 50 where they begin with 3.
+    for name in [name for name in every if name in (names or MEASUREMENTS)]:
+        result = every[name](quick=quick)
         click.echo(report.text(result))
         report.write([result], out)
 

@@ -8,8 +8,13 @@ import pytest
 from meshd import agent as daemon
 from meshd import links
 from meshd.agent import Agent
+from meshd.exchange import ASKED
+from meshd.membership import Roster
 from meshd.model import Action, Change, Route
+from meshd.queries import APPLIED, YES, Question
+from meshd.reconcile import Report
 from meshd.state import State
+from tests.conftest import record
 
 ADDED = Change(Action.ADD, Route(IPv4Network("172.20.7.0/24"), "wg0"))
 TOLD = "netlink: route 172.20.7.0/24 changed"
@@ -43,6 +48,16 @@ def test_a_handler_tells_nothing_new_of_what_serf_has_logged(state: State) -> No
     assert agent._wait(0.1) == []
     agent.hint("netlink: link wg0 removed")
     assert agent._wait(0.1) == ["netlink: link wg0 removed"]
+
+
+def test_a_question_that_the_last_pass_has_answered_makes_no_other(state: State) -> None:
+    agent, answers = Agent(state), list[bytes]()
+    agent.exchange._asked(APPLIED, Question("barge2", 5).payload(), answers.append)
+    assert agent._wait(0.1) == [ASKED], "it waits for a pass"
+    agent.hint(ASKED)
+    agent.exchange.after(Report(Roster({"barge2": record(2, seq=5)})))
+    assert answers == [YES]
+    assert agent._wait(0.1) == []
 
 
 def test_a_handshake_is_begun_anew_at_its_times_and_each_of_them_counts_once(state: State) -> None:
