@@ -1,0 +1,12 @@
+"""What becomes of a host is shown in tests/lab; here is what needs no host."""
+
+import pytest
+
+from meshd import lifecycle
+from meshd.exchange import PATIENCE
+
+
+@pytest.mark.parametrize(("hosts", "seconds"), [(1, 1.0), (4, 1.0), (50, 2.5), (100, 3.0)])
+def test_a_question_has_the_longer_the_more_hosts_it_goes_to(hosts: int, seconds: float) -> None:
+    assert lifecycle._ask_timeout(hosts) == pytest.approx(seconds, abs=0.1)
+    assert lifecycle._ask_timeout(hosts) < PATIENCE, "who is asked keeps the question for longer"
