@@ -28,10 +28,9 @@ log = logging.getLogger("meshd")
 PATIENCE = 5.0
 # Seconds before the same thing is asked of the same ones again.
 PAUSE = 10.0
-# Seconds between asking for tombstones while a host is lost, which may have said goodbye where nobody here heard it;
-# between asking anybody, with no occasion for it; and the longest before asking the authority.
-ASK_LOST = 5.0
-ASK_AGAIN = 60.0
+# Seconds between asking anybody for tombstones, with no occasion for it; and for as long after a host was lost, between
+# asking for its own, which some of the hosts do and tell all; and the longest before asking the authority.
+ASK_AGAIN, ASK_LOST, ASKERS = 60.0, 5.0, 5
 LONGEST_PAUSE = 300.0
 # Seconds until a daemon first asks the authority to confirm a delegation's certificate: a new record, which it makes
 # of it, is work for all hosts, and a host that has just joined gives them enough.
@@ -54,6 +53,8 @@ class Exchange:
         self._questions: dict[Question, tuple[Callable[[bytes], None], float]] = {}
         self._answering = Lock()
         self._alive: frozenset[str] = frozenset()
+        self._lost: frozenset[str] = frozenset()
+        self._lost_since = 0.0
         self._announced = 0
         self._jobs: queue.Queue[Callable[[], None]] = queue.Queue()
         self._asked_at: dict[object, float] = {"confirm": time.monotonic() + CALM}
@@ -78,8 +79,7 @@ class Exchange:
         away = bool(newcomers) and len(newcomers) * 2 >= len(alive)
         if away:
             self._ask_soon(partial(self._ask_gone, newcomers), newcomers)
-        if report.lost:
-            self._ask_soon(partial(self._ask_gone, alive), "lost", max(ASK_LOST, len(alive)))
+        self._ask_whether_gone(frozenset(report.lost), alive)
         self._announce(again=away)
         self._ask_for_records(report)
         self._ask_for_confirmation()
@@ -89,6 +89,15 @@ class Exchange:
         if claim is not None and self._alive and (again or claim.record.seq != self._announced):
             self._announced = claim.record.seq
             self._jobs.put(partial(gossip.announce, self.state, claim.record))
+
+    def _ask_whether_gone(self, lost: frozenset[str], alive: frozenset[str]) -> None:
+        """Ask for the goodbyes of lost hosts, which they may have said where nobody here heard it."""
+        now, own = time.monotonic(), self.state.settings.name
+        if lost != self._lost:
+            self._lost, self._lost_since = lost, now
+        askers = random.sample(sorted({*alive, own}), min(len(alive) + 1, ASKERS))
+        if lost and now < self._lost_since + ASK_AGAIN and own in askers:
+            self._ask_soon(partial(self._ask_gone, alive), ("lost", lost), ASK_LOST)
 
     def _ask_for_records(self, report: Report) -> None:
         """Ask the others for who cannot be read here: anybody with the gossip key can spoil tags."""

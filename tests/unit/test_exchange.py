@@ -1,10 +1,11 @@
 """What the daemon makes of what others tell it; tests/lab has it at work."""
 
+import time
 from dataclasses import replace
 from ipaddress import IPv4Address
 from threading import Event
 
-from meshd.exchange import Exchange
+from meshd.exchange import ASK_AGAIN, Exchange
 from meshd.membership import Roster
 from meshd.model import Endpoint
 from meshd.reconcile import Report
@@ -33,3 +34,9 @@ def test_while_a_host_is_lost_the_others_are_asked_whether_it_has_said_goodbye(s
     exchange.after(lost)
     exchange.after(lost)
     assert exchange._jobs.qsize() == 1, "once, until it is time again"
+    exchange.after(replace(met, lost={"barge6": Endpoint(IPv4Address("10.0.0.6"), 7946)}))
+    assert exchange._jobs.qsize() == 2, "but at once of another"
+    exchange._asked_at.clear()  # as when the pause is over
+    exchange._lost_since = time.monotonic() - ASK_AGAIN
+    exchange.after(replace(met, lost={"barge6": Endpoint(IPv4Address("10.0.0.6"), 7946)}))
+    assert exchange._jobs.qsize() == 2, "and no longer of the same after a minute"
