@@ -47,7 +47,10 @@ def traffic(source: LabHost, target: LabHost) -> Iterator[None]:
         sender.wait(timeout=10)
         received, _ = receiver.communicate(timeout=10)
         source.run(["pkill", "-INT", "-x", "ping"])
-        statistics = head + pings.communicate(timeout=10)[0]
+        # Not communicate(): it passes over what readline() has read ahead.
+        with pings.stdout:
+            statistics = head + pings.stdout.read()
+        pings.wait(timeout=10)
     # Every one, in whatever order two cores deliver them. The last ones may be on their way back when ping is told to
     # stop: on a busy machine 50 ms.
     answered = sorted(int(number) for number in re.findall(r"seq=(\d+)", statistics))
