@@ -128,6 +128,6 @@ def unpack_list(payload: bytes) -> list[object]:
         value = msgpack.unpackb(payload, strict_map_key=False)
     except msgpack.ExtraData as error:
         value = error.unpacked if error.extra == b"\n" else None
-    except (ValueError, msgpack.UnpackException, RecursionError):
-        return []
+    except (ValueError, TypeError, msgpack.UnpackException, RecursionError):
+        return []  # TypeError: a map whose key is a map
     return value if isinstance(value, list) else []

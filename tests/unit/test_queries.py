@@ -1,7 +1,7 @@
 """The question whether a record is applied, and who may ask what."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from meshd.queries import GoneQuestion, Question, announcement, answer_gone, name_question, read_announcement
@@ -68,6 +68,7 @@ def test_an_announcement_survives_its_way_and_fits_into_a_user_event() -> None:
 
 
 @given(st.binary(max_size=512))
+@example(b"\x82\x00\x00\x80\x00")
 def test_whatever_comes_is_an_announcement_or_nothing(payload: bytes) -> None:
     news = read_announcement(payload)
     assert news is None or len(news[0]) <= 63
