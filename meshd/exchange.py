@@ -95,8 +95,9 @@ class Exchange:
         now, own = time.monotonic(), self.state.settings.name
         if lost != self._lost:
             self._lost, self._lost_since = lost, now
-        askers = random.sample(sorted({*alive, own}), min(len(alive) + 1, ASKERS))
-        if lost and now < self._lost_since + ASK_AGAIN and own in askers:
+        if not lost or now >= self._lost_since + ASK_AGAIN:
+            return
+        if own in random.sample(sorted({*alive, own}), min(len(alive) + 1, ASKERS)):
             self._ask_soon(partial(self._ask_gone, alive), ("lost", lost), ASK_LOST)
 
     def _ask_for_records(self, report: Report) -> None:

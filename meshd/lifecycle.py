@@ -294,7 +294,8 @@ def wait_ready(state: State, seq: int, timeout: float, progress: Progress = lamb
         missing = expected - ready
         if not missing or time.monotonic() >= deadline or ended(state):
             return Readiness(frozenset(ready & expected), frozenset(missing))
-        nodes, wait = gossip.named(missing), _ask_timeout(len(expected))
+        nodes = gossip.named(missing)
+        wait = min(_ask_timeout(len(expected)), max(ASK, deadline - time.monotonic()))
         with gossip.rpc(state) as client:
             for name, answer in client.query(APPLIED, question.payload(), timeout=wait, nodes=nodes):
                 if answer == YES and name in expected:

@@ -53,7 +53,8 @@ class _Shared:
 def one_socket() -> Iterator[None]:
     """Let all that this thread does by `rtnetlink` in the block use one socket.
 
-    To open and close one takes pyroute2 longer than to set a route, and a host that joins sets one for each other.
+    To open and close one takes pyroute2 longer than to set a route, and a host that joins sets one for each other. A
+    dump has to be read to its end before the next request, which the kernel refuses until then: make a list of it.
     """
     with ExitStack() as stack:
         token = _shared.set(_Shared(stack))

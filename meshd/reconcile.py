@@ -387,7 +387,7 @@ def dismantle(state: State) -> Report:
 
     ip_forward goes back only where no Docker engine runs: its containers need it now, whoever turned it on.
     """
-    with state.lock():
+    with state.lock(), one_socket():
         machine = Machine(state)
         observed, readable, failures = machine.observe(plan.ORDER)
         # Serf ends with the host's part in the mesh, and with it its tags.

@@ -69,7 +69,6 @@ def _family(address: IPAddress) -> int:
 
 def _all_addresses(ipr: Any, family: int) -> Iterator[tuple[int, IPAddress]]:
     """(link index, address) of every address of a family, in the kernel's order: primary before secondary."""
-    # All of it, though the caller may want the first: a socket with a dump that was not read to its end has no other.
     for row in list(ipr.addr("dump", family=family, dump_filter=None)):
         # IFA_ADDRESS is the far end of a point-to-point link; IPv6 has no IFA_LOCAL elsewhere.
         yield row["index"], ip_address(row.get("IFA_LOCAL") or row.get("IFA_ADDRESS"))

@@ -18,12 +18,11 @@ def traffic(source: LabHost, target: LabHost) -> Iterator[None]:
     server = ["docker", "exec", "-i", "box", "sh", "-c", "nc -l -p 7000 | wc -c"]
     receiver = target.popen(server, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     eventually(lambda: "7000" in target.run(["docker", "exec", "box", "netstat", "-ltn"]).stdout, 5, "nc listens")
-    pings = source.popen(["docker", "exec", "box", "ping", "-i", "0.01", address], stdout=subprocess.PIPE)
-    assert pings.stdout is not None
-    head = ""
-    while "seq=0" not in head:
-        head += (line := pings.stdout.readline())
-        assert line, f"ping has ended: {head}"
+    # A file and not a pipe, which nobody would empty while the fault lasts.
+    said = source.directory / "pings"
+    with said.open("w") as file:
+        pings = source.popen(["docker", "exec", "box", "ping", "-i", "0.01", address], stdout=file)
+    eventually(lambda: "seq=0" in said.read_text(), 10, "the first ping is answered")
     sender = source.popen(["docker", "exec", "-i", "box", "nc", address, "7000"], stdin=subprocess.PIPE)
     assert sender.stdin is not None
     sent = 0
@@ -47,10 +46,8 @@ def traffic(source: LabHost, target: LabHost) -> Iterator[None]:
         sender.wait(timeout=10)
         received, _ = receiver.communicate(timeout=10)
         source.run(["pkill", "-INT", "-x", "ping"])
-        # Not communicate(): it passes over what readline() has read ahead.
-        with pings.stdout:
-            statistics = head + pings.stdout.read()
         pings.wait(timeout=10)
+    statistics = said.read_text()
     # Every one, in whatever order two cores deliver them. The last ones may be on their way back when ping is told to
     # stop: on a busy machine 50 ms.
     answered = sorted(int(number) for number in re.findall(r"seq=(\d+)", statistics))

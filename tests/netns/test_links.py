@@ -139,6 +139,21 @@ def test_a_refused_sysctl_value_is_an_error(adapter: links.Links) -> None:
         add(adapter, Sysctl("net/ipv4/ip_forward", "perhaps"))
 
 
+def test_a_pass_uses_one_socket_until_it_breaks() -> None:
+    def used() -> Any:
+        with netlink.rtnetlink("looking") as ipr:
+            return ipr
+
+    with netlink.one_socket():
+        first = used()
+        assert used() is first
+        with pytest.raises(ApplyError, match="looking: it broke"), netlink.rtnetlink("looking"):
+            raise OSError(5, "it broke")
+        assert used() is not first
+    with netlink.one_socket():
+        assert used() is not first
+
+
 def test_no_descriptor_is_left_open(adapter: links.Links) -> None:
     def descriptors() -> int:
         gc.collect()
