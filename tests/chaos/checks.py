@@ -76,15 +76,17 @@ class View:
     key: str
     peers: list[str]
     routes: list[str]
+    guards: str
 
 
 def _view(host: LabHost) -> View:
-    kernel = "wg show wg0 public-key; echo ---; wg show wg0 peers; echo ---; ip route show proto 77 dev wg0"
+    kernel = "wg show wg0 public-key; echo ---; wg show wg0 peers; echo ---; ip route show proto 77 dev wg0; echo ---"
+    kernel += "; ip route show type unreachable proto 77; nft list chain ip meshd_wg0 output"
     done = host.run(["sh", "-c", f'{sys.executable} -I -c "$0"; {kernel}', ASK], check=False)
-    plan, members, key, peers, routes = done.stdout.split("---\n")
+    plan, members, key, peers, routes, guards = done.stdout.split("---\n")
     rows = json.loads(members) if members.startswith("[") else []
-    prefixes = [line.split()[0] for line in routes.splitlines()]
-    return View(plan.strip(), {row["name"]: row for row in rows}, key.strip(), sorted(peers.split()), sorted(prefixes))
+    prefixes = sorted(line.split()[0] for line in routes.splitlines())
+    return View(plan.strip(), {row["name"]: row for row in rows}, key.strip(), sorted(peers.split()), prefixes, guards)
 
 
 def agree(hosts: Sequence[LabHost]) -> Verdict:
@@ -106,6 +108,8 @@ def agree(hosts: Sequence[LabHost]) -> Verdict:
         keys = sorted(other.key for n, other in views.items() if n != name)
         verdict.expect(view.peers == keys, f"{name}: has the peers {view.peers}, not {keys}")
         others = sorted(subnet for n, subnet in subnets.items() if n != name)
+        guarded = "unreachable 172.20.0.0/16" in view.guards and "ip daddr 172.20.0.0/16" in view.guards
+        verdict.expect(guarded, f"{name}: what keeps traffic from leaving in clear is {view.guards}")
         verdict.expect(view.routes == others, f"{name}: has routes to {view.routes}, not {others}")
     return verdict
 

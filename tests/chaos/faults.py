@@ -1,5 +1,6 @@
 """The faults that are drawn: what is done, how soon all is well again, and what the daemons may say of it."""
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -7,11 +8,24 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from random import Random
+from typing import Literal
 
 from meshd.lab.hosts import Lab, LabHost
 from tests.lab import faults
-from tests.lab.conftest import eventually, full_reach, invitation, join, members, overlay, rtt, run_box, run_container
-from tests.lab.faults import FLUSHED, HANDS, boot, restart_docker
+from tests.lab.conftest import (
+    eventually,
+    full_reach,
+    invitation,
+    join,
+    members,
+    overlay,
+    ping,
+    rtt,
+    run_box,
+    run_container,
+    serf_lists,
+)
+from tests.lab.faults import FLUSHED, HANDS, boot, restart_docker, rewritten
 
 NAMES = tuple(f"barge{number}" for number in range(1, 6))
 WITH_DOCKER = NAMES[:2]
@@ -23,6 +37,8 @@ BACK, AGREED = 15.0, 40.0
 DOCKER_AWAY = r"WARNING (network|docker|iptables).*: the Docker engine does not answer"
 # A pass, or a command, meets a Serf that is ending or that hangs; the daemon starts it again.
 SERF_AWAY = r"WARNING (members|tags|serf).*the Serf agent"
+# Its underlay address is another one.
+MOVED = r"WARNING this host's underlay address is now "
 # A host that was forgotten comes back: all others refuse it, and it hears why.
 FORGOTTEN = r"WARNING (refused .*: it said goodbye, or was forgotten|membership: the mesh has forgotten this host)"
 
@@ -52,7 +68,9 @@ class Scene:
 class Fault:
     """Within `reach` seconds after `act` all reach all, and within `agree` all agree on everything.
 
-    `says` are patterns of the warnings that the daemons may log meanwhile.
+    `says` are patterns of the warnings that the daemons may log meanwhile. `cuts` says whose traffic may suffer: that
+    of no host, of the one where it happens, or of any; the hosts on which the guard against sending in clear has to
+    hold meanwhile `talk`.
     """
 
     act: Callable[[Scene], None]
@@ -60,6 +78,8 @@ class Fault:
     agree: float = AGREED
     docker: bool = False
     says: tuple[str, ...] = ()
+    cuts: Literal["no host", "the host", "any"] = "the host"
+    talk: bool = False
 
 
 # --- power, and the wires --------------------------------------------------------------------------------------------
@@ -85,7 +105,7 @@ def _off_and_on(scene: Scene, hosts: Sequence[LabHost]) -> None:
 
 def _cut(scene: Scene) -> None:
     """One or two against the rest, or one against one; sometimes something else happens meanwhile."""
-    name, what = scene.host.name, scene.rng.choice(["", "", *MEANWHILE])
+    name, what = scene.host.name, scene.rng.choice(("", "", *MEANWHILE))
     others = scene.rng.sample([other for other in NAMES if other != name], len(NAMES) - 1)
     sides = [([name], others), ([name, others[0]], others[1:]), ([name], others[:1])]
     _apart(scene, *scene.rng.choice(sides), what)
@@ -98,7 +118,8 @@ def _cut_from_a_newcomer(scene: Scene) -> None:
 
 
 def _apart(scene: Scene, left: Sequence[str], right: Sequence[str], meanwhile: str) -> None:
-    seconds = scene.rng.uniform(1, 8)
+    # Serf takes some 6 s to notice.
+    seconds = scene.rng.choice((*[scene.rng.uniform(1, 8)] * 3, 30.0))
     scene.say(f"{'+'.join(left)} | {'+'.join(right)} for {seconds:.1f} s, meanwhile: {meanwhile or 'nothing'}")
     until = time.monotonic() + seconds
     scene.lab.cut(left, right)
@@ -108,6 +129,59 @@ def _apart(scene: Scene, left: Sequence[str], right: Sequence[str], meanwhile: s
         time.sleep(max(0.0, until - time.monotonic()))
     finally:
         scene.lab.heal()
+
+
+def _outlasted(scene: Scene) -> None:
+    """A partition that is longer than Serf remembers, which for that is made to forget soon."""
+    hosts = scene.lab.hosts()
+    forgetful = [host.directory / "meshd" / "serf.d" / "forgetful.json" for host in hosts]
+    for path in forgetful:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"reconnect_timeout": "5s", "tombstone_timeout": "5s"}))
+    _each(faults.kill_serf, hosts)
+    others = [name for name in NAMES if name != scene.host.name]
+    eventually(lambda: all(len(serf_lists(host)) == len(NAMES) for host in hosts), 40, "Serf lists all")
+    scene.lab.cut([scene.host.name], others)
+    try:
+        eventually(lambda: serf_lists(scene.host) == {scene.host.name}, 90, "Serf has forgotten the others")
+        eventually(lambda: scene.host.name not in serf_lists(scene.other()), 90, "and they have forgotten it")
+    finally:
+        scene.lab.heal()
+        for path in forgetful:
+            path.unlink()
+    _each(faults.kill_serf, hosts)
+
+
+def _each(act: Callable[[LabHost], None], hosts: Sequence[LabHost]) -> None:
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(act, hosts))
+
+
+def _another_port(scene: Scene) -> None:
+    with rewritten(scene.lab, scene.host, scene.rng.randint(40_000, 50_000)):
+        assert full_reach(scene.lab.hosts()), "all reach all"
+        time.sleep(scene.rng.uniform(0, 3))
+        assert full_reach(scene.lab.hosts()), "all reach all a while later"
+
+
+def _another_address(scene: Scene) -> None:
+    """There and back, as the lab knows its hosts by their addresses."""
+    host, others = scene.host, [other for other in scene.lab.hosts() if other.name != scene.host.name]
+    first = str(host.address)
+    there, back = (first, "10.10.10.199"), ("10.10.10.199", first)
+    for old, new in (there, back):
+        faults.readdress(host, old, new)
+        for other in others:
+            listed = partial(other.run, ["wg", "show", "wg0", "endpoints"])
+            eventually(lambda: f"{new}:51820" in listed().stdout, 10, f"{other.name} has followed")  # noqa: B023
+            eventually(lambda: ping(other, overlay(host)), 5, f"{other.name} reaches it")  # noqa: B023
+
+
+def _another_mtu(scene: Scene) -> None:
+    for mtu in (1400, 1500):
+        scene.host.run(["ip", "link", "set", "eth0", "mtu", str(mtu)])
+        show = partial(scene.host.run, ["ip", "link", "show", "wg0"])
+        eventually(lambda: f"mtu {mtu - 80} " in show().stdout, 12, "wg0 has followed")  # noqa: B023
 
 
 def _unplugged(scene: Scene) -> None:
@@ -170,6 +244,26 @@ def _new_box(host: LabHost) -> None:
         run_box(host)
 
 
+def _leave_unheard(scene: Scene) -> None:
+    """A host says goodbye while another one has no power, which hears of it when it is back."""
+    away = scene.other()
+    via = next(host for host in scene.lab.hosts() if host.name not in {away.name, scene.host.name})
+    scene.say(f"{away.name} is off")
+    scene.lab.power_off(away)
+    scene.host.run(["meshd", "leave", "--force"])
+    away = boot(scene.lab, away)
+    gone = partial(away.run, ["ip", "route"])
+    eventually(lambda: f"{overlay(scene.host)}/24" not in gone().stdout, 10, f"{away.name} has heard of it")
+    _join(scene.host, via, scene)
+
+
+def _renumber(scene: Scene) -> None:
+    """To another subnet and back, as the lab knows its hosts by them."""
+    for subnet in ("172.20.200.0/24", f"{overlay(scene.host)}/24"):
+        scene.host.run(["meshd", "renumber", "--force", "--subnet", subnet])
+        eventually(lambda: full_reach(scene.lab.hosts()), 5, "all reach all")
+
+
 def _down_and_up(scene: Scene) -> None:
     scene.host.run(["meshd", "down", "--force"])
     scene.host.run(["meshd", "up"])
@@ -221,7 +315,7 @@ def _masquerade_first(scene: Scene) -> None:
     host, far = scene.host, scene.box()
     rule = ["POSTROUTING", "-j", "MASQUERADE"]
     host.run(["iptables", "-w", "-t", "nat", "-I", *rule])
-    script = f"timeout 5 tcpdump -lnc 1 -i wg0 'icmp and src {overlay(host, 1)}' 2>&1"
+    script = f"timeout 5 tcpdump -lnc 1 -i wg0 'icmp[icmptype] == icmp-echo and src {overlay(host, 1)}' 2>&1"
     dump = host.popen(["sh", "-c", script], stdout=-1)
     assert dump.stdout is not None
     while "listening on" not in dump.stdout.readline():
@@ -243,36 +337,47 @@ def _hand(what: str) -> Callable[[Scene], None]:
 
 
 FAULTS = {
-    "daemon killed": Fault(_on_host(faults.kill_daemon)),
-    "Serf killed": Fault(_on_host(faults.kill_serf), says=(SERF_AWAY,)),
-    "daemon and Serf killed": Fault(_on_host(faults.kill_both), says=(SERF_AWAY,)),
-    "Serf leaves": Fault(_on_host(faults.leave_serf), says=(SERF_AWAY,)),
-    "sync in a loop": Fault(_on_host(faults.sync_in_a_loop)),
-    "package upgraded": Fault(_on_host(faults.upgrade)),
-    "new WireGuard key": Fault(_on_host(faults.new_key), reach=5, says=(SERF_AWAY,)),
+    "daemon killed": Fault(_on_host(faults.kill_daemon), cuts="no host", talk=True),
+    "Serf killed": Fault(_on_host(faults.kill_serf), says=(SERF_AWAY,), cuts="no host", talk=True),
+    "daemon and Serf killed": Fault(_on_host(faults.kill_both), says=(SERF_AWAY,), cuts="no host", talk=True),
+    "Serf leaves": Fault(_on_host(faults.leave_serf), says=(SERF_AWAY,), cuts="no host", talk=True),
+    "sync in a loop": Fault(_on_host(faults.sync_in_a_loop), cuts="no host", talk=True),
+    "package upgraded": Fault(_on_host(faults.upgrade), cuts="no host", talk=True),
+    "new WireGuard key": Fault(_on_host(faults.new_key), reach=5, says=(SERF_AWAY,), talk=True),
     "power cut": Fault(_power_cycle, reach=BACK, says=(DOCKER_AWAY,)),
-    "power cut of all": Fault(_power_cycle_all, reach=BACK, says=(DOCKER_AWAY,)),
-    "partition": Fault(_cut, reach=BACK, says=(DOCKER_AWAY, SERF_AWAY)),
+    "power cut of all": Fault(_power_cycle_all, reach=BACK, says=(DOCKER_AWAY,), cuts="any"),
+    "partition": Fault(_cut, reach=BACK, says=(DOCKER_AWAY, SERF_AWAY), cuts="any"),
     # Serf may not have noticed the partition, and then tells of what happened meanwhile with its next full exchange.
-    "partition from a newcomer": Fault(_cut_from_a_newcomer, reach=AGREED),
+    "partition from a newcomer": Fault(_cut_from_a_newcomer, reach=AGREED, cuts="any"),
+    "partition that Serf forgets": Fault(_outlasted, reach=BACK, says=(SERF_AWAY,)),
+    "another port seen": Fault(_another_port),
+    "another underlay address": Fault(_another_address, reach=5, agree=90.0, says=(MOVED, SERF_AWAY)),
+    "another underlay MTU": Fault(_another_mtu, talk=True),
     "cable pulled": Fault(_unplugged, reach=BACK),
-    "process frozen": Fault(_frozen, reach=BACK, says=(SERF_AWAY,)),
-    "two at once": Fault(_two_at_once, reach=BACK, says=(DOCKER_AWAY, SERF_AWAY)),
+    "process frozen": Fault(_frozen, reach=BACK, says=(SERF_AWAY,), cuts="no host", talk=True),
+    "two at once": Fault(_two_at_once, reach=BACK, says=(DOCKER_AWAY, SERF_AWAY), cuts="any"),
     "leaves and joins": Fault(_leave_and_join, reach=5),
+    "leaves unheard by one": Fault(_leave_unheard, reach=5, says=(DOCKER_AWAY,), cuts="any"),
     "down and up": Fault(_down_and_up, reach=5),
+    "renumbered": Fault(_renumber, reach=5),
     "dies and is forgotten": Fault(_forget, reach=5, says=(FORGOTTEN, DOCKER_AWAY)),
-    "dockerd restarted by TERM": Fault(_docker_restart("TERM"), reach=10, docker=True, says=(DOCKER_AWAY,)),
-    "dockerd restarted by KILL": Fault(_docker_restart("KILL"), reach=10, docker=True, says=(DOCKER_AWAY,)),
-    "Docker network removed": Fault(_network_made_again, docker=True),
-    "containers come and go": Fault(_churn, docker=True),
-    "a masquerade put first": Fault(_masquerade_first, docker=True),
-    **{what: Fault(_hand(what), hand.limit, hand.limit, hand.docker) for what, hand in HANDS.items()},
+    "dockerd restarted by TERM": Fault(
+        _docker_restart("TERM"), reach=10, docker=True, says=(DOCKER_AWAY,), cuts="no host", talk=True
+    ),
+    "dockerd restarted by KILL": Fault(
+        _docker_restart("KILL"), reach=10, docker=True, says=(DOCKER_AWAY,), cuts="no host", talk=True
+    ),
+    "Docker network removed": Fault(_network_made_again, docker=True, talk=True),
+    "containers come and go": Fault(_churn, docker=True, cuts="no host", talk=True),
+    "a masquerade put first": Fault(_masquerade_first, docker=True, cuts="no host", talk=True),
+    **{what: Fault(_hand(what), hand.limit, hand.limit, hand.docker, talk=True) for what, hand in HANDS.items()},
 }
 # What may happen while hosts are apart, or at the same time on another one: any host, and nobody else has part in it.
-MEANWHILE = {
+# In one order, or the same seed would draw something else in another process.
+MEANWHILE = (
     *("daemon killed", "Serf killed", "daemon and Serf killed", "Serf leaves", "new WireGuard key", "power cut"),
     *("wg0 down", "wg0 deleted", "a peer removed", "the firewall table removed", "wireguard-go killed"),
-}
+)
 
 
 @dataclass(frozen=True, slots=True)

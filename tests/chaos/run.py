@@ -3,6 +3,7 @@
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from random import Random
@@ -11,7 +12,8 @@ from meshd.errors import MeshdError
 from meshd.lab.hosts import Lab, LabHost
 from tests.chaos.checks import Logs, Underlay, Verdict, agree, explained, reach
 from tests.chaos.faults import FAULTS, NAMES, WITH_DOCKER, Draw, Fault, Scene, draws, hand_on
-from tests.lab.conftest import IN_CLEAR, assemble, capturing
+from tests.lab.conftest import IN_CLEAR, assemble, capturing, talking
+from tests.lab.traffic import unbroken
 
 # Seconds on top of what is promised: for asking five hosts, on a machine that does other things as well.
 SLACK = 5.0
@@ -70,13 +72,19 @@ class _Run:
     def fault(self, number: int, draw: Draw, said_before: Sequence[str]) -> list[str]:
         """Do one fault, check everything, and say it; give what was wrong."""
         fault, begun, details = FAULTS[draw.name], time.monotonic(), list[str]()
-        failed = _act(fault, Scene(self.lab, self.lab.host(draw.host), Random(draw.seed), details.append))
-        acted = time.monotonic()
-        reached = _in_time(reach, self.lab, acted + fault.reach + SLACK)
-        took = time.monotonic() - acted
+        scene = Scene(self.lab, self.lab.host(draw.host), Random(draw.seed), details.append)
+        with ExitStack() as stack:
+            lost = stack.enter_context(unbroken(_spared(scene, fault)))
+            if fault.talk:
+                stack.enter_context(talking(scene.host, *self.lab.hosts()))
+            failed = _act(fault, scene)
+            acted = time.monotonic()
+            reached = _in_time(reach, self.lab, acted + fault.reach + SLACK)
+            took = time.monotonic() - acted
         agreed = _in_time(agree, self.lab, acted + fault.agree + SLACK)
         news = self.logs.news()
-        verdicts = (reached, agreed, self.underlay.quiet(), explained(news, (*fault.says, *said_before)))
+        through = Verdict(len(_spared(scene, fault)), [f"traffic suffered: {line}" for line in lost])
+        verdicts = (through, reached, agreed, self.underlay.quiet(), explained(news, (*fault.says, *said_before)))
         wrong = failed + [line for verdict in verdicts for line in verdict.wrong]
         self._count(draw.name, took, verdicts, wrong)
         text = "; ".join([draw.name, *details])
@@ -103,10 +111,18 @@ class _Run:
         return _in_time(reach, self.lab, deadline).wrong or _in_time(agree, self.lab, deadline).wrong
 
 
+def _spared(scene: Scene, fault: Fault) -> list[tuple[LabHost, LabHost]]:
+    """Pairs of hosts, in a ring, whose traffic must not suffer from the fault."""
+    if fault.cuts == "any":
+        return []
+    hosts = [host for host in scene.lab.hosts() if fault.cuts == "no host" or host.name != scene.host.name]
+    return list(zip(hosts, [*hosts[1:], hosts[0]], strict=True))
+
+
 def _act(fault: Fault, scene: Scene) -> list[str]:
     try:
         fault.act(scene)
-    except (AssertionError, MeshdError, subprocess.SubprocessError) as error:
+    except (AssertionError, LookupError, MeshdError, OSError, ValueError, subprocess.SubprocessError) as error:
         return [f"{type(error).__name__}: {error}"]
     return []
 

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
@@ -67,21 +67,58 @@ def capturing(lab: Lab, expression: str) -> Iterator[Path]:
         while "listening on" not in dump.stderr.readline():
             assert dump.poll() is None
         yield path
+        assert dump.poll() is None, "tcpdump has heard it to the end"
     finally:
         lab.switch.run(["pkill", "-INT", "-f", str(path)], check=False)
         dump.communicate(timeout=10)
 
 
 PCAP_HEADER = 24
-IN_CLEAR = "src net 172.20.0.0/16 and dst net 172.20.0.0/16"
+# From whatever source: a host that sends by another way than wg0 puts its underlay address there. The switch, which is
+# the neighbour in some tests, may try.
+IN_CLEAR = f"dst net 172.20.0.0/16 and not src host {network.GATEWAY}"
+# A subnet that no host of a lab has.
+NOBODYS = "172.20.250.1"
+# Sends to each address until its input ends, whatever comes of it.
+TALK = """
+import select, socket, sys
+sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+while not select.select([sys.stdin], [], [], 0.02)[0]:
+    for target in sys.argv[1:]:
+        try:
+            sender.sendto(b"of the overlay", (target, 9))
+        except OSError:
+            pass
+"""
 
 
 @contextmanager
-def nothing_in_clear(lab: Lab) -> Iterator[None]:
-    """Fail if a packet between two overlay addresses is on the underlay outside of WireGuard while the block runs."""
-    with capture(lab, IN_CLEAR) as heard:
+def nothing_in_clear(lab: Lab, *hosts: LabHost) -> Iterator[None]:
+    """Fail if a packet for the overlay is on the underlay outside of WireGuard while the block runs.
+
+    All the while `hosts` and their containers `box` send to each other, and to a subnet that nobody has.
+    """
+    with capture(lab, IN_CLEAR) as heard, ExitStack() as stack:
+        for host in hosts:
+            stack.enter_context(talking(host, *hosts))
         yield
     assert len(heard[0]) == PCAP_HEADER, f"overlay traffic in clear: {heard[0][:200]!r}"
+
+
+@contextmanager
+def talking(host: LabHost, *others: LabHost) -> Iterator[None]:
+    """Let a host and its container `box` send to the others and theirs, and to a subnet that nobody has."""
+    targets = [NOBODYS, *(overlay(other, last) for other in others if other != host for last in (0, 1))]
+    command = [sys.executable, "-I", "-c", TALK, *targets]
+    box = host.run(["sh", "-c", "docker inspect -f '{{.State.Pid}}' box 2>/dev/null"], check=False).stdout.strip()
+    inside = [["nsenter", f"--target={box}", "--net", *command]] if box else []
+    talkers = [host.popen(words, stdin=subprocess.PIPE) for words in (command, *inside)]
+    try:
+        yield
+        assert all(talker.poll() is None for talker in talkers), "they talk all the while"
+    finally:
+        for talker in talkers:
+            talker.communicate()
 
 
 def assemble(
@@ -171,6 +208,11 @@ def serf(host: LabHost, *arguments: str) -> str:
     """Run `serf` on a host with the key of its RPC; give what it prints."""
     key = "$(base64 -d /var/lib/meshd/rpc.key | od -An -tx1 | tr -d ' \\n')"
     return host.run(["sh", "-c", f'SERF_RPC_AUTH={key} serf "$@"', "sh", *arguments]).stdout
+
+
+def serf_lists(host: LabHost) -> set[str]:
+    """The names of those whom Serf on a host lists, in whatever state."""
+    return {member["name"] for member in json.loads(serf(host, "members", "-format=json"))["members"]}
 
 
 def log(host: LabHost) -> str:

@@ -1,15 +1,13 @@
 """What a host publishes changes, or what WireGuard learns of it: the others follow, and nothing is reset."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
 from meshd.lab.hosts import Lab, LabHost
 from meshd.state import State
 from tests.lab.conftest import assemble, eventually, log, nothing_in_clear, overlay, peers, ping, settled
-from tests.lab.faults import new_key
+from tests.lab.faults import new_key, readdress, rewritten
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
@@ -40,7 +38,7 @@ def test_a_restart_with_a_new_key_is_followed_by_all(lab: Lab, hosts: list[LabHo
     """Serf raises no event at all for a restart as quick as this one: a leave and a join in one window are nothing."""
     one, two, three = hosts
     before = key(two)
-    with nothing_in_clear(lab):
+    with nothing_in_clear(lab, *hosts):
         begun = time.monotonic()
         new_key(two)
         eventually(lambda: key(two) != before, 5, "its device has the new key")
@@ -95,25 +93,6 @@ def keepalives(host: LabHost) -> set[str]:
     return {row.split()[1] for row in rows}
 
 
-@contextmanager
-def rewritten(lab: Lab, host: LabHost, port: int) -> Iterator[None]:
-    """Let the others see a host's WireGuard at another port, as behind an address translation that has changed."""
-    rules = f"""
-    table bridge roam {{
-        chain forward {{
-            type filter hook forward priority 0;
-            iifname "{host.name}" udp sport 51820 udp sport set {port}
-            oifname "{host.name}" udp dport {port} udp dport set 51820
-        }}
-    }}
-    """
-    lab.switch.run(["nft", "-f", "-"], text=rules)
-    try:
-        yield
-    finally:
-        lab.switch.run(["nft", "delete", "table", "bridge", "roam"])
-
-
 def endpoint(host: LabHost, of: str) -> str:
     rows = dict(line.split() for line in host.run(["wg", "show", "wg0", "endpoints"]).stdout.splitlines())
     return rows[of]
@@ -124,7 +103,7 @@ def test_an_endpoint_that_wireguard_has_learned_stays(lab: Lab, hosts: list[LabH
     other = key(two)
     eventually(lambda: endpoint(one, other) == f"{two.address}:51820", 5, "the endpoint is the published one")
     before = len(log(one))
-    with nothing_in_clear(lab), rewritten(lab, two, 40000):
+    with nothing_in_clear(lab, *hosts), rewritten(lab, two, 40000):
         # What the host itself sends is what moves its tunnel.
         assert ping(two, overlay(one))
         assert endpoint(one, other) == f"{two.address}:40000"
@@ -143,11 +122,9 @@ def test_a_host_at_another_underlay_address_is_followed(lab: Lab, hosts: list[La
     """Serf takes some 40 s to believe a known name at a new address; the record is announced besides it."""
     one, two, three = hosts
     eventually(lambda: settled(hosts), 40, "all agree before")
-    with nothing_in_clear(lab):
+    with nothing_in_clear(lab, *hosts):
         begun = time.monotonic()
-        three.run(["ip", "addr", "del", f"{three.address}/24", "dev", "eth0"])
-        three.run(["ip", "addr", "add", "10.10.10.133/24", "dev", "eth0"])
-        three.run(["ip", "route", "add", "default", "via", "10.10.10.1"])
+        readdress(three, str(three.address), "10.10.10.133")
         eventually(lambda: follows(one, three) and follows(two, three), MOVED, "their tunnels have moved and work")
         took = time.monotonic() - begun
     print(f"a host at another address is reached after {took:.2f} s")  # noqa: T201

@@ -1,6 +1,7 @@
 """Other people's hands: what somebody else undoes is put right by itself, soon, and logged with how it was seen."""
 
 import re
+import subprocess
 import time
 from datetime import datetime
 
@@ -8,12 +9,12 @@ import pytest
 
 from meshd.lab.hosts import Lab, LabHost
 from tests.lab.conftest import assemble, eventually, log, nothing_in_clear, overlay, peers, rtt, run_box, run_container
-from tests.lab.faults import FLUSHED, HANDS, TOLD, restart_docker
+from tests.lab.faults import FLUSHED, FOUND, HANDS, TOLD, restart_docker
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
-# What the host may take on top, to notice and to have made the change, on a machine that is busy with other tests.
-SLACK = 1.0
+# What a pass itself may take on a machine that is busy with other tests, where it has to wait for the timer.
+SLACK = 0.5
 
 
 @pytest.fixture(scope="module")
@@ -24,21 +25,22 @@ def hosts(lab: Lab) -> list[LabHost]:
 @pytest.mark.parametrize("what", HANDS)
 def test_what_somebody_undoes_is_put_right(lab: Lab, hosts: list[LabHost], what: str) -> None:
     one, two = hosts
-    limit = HANDS[what].limit
+    hand = HANDS[what]
     _settle(hosts)
     key, before = one.run(["wg", "show", "wg0", "public-key"]).stdout, len(log(one))
-    with nothing_in_clear(lab):
+    with nothing_in_clear(lab, *hosts):
         begun = time.time()
-        HANDS[what].on(one, two)
-        eventually(lambda: re.search(r"INFO (add|set|remove) ", log(one)[before:]), limit + 5, "it is logged")
+        hand.on(one, two)
+        eventually(lambda: re.search(r"INFO (add|set|remove) ", log(one)[before:]), hand.limit + 5, "it is logged")
         eventually(lambda: one.run(["meshd", "plan"]).stdout == "no changes\n", 5, "nothing is left to be changed")
         eventually(lambda: rtt(one, "box", overlay(two, 1)), 5, "a container reaches the other side")
         eventually(lambda: rtt(two, "box", overlay(one, 1)), 5, "and is reached from there")
     lines = [line for line in log(one)[before:].splitlines() if re.search(r"INFO (add|set|remove) ", line)]
     took = max(map(_logged_at, lines)) - begun
     print(f"{what}: {took:.2f} s, {lines[0].partition(' INFO ')[2]}")  # noqa: T201
-    assert took <= limit + SLACK
+    assert took <= hand.limit + (SLACK if hand.limit == FOUND else 0)
     assert all("(seen by " in line for line in lines)
+    assert any(re.search(rf" INFO {hand.what}.* \(seen by .*{hand.seen}", line) for line in lines), lines
     assert one.run(["wg", "show", "wg0", "public-key"]).stdout == key
     if what in FLUSHED:
         restart_docker(lab, one, "TERM")  # its own rules come back with it alone
@@ -57,24 +59,41 @@ def _logged_at(line: str) -> float:
 
 @pytest.mark.parametrize("number", ["TERM", "KILL"])
 def test_dockerd_restarted(lab: Lab, hosts: list[LabHost], number: str) -> None:
+    """What needs no engine goes on without it, and what somebody undoes meanwhile is put right with it or without."""
     one, two = hosts
     _settle(hosts)
-    with nothing_in_clear(lab):
-        restart_docker(lab, one, number)
+    before, network = len(log(one)), _network(one)
+    flow = two.popen(["docker", "exec", "box", "ping", "-i", "0.05", overlay(one)], stdout=subprocess.PIPE)
+    with nothing_in_clear(lab, *hosts):
+        one.run(["sh", "-ec", f"kill -{number} $(cat /run/docker.pid); iptables -w -D DOCKER-USER 1"])
+        one.run(["ip", "link", "set", "ovl0", "mtu", "1300"])
+        restart_docker(lab, one)
         eventually(lambda: rtt(two, "box", overlay(one, 1)), 10, "its container is reached")
         eventually(lambda: rtt(one, "box", overlay(two, 1)), 5, "and reaches others")
         eventually(lambda: one.run(["meshd", "plan"]).stdout == "no changes\n", 10, "nothing is to be changed")
+    two.run(["pkill", "-INT", "-x", "ping"])
+    answered = re.findall(r"seq=(\d+)", flow.communicate(timeout=10)[0])
+    assert list(map(int, answered)) == list(range(len(answered))), "the host itself is reached all the while"
+    assert len(answered) > 20
+    assert _network(one) == network, "it is the same network"
+    assert "set link ovl0" in log(one)[before:]
+    assert "add iptables rule filter DOCKER-USER" in log(one)[before:]
 
 
-def test_a_masquerade_that_somebody_puts_first_changes_no_source(hosts: list[LabHost]) -> None:
+def _network(host: LabHost) -> str:
+    return host.run(["docker", "network", "inspect", "ovl0", "-f", "{{.Id}}"]).stdout
+
+
+def test_a_masquerade_that_somebody_puts_first_changes_no_source(lab: Lab, hosts: list[LabHost]) -> None:
     one, two = hosts
     _settle(hosts)
     one.run(["iptables", "-w", "-t", "nat", "-I", "POSTROUTING", "-j", "MASQUERADE"])
     try:
-        script = "timeout 5 tcpdump -lnc 1 -i wg0 icmp and src " + overlay(one, 1)
+        script = "timeout 5 tcpdump -lnc 1 -i wg0 'icmp[icmptype] == icmp-echo and src " + overlay(one, 1) + "'"
         dump = two.popen(["sh", "-c", script], stdout=-1, stderr=-1)
         time.sleep(1)
-        assert rtt(one, "box", overlay(two, 1))
+        with nothing_in_clear(lab, *hosts):
+            assert rtt(one, "box", overlay(two, 1))
         assert f"IP {overlay(one, 1)} > {overlay(two, 1)}" in dump.communicate(timeout=10)[0]
     finally:
         one.run(["iptables", "-w", "-t", "nat", "-D", "POSTROUTING", "-j", "MASQUERADE"])
@@ -84,13 +103,13 @@ def test_the_docker_network_removed(lab: Lab, hosts: list[LabHost]) -> None:
     one, two = hosts
     _settle(hosts)
     before = len(log(one))
-    with nothing_in_clear(lab):
+    with nothing_in_clear(lab, *hosts):
         one.run(["docker", "rm", "-f", "box"])
         begun = time.time()
         one.run(["docker", "network", "rm", "ovl0"])
         eventually(lambda: "add docker network ovl0" in log(one)[before:], 5, "it is made again")
         (line,) = [line for line in log(one)[before:].splitlines() if "add docker network" in line]
-        assert _logged_at(line) - begun <= TOLD + SLACK
+        assert _logged_at(line) - begun <= TOLD
         # The bridge changes with it, so that the kernel may tell of it before Docker does.
         assert re.search(r"seen by .*(docker: network ovl0 destroy|netlink: link ovl0)", line)
         eventually(lambda: one.run(["docker", "network", "ls", "-q", "-f", "name=ovl0"]).stdout, 5, "it is there")
@@ -102,7 +121,7 @@ def test_containers_that_come_and_go_change_nothing(lab: Lab, hosts: list[LabHos
     one, two = hosts
     _settle(hosts)
     before = len(log(one))
-    with nothing_in_clear(lab):
+    with nothing_in_clear(lab, *hosts):
         for number in range(5):
             run_container(one, f"come{number}", "meshd/serf", "sleep", "1000")
             assert rtt(two, "box", overlay(one, 2))

@@ -4,11 +4,13 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import permutations
 
 import pytest
 
 from meshd.lab.hosts import Lab, LabHost
 from tests.lab.conftest import (
+    NOBODYS,
     assemble,
     eventually,
     full_reach,
@@ -17,9 +19,11 @@ from tests.lab.conftest import (
     members,
     nothing_in_clear,
     overlay,
+    peers,
     ping,
     rtt,
-    serf,
+    run_container,
+    serf_lists,
     settled,
 )
 from tests.lab.faults import boot
@@ -27,6 +31,7 @@ from tests.lab.faults import boot
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
 BACK = 15
+SEND = "for t in $0 $@; do while :; do ping -qi 0.1 $t; sleep 0.1; done & done; wait"
 
 
 @pytest.fixture(autouse=True)
@@ -65,19 +70,27 @@ def test_partitions_heal_by_themselves(lab: Lab) -> None:
 def _apart(lab: Lab, hosts: Sequence[LabHost], name: str, seconds: float) -> float:
     """Cut, look at both sides, heal; give the seconds until everybody reached everybody again."""
     left, right = ([hosts[number - 1] for number in side] for side in PARTITIONS[name])
+    apart = {frozenset((one.name, other.name)) for one in left for other in right}
+    together = [pair for pair in permutations(hosts, 2) if frozenset(host.name for host in pair) not in apart]
+    had = [peers(host) for host in hosts]
     with nothing_in_clear(lab):
         lab.cut([host.name for host in left], [host.name for host in right])
         until = time.monotonic() + seconds
         assert not ping(left[0], overlay(right[0])), "they are apart"
         while time.monotonic() < until:
-            for side in (left, right):
-                assert all(ping(side[0], overlay(host)) for host in side), "each side goes on working inside"
+            for one, other in together:
+                assert ping(one, overlay(other)), f"{one.name} goes on reaching {other.name}"
             time.sleep(1)
+        assert [peers(host) for host in hosts] == had, "nobody is dropped"
         lab.heal()
-        return eventually(lambda: full_reach(hosts), 2 * BACK, f"{name} for {seconds} s: all reach all")
+        took = eventually(lambda: full_reach(hosts), 2 * BACK, f"{name} for {seconds} s: all reach all")
+        eventually(lambda: settled(hosts), 40, f"{name} for {seconds} s: all agree")
+    return took
 
 
 def test_a_host_that_reboots_while_it_is_cut_off_finds_the_mesh_after_the_healing(lab: Lab) -> None:
+    # Serf itself would look for the others in vain until long after.
+    configure_serf(lab, 3, reconnect_interval="1h")
     one, two, three = assemble(lab, docker=0, plain=3)
     with nothing_in_clear(lab):
         lab.cut(["barge1"], ["barge2", "barge3"])
@@ -96,32 +109,39 @@ def test_a_host_that_reboots_while_it_is_cut_off_finds_the_mesh_after_the_healin
 
 def test_a_partition_longer_than_serf_remembers_heals(lab: Lab) -> None:
     """Serf forgets failed members after its reconnect time-out, here 5 s; then it does not look for them any more."""
-    lab.up(3, docker=False)
-    for host in lab.hosts():
-        extra = host.directory / "meshd" / "serf.d"
-        extra.mkdir(parents=True)
-        (extra / "short.json").write_text(json.dumps({"reconnect_timeout": "5s", "tombstone_timeout": "5s"}))
+    configure_serf(lab, 3, reconnect_timeout="5s", tombstone_timeout="5s")
     one, two, three = assemble(lab, docker=0, plain=3)
+    had = [peers(host) for host in (one, two, three)]
     with nothing_in_clear(lab):
         lab.cut(["barge1"], ["barge2", "barge3"])
         eventually(lambda: _forgot(two, "barge1") and _forgot(one, "barge2", "barge3"), 90, "Serf has reaped them")
+        assert all(host.run(["meshd", "sync"]).stdout == "no changes\n" for host in (one, two, three))
+        assert [peers(host) for host in (one, two, three)] == had, "reaped is not gone"
         lab.heal()
         eventually(lambda: full_reach([one, two, three]), BACK, "all reach all")
         eventually(lambda: settled([one, two, three]), 30, "and Serf has found them again")
 
 
+def configure_serf(lab: Lab, count: int, **settings: str) -> None:
+    """Give hosts that are no members yet settings of their own for Serf."""
+    lab.up(count, docker=False)
+    for host in lab.hosts():
+        extra = host.directory / "meshd" / "serf.d"
+        extra.mkdir(parents=True)
+        (extra / "test.json").write_text(json.dumps(settings))
+
+
 def _forgot(host: LabHost, *names: str) -> bool:
-    listed = json.loads(serf(host, "members", "-format=json"))["members"]
-    return not {member["name"] for member in listed} & set(names)
+    return not serf_lists(host) & set(names)
 
 
 def test_joining_through_a_member_that_cannot_reach_the_others_just_then(lab: Lab) -> None:
     one, two, three = assemble(lab, docker=0, plain=3)
-    lab.cut(["barge1"], ["barge2", "barge3"])
-    four = lab.power_on("barge4")
-    lab.cut(["barge4"], ["barge2", "barge3"])
-    eventually(lambda: lost(one, "barge2", "barge3"), 60, "the one is alone")
     with nothing_in_clear(lab):
+        lab.cut(["barge1"], ["barge2", "barge3"])
+        four = lab.power_on("barge4")
+        lab.cut(["barge4"], ["barge2", "barge3"])
+        eventually(lambda: lost(one, "barge2", "barge3"), 60, "the one is alone")
         join(four, one, invitation(one), "--no-docker")
         assert ping(four, overlay(one))
         lab.heal()
@@ -149,6 +169,10 @@ def test_after_a_power_cut_the_mesh_is_back_by_itself(lab: Lab, which: str) -> N
 def test_either_order_at_boot_ends_well(lab: Lab, docker_first: bool) -> None:
     hosts = assemble(lab, docker=1, plain=1)
     before = hosts[0].run(["docker", "network", "inspect", "ovl0", "-f", "{{.Id}}"]).stdout
+    # A container that sends from its first moment on.
+    hosts[0].run(["docker", "rm", "-f", "box"])
+    targets = (overlay(hosts[1]), NOBODYS)
+    run_container(hosts[0], "box", "--restart", "always", "meshd/serf", "sh", "-c", SEND, *targets)
     lab.power_off(hosts[0])
     with nothing_in_clear(lab):
         boot(lab, hosts[0], docker_first=docker_first)

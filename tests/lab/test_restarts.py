@@ -21,9 +21,9 @@ def hosts(lab: Lab) -> list[LabHost]:
     "fault", [kill_daemon, kill_serf, kill_both, leave_serf, sync_in_a_loop, upgrade], ids=lambda f: f.__name__
 )
 def test_a_restart_loses_no_packet(lab: Lab, hosts: list[LabHost], fault: Callable[[LabHost], None]) -> None:
-    with nothing_in_clear(lab), traffic(*hosts):
+    with nothing_in_clear(lab, *hosts), traffic(*hosts):
         fault(hosts[1])
-    eventually(lambda: settled(hosts), 40, "both see each other alive, and nothing is to be changed")
+        eventually(lambda: settled(hosts), 40, "both see each other alive, and nothing is to be changed")
 
 
 def test_what_was_restarted_is_logged(hosts: list[LabHost]) -> None:

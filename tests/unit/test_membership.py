@@ -360,10 +360,11 @@ def superseded(own: Host, *members: Member, known: Roster | None = None) -> str 
     return superseded_by(own, members, MESH, known or Roster(), NOW)
 
 
-def test_of_two_hosts_that_claim_one_subnet_both_name_the_same_loser() -> None:
+@pytest.mark.parametrize("seq", [1, 2**40], ids=["its clock is behind", "its clock is ahead"])
+def test_of_two_hosts_that_claim_one_subnet_both_name_the_same_loser(seq: int) -> None:
     mine = OWN.record.certificate.serial
     for serial, loser in ((mine - 1, "barge1"), (mine + 1, "barge2")):
-        two = Host("barge2", rival_record(serial))
+        two = Host("barge2", record(2, seq=seq, subnet=OWN.record.subnet, by=certificate("barge2", serial=serial)))
         ones, twos = member(1), member(2, of=two.record)
         verdicts = superseded(OWN, ones, twos), superseded(two, ones, twos)
         assert verdicts == (("barge2", None) if loser == "barge1" else (None, "barge1"))

@@ -107,6 +107,28 @@ def test_a_full_disk_leaves_the_old_file_whole(state: State) -> None:
     assert not [p for p in state.directory.iterdir() if p.name.startswith(".")]
 
 
+def test_what_is_written_is_on_disk_before_it_has_its_name(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut shows it, and a lab host's keeps what the kernel holds: so the calls are watched, and made."""
+    done: list[str] = []
+    sync, replace = os.fsync, Path.replace
+
+    def watched_sync(descriptor: int) -> None:
+        done.append(f"sync {Path(f'/proc/self/fd/{descriptor}').readlink()}")
+        sync(descriptor)
+
+    def watched_replace(path: Path, target: Path) -> Path:
+        done.append(f"replace {target}")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", watched_sync)
+    monkeypatch.setattr(Path, "replace", watched_replace)
+    contacts = {"barge2": record(2).endpoint}
+    state.save_contacts(contacts)
+    path = state.directory / "contacts.json"
+    assert done == [f"sync {path.with_name(f'.contacts.json.{os.getpid()}')}", f"replace {path}", f"sync {path.parent}"]
+    assert State(state.directory).contacts() == contacts
+
+
 def test_no_state_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="run 'meshd init' or 'meshd join ADDRESS' first"):
         _ = State(tmp_path).settings
