@@ -1,11 +1,13 @@
 """What somebody on the underlay can read of a mesh: nothing, from the first packet on."""
 
 import base64
+import time
 
 import pytest
 
+from meshd.lab import images
 from meshd.lab.hosts import Lab
-from tests.lab.conftest import capture, init, join, ping
+from tests.lab.conftest import capture, init, join, nothing_in_clear, overlay, ping, rtt, run_box, talking
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
@@ -30,6 +32,27 @@ def test_nothing_of_the_mesh_is_readable_from_the_first_packet_on(lab: Lab) -> N
     # An overlay address in a packet's header would be one in clear.
     assert bytes([172, 20, 101, 0]) not in packets
     assert packets.count(one.address.packed + two.address.packed) > 20, "the capture did hear the two"
+
+
+def test_nothing_for_the_overlay_leaves_before_there_is_a_peer(lab: Lab) -> None:
+    lab.down()
+    lab.up(2, docker=False)
+    one, two = lab.hosts()
+    lab.start_docker(one)
+    images.build(one)
+    invitation = init(one)
+    run_box(one)
+    with nothing_in_clear(lab, one), talking(one, two):
+        time.sleep(1)
+        join(two, one, invitation, "--no-docker")
+        assert rtt(one, "box", overlay(two))
+
+
+def test_what_leaves_before_there_is_a_mesh_would_have_been_heard(lab: Lab) -> None:
+    lab.down()
+    lab.up(2, docker=False)
+    with pytest.raises(AssertionError, match="overlay traffic in clear"), nothing_in_clear(lab, *lab.hosts()):
+        time.sleep(0.5)
 
 
 def test_what_is_said_in_clear_would_have_been_heard(lab: Lab) -> None:

@@ -189,6 +189,7 @@ def test_a_fourth_host_joins_through_any_and_leaves_without_a_trace(mesh: Mesh, 
         for host in mesh.hosts:
             assert {row["name"]: row["state"] for row in mesh.members(host)}["barge4"] == "left"
             assert "172.20.104.0/24" not in host.run(["ip", "route"]).stdout
+            assert len(host.run(["wg", "show", "wg0", "peers"]).stdout.split()) == 2
         assert snapshot(fourth) == before
         assert not list((mesh.lab.directory / "barge4" / "meshd").iterdir())
     finally:
