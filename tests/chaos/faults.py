@@ -167,14 +167,21 @@ def _another_port(scene: Scene) -> None:
 def _another_address(scene: Scene) -> None:
     """There and back, as the lab knows its hosts by their addresses."""
     host, others = scene.host, [other for other in scene.lab.hosts() if other.name != scene.host.name]
-    first = str(host.address)
-    there, back = (first, "10.10.10.199"), ("10.10.10.199", first)
-    for old, new in (there, back):
-        faults.readdress(host, old, new)
-        for other in others:
-            listed = partial(other.run, ["wg", "show", "wg0", "endpoints"])
-            eventually(lambda: f"{new}:51820" in listed().stdout, 10, f"{other.name} has followed")  # noqa: B023
-            eventually(lambda: ping(other, overlay(host)), 5, f"{other.name} reaches it")  # noqa: B023
+    first, other_one = str(host.address), "10.10.10.199"
+    faults.readdress(host, first, other_one)
+    try:
+        _followed(host, other_one, others)
+    finally:
+        faults.readdress(host, other_one, first)
+    _followed(host, first, others)
+
+
+def _followed(host: LabHost, address: str, others: Sequence[LabHost]) -> None:
+    def follows(other: LabHost) -> bool:
+        return f"{address}:51820" in other.run(["wg", "show", "wg0", "endpoints"]).stdout and ping(other, overlay(host))
+
+    for other in others:
+        eventually(partial(follows, other), 10, f"{other.name} has followed to {address}")
 
 
 def _another_mtu(scene: Scene) -> None:
