@@ -396,7 +396,8 @@ def _again(state: State, text: str | None) -> None:
             )
         # A reusable invitation gives nothing that a certificate by the authority itself does not have.
         if invitation.certificate is not None or state.certificate.delegation is not None:
-            lifecycle.renew(state, invitation.admits(state.settings.name, state.settings.name))
+            name, identity_key = state.settings.name, None if invitation.certificate else state.identity_key
+            lifecycle.renew(state, invitation.admits(name, name, identity_key))
     lifecycle.up(state)
 
 
