@@ -396,7 +396,10 @@ def _again(state: State, text: str | None) -> None:
             )
         # A reusable invitation gives nothing that a certificate by the authority itself does not have.
         if invitation.certificate is not None or state.certificate.delegation is not None:
-            lifecycle.renew(state, invitation.admits(state.settings.name, state.settings.name))
+            # Nobody takes another identity for this host's while it is one; a revoked one is nobody's any more.
+            keeps = invitation.certificate is None and state.certificate.serial not in state.roster().revoked
+            name, identity_key = state.settings.name, state.identity_key if keeps else None
+            lifecycle.renew(state, invitation.admits(name, name, identity_key))
     lifecycle.up(state)
 
 
@@ -429,7 +432,8 @@ def _wait(state: State, timeout: float, *, strict: bool, is_new: bool = False) -
     _warn_of_firewalls(state)
     if readiness.missing:
         click.echo(
-            f"Warning: not ready after {timeout:g} s: {', '.join(sorted(readiness.missing))}; they go on trying",
+            f"Warning: not ready after {timeout:g} s: {', '.join(sorted(readiness.missing))}; they go on trying "
+            "('meshd members' there says if they refuse this host, and why)",
             err=True,
         )
         if strict:

@@ -15,6 +15,7 @@ from threading import Event, Lock
 from meshd import answers, gossip
 from meshd.credentials import CredentialError
 from meshd.errors import MeshdError, SerfError
+from meshd.membership import Roster
 from meshd.model import Record, Status
 from meshd.queries import APPLIED, BURY, GONE, RECORD, YES, GoneQuestion, Question, read_announcement
 from meshd.reconcile import Report, bury
@@ -37,8 +38,9 @@ LONGEST_PAUSE = 300.0
 CALM = 5.0
 ASKED = "serf: asked for readiness"
 """The hint that somebody waits for a pass."""
-# Records that are asked for after one pass: a thousand bogus members must not keep everybody busy.
-MOST_RECORDS = 3
+# Records that are asked for after one pass, questions that wait to be asked, and records that are kept for a pass: a
+# thousand bogus members, or askers, must not keep everybody busy.
+MOST_RECORDS, MOST_JOBS, MOST_HEARD = 3, 10, 1000
 
 
 class Exchange:
@@ -49,9 +51,13 @@ class Exchange:
         self.hint = hint
         self.stopping = stopping
         self.heard: dict[str, Record] = {}
+        self._roster = Roster()
         self._applied: dict[str, int] = {}
         self._questions: dict[Question, tuple[Callable[[bytes], None], float]] = {}
         self._answering = Lock()
+        # Of `heard` and `_asked_at`, which each thread changes.
+        self._sharing = Lock()
+        self._asked_up_to = ""
         self._alive: frozenset[str] = frozenset()
         self._lost: frozenset[str] = frozenset()
         self._lost_since = 0.0
@@ -67,13 +73,15 @@ class Exchange:
 
     def after(self, report: Report) -> None:
         """Answer who has waited for this pass, and take up what it gives reason to ask or to tell."""
-        self._applied = report.applied
+        self._applied, self._roster = report.applied, report.roster
         self._answer()
-        self.heard = {n: r for n, r in self.heard.items() if r.seq > report.applied.get(n, 0)}
+        with self._sharing:
+            self.heard = {n: r for n, r in self.heard.items() if self._is_news(n, r)}
         if not report.members:
             return
-        own = self.state.settings.name
-        alive = frozenset(m.name for m in report.members if m.status is Status.ALIVE and m.name != own)
+        # Whoever has the gossip key makes any number of members, which are refused.
+        hosts = report.roster.hosts
+        alive = frozenset(m.name for m in report.members if m.status is Status.ALIVE and m.name in hosts)
         newcomers, self._alive = alive - self._alive, alive
         # Who meets many at once has been away itself; a single newcomer asks by itself.
         away = bool(newcomers) and len(newcomers) * 2 >= len(alive)
@@ -113,10 +121,11 @@ class Exchange:
 
     def _ask_soon(self, job: Callable[[], None], what: object, pause: float = PAUSE) -> None:
         now = time.monotonic()
-        self._asked_at = {key: until for key, until in self._asked_at.items() if until > now}
-        if what not in self._asked_at:
-            self._asked_at[what] = now + pause
-            self._jobs.put(job)
+        with self._sharing:
+            self._asked_at = {key: until for key, until in self._asked_at.items() if until > now}
+            if what not in self._asked_at and self._jobs.qsize() < MOST_JOBS:
+                self._asked_at[what] = now + pause
+                self._jobs.put(job)
 
     # --- asking ----------------------------------------------------------------------------------------------------
 
@@ -137,7 +146,7 @@ class Exchange:
         if not names:
             return
         known = self.state.roster().graves
-        found = gossip.ask_gone(self.state, names, known)
+        found, self._asked_up_to = gossip.ask_gone(self.state, names, known, self._asked_up_to)
         if self._bury(found):
             # The others may have been away together with this host.
             gossip.tell_gone(self.state, found.without(known))
@@ -182,11 +191,20 @@ class Exchange:
 
     def _hear(self, name: str, record: Record) -> None:
         """Keep a record that its owner has signed for the next pass, unless the tags have brought it already."""
-        known = self.heard.get(name)
-        newest = max(known.seq if known else 0, self._applied.get(name, 0))
-        if name != self.state.settings.name and record.seq > newest:
+        with self._sharing:
+            known = self.heard.get(name)
+            if (known is not None and record.seq <= known.seq) or not self._is_news(name, record):
+                return
+            if known is None and len(self.heard) >= MOST_HEARD:
+                return  # the tags bring it as well
             self.heard[name] = record
-            self.hint(f"serf: record of {name}")
+        self.hint(f"serf: record of {name}")
+
+    def _is_news(self, name: str, record: Record) -> bool:
+        """Tell whether a pass may make something of a record: one that never counts must not stand before others."""
+        if name == self.state.settings.name or record.leaving or record.seq <= self._applied.get(name, 0):
+            return False
+        return not self._roster.ended(name, record, time.time())
 
     def _bury(self, graves: Graves) -> bool:
         if not graves or not bury(self.state, graves):
@@ -237,6 +255,6 @@ class Exchange:
 
     def _ask_back(self, question: GoneQuestion) -> None:
         """Ask who knows other tombstones than this host: it may know more."""
-        if question.asker != self.state.settings.name and question.digest != self.state.roster().graves.digest:
+        if question.asker in self._roster.hosts and question.digest != self.state.roster().graves.digest:
             asker = frozenset({question.asker})
             self._ask_soon(partial(self._ask_gone, asker), asker)

@@ -2,7 +2,8 @@
 
 import random
 import sys
-from collections.abc import Collection, Iterator, Mapping
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from tenacity import Retrying, stop_after_delay, wait_fixed
 from meshd import files, queries, serf, underlay
 from meshd.credentials import CredentialError
 from meshd.errors import SerfError
+from meshd.membership import Mesh
 from meshd.model import Certificate, Endpoint, Record
 from meshd.queries import APPLIED, BURY, CONFIRM, EVENT_LIMIT, GONE, RECORD, YES, GoneQuestion
 from meshd.state import State
@@ -21,6 +23,8 @@ from meshd.tombstones import Graves
 # The names of those who are asked travel in the query; one of them would do.
 MOST_ASKED = 5
 ASK = 1.0
+# Seconds for all answers to one question for tombstones.
+ASK_FOR = 30.0
 # A host without a daemon answers when it has acted on what it is told, and Serf may have other handlers to run first.
 TELL = 3.0
 MEMBER_EVENTS = "member-join,member-leave,member-failed,member-update,member-reap"
@@ -113,7 +117,8 @@ def rejoin(state: State, lost: Mapping[str, Endpoint]) -> int:
     if lost:
         with rpc(state, timeout=30) as client:
             # One at a time: a dead address must not hold up the others for longer than one time-out.
-            for address in lost.values():
+            # And in any order: those who are dead for good must not always come first.
+            for address in random.sample([*lost.values()], len(lost)):
                 with suppress(SerfError):
                     joined += client.join([str(address)])
     return joined
@@ -135,20 +140,42 @@ def bury(state: State, graves: Graves, names: Collection[str]) -> set[str]:
     return having
 
 
-def ask_gone(state: State, names: Collection[str], known: Graves) -> Graves:
-    """Ask members, MOST_ASKED of them at random, for the tombstones that are not among the known. Raises SerfError."""
-    found = Graves()
-    asked = _some(names)
-    after: dict[str, str] = dict.fromkeys(asked, "")
+def ask_gone(state: State, names: Collection[str], known: Graves, begin: str = "") -> tuple[Graves, str]:
+    """Ask members, MOST_ASKED of them at random, for the tombstones that are not among the known. Raises SerfError.
+
+    Give also where to `begin` the next time: not at once with all, if they have more than they tell in ASK_FOR seconds.
+    """
+
+    def ask(names: Collection[str], begin: str) -> Iterator[tuple[str, bytes]]:
+        return _ask(state, GONE, GoneQuestion(state.settings.name, known.digest, begin).payload(), sorted(names))
+
+    return gather(ask, _some(names), state.mesh, begin, ASK_FOR)
+
+
+def gather(
+    ask: Callable[[Collection[str], str], Iterable[tuple[str, bytes]]],
+    names: Collection[str],
+    mesh: Mesh,
+    begin: str,
+    seconds: float,
+) -> tuple[Graves, str]:
+    """Put together what members answer, page by page, and where to begin the next time if `seconds` were too few."""
+    found, until = Graves(), time.monotonic() + seconds
+    after = dict.fromkeys(names, begin)
     while after:
         # Those who have the same answer nothing; those who have more than fits into an answer are asked on.
         begin = min(after.values())
-        question = GoneQuestion(state.settings.name, known.digest, begin)
-        answers = {name: Graves.read(page) for name, page in _ask(state, GONE, question.payload(), sorted(after))}
-        for answer in answers.values():
-            found = found.merged(answer)
-        after = {name: answer.last for name, answer in answers.items() if answer.last > begin}
-    return found
+        if time.monotonic() >= until:
+            return found, begin
+        answers = {name: Graves.read(page) for name, page in ask(after.keys(), begin)}
+        after = {}
+        for name, answer in answers.items():
+            proved = answer.proved(mesh.trust, mesh.overlay, mesh.subnet_length)
+            found = found.merged(proved)
+            # Who makes them up has always more of them.
+            if proved == answer and answer.last > begin:
+                after[name] = answer.last
+    return found, ""
 
 
 def announce(state: State, record: Record) -> None:

@@ -83,8 +83,11 @@ class Invitation:
     def trust(self) -> Trust:
         return Trust(self.mesh, self.authority)
 
-    def admits(self, name: str | None, fallback: str) -> "Admission":
+    def admits(self, name: str | None, fallback: str, identity: bytes | None = None) -> "Admission":
         """Give what makes a host a member; `name` is what was asked for.
+
+        A reusable invitation certifies the host's `identity` (its seed) if it has one: with another one it would be
+        another host of its name to the others.
 
         Raises InputError for another host's name and for an invitation that its authority did not make.
         """
@@ -95,7 +98,7 @@ class Invitation:
         delegation = self.delegation
         if delegation is None:
             raise InputError("the invitation holds no certificate")
-        own, seed = name or fallback, credentials.new_seed()
+        own, seed = name or fallback, identity or credentials.new_seed()
         if not is_name(own):
             raise InputError(f"the host name {own!r} is not 1 to 63 letters, digits, dots and dashes: pass --name")
         if not own.startswith(delegation.prefix):

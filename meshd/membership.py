@@ -16,10 +16,15 @@ from meshd.credentials import CredentialError, Trust, check_time
 from meshd.model import Endpoint, Goodbye, Host, Member, Record, Revocation, Status, is_name
 from meshd.tags import RecordError, decode
 
-# Seconds after its last new record (whose number is at least the clock's) in which a host may still have to move.
-SETTLING = 60
+# Goodbyes by reusable invitations that are kept of names that this host has never met: anybody who ever had such an
+# invitation can say any number of them.
+MOST_STRANGERS = 256
 REVOKED = "its certificate was revoked"
 BURIED = "it said goodbye, or was forgotten: it has to leave and to join again"
+TAKEN = (
+    "another host has its name and has not left: it needs an invitation for that name ('meshd invite NAME'), or that "
+    "one has to be forgotten before it joins ('meshd forget NAME')"
+)
 
 
 class StaleError(RecordError):
@@ -66,7 +71,7 @@ class Roster:
         return tombstones.Graves(self.gone, self.revoked)
 
     def ended(self, name: str, record: Record, now: float) -> str:
-        """Say why a host is none any more, or the empty string."""
+        """Say why a record, the one in force or another one of that name, makes no host, or the empty string."""
         if not self.revoked.keys().isdisjoint(record.certificate.serials):
             return REVOKED
         try:
@@ -75,8 +80,16 @@ class Roster:
             return str(error)
         goodbye = self.gone.get(name)
         if goodbye is not None and goodbye.voids(record):
-            return BURIED
-        return ""
+            return "" if tombstones.is_outranked(goodbye, record.certificate) else BURIED
+        # The authority alone gives a host's name to another identity: a reusable invitation is in many hands.
+        last = self.hosts.get(name)
+        if last is None or record.certificate.delegation is None:
+            return ""
+        return TAKEN if record.certificate.identity != last.certificate.identity and self.has(name, now) else ""
+
+    def has(self, name: str, now: float) -> bool:
+        """Tell whether a host of this name is known, and nothing has ended it."""
+        return name in self.hosts and not self.ended(name, self.hosts[name], now)
 
 
 def admit(
@@ -102,6 +115,7 @@ def admit(
     gone, refused = dict(known.gone), {n: why for n, why in ended.items() if why and n not in known.gone}
     claims: dict[str, Record] = {}
     stale: dict[str, str] = {}
+    departed: dict[str, Goodbye] = {}
     for member in members:
         try:
             record = _newest(member, mesh, known, now)
@@ -116,18 +130,39 @@ def admit(
         if record is None:
             continue
         if record.leaving:
-            hosts.pop(member.name, None)
-            gone[member.name] = tombstones.said(record)
+            departed[member.name] = tombstones.said(record)
         elif left_is_goodbye and member.status is Status.LEFT:
-            hosts.pop(member.name, None)
-            gone[member.name] = tombstones.seen(record)
+            departed[member.name] = tombstones.seen(record)
         else:
             claims[member.name] = record
+    gone |= _kept(known, departed)
+    for name in departed:
+        hosts.pop(name, None)
     claims |= _news(own, mesh, known, claims, heard=heard or {}, now=now)
     alive = {member.name for member in members if member.status is Status.ALIVE}
     refused |= _settle(own, hosts, claims, alive, networks)
-    gone = {name: goodbye for name, goodbye in gone.items() if name not in hosts}
+    # Of this host itself only what ends it: it goes beyond what was said of an earlier host of its name.
+    living = {**hosts, own.name: own.record}
+    gone = {n: g for n, g in gone.items() if n not in living or (n == own.name and g.voids(own.record))}
     return Roster(hosts, gone, refused, known.revoked, stale)
+
+
+def _kept(known: Roster, goodbyes: Mapping[str, Goodbye]) -> dict[str, Goodbye]:
+    """Give those goodbyes that are kept, without what reusable invitations may say of any name that is no host's.
+
+    It does not take the place of the authority's word, and there is room for so many of names never met.
+    """
+
+    def is_by_invitation(goodbye: Goodbye) -> bool:
+        by = tombstones.certificate(goodbye)
+        return by is not None and by.delegation is not None
+
+    doubtful = {name for name, g in goodbyes.items() if name not in known.hosts and is_by_invitation(g)}
+    strangers = sorted(doubtful - known.gone.keys())
+    room = MOST_STRANGERS - sum(map(is_by_invitation, known.gone.values())) if strangers else 0
+    excess = set(strangers[max(room, 0) :])
+    excess |= {n for n in doubtful & known.gone.keys() if known.gone[n].proof and not is_by_invitation(known.gone[n])}
+    return {name: goodbye for name, goodbye in goodbyes.items() if name not in excess}
 
 
 def _newest(member: Member, mesh: Mesh, known: Roster, now: float) -> Record | None:
@@ -227,7 +262,11 @@ def contacts(before: Mapping[str, Endpoint], members: Iterable[Member], roster: 
 
     A host has signed its address; where Serf says another one, somebody may be using its name.
     """
-    kept = {name: endpoint for name, endpoint in before.items() if name not in roster.gone}
+    kept = {
+        name: endpoint
+        for name, endpoint in before.items()
+        if name in roster.hosts or not (name in roster.gone or roster.refused.get(name) == REVOKED)
+    }
     named = {
         member.name: Endpoint(member.address, member.port)
         for member in members
@@ -245,20 +284,38 @@ def lost(contacts: Mapping[str, Endpoint], members: Iterable[Member]) -> dict[st
     return {name: endpoint for name, endpoint in sorted(contacts.items()) if name not in alive}
 
 
-def bury(known: Roster, mesh: Mesh, graves: tombstones.Graves) -> Roster:
+def bury(known: Roster, mesh: Mesh, graves: tombstones.Graves, own: Host | None, now: float) -> Roster:
     """Give the roster with the tombstones that others have told of and proved; the next `admit` acts on them.
 
-    A goodbye that a newer record has outlived is nothing.
+    A goodbye that a newer record has outlived is nothing. `own` is this host with what it has published.
     """
+    living = {**known.hosts, own.name: own.record} if own is not None else known.hosts
     news = {
         name: goodbye
         for name, goodbye in graves.gone.items()
-        if (name not in known.hosts or goodbye.voids(known.hosts[name]))
+        if (name not in living or goodbye.voids(living[name]))
         and (name not in known.gone or goodbye.seq > known.gone[name].seq)
         and tombstones.is_proved(mesh.trust, name, goodbye, mesh.overlay, mesh.subnet_length)
+        and (name not in living or _may_end(living[name], goodbye, known, now, is_own=name not in known.hosts))
     }
+    news = _kept(known, news)
     revoked = {s: r for s, r in graves.revoked.items() if s not in known.revoked and mesh.trust.is_revocation(r)}
     return replace(known, gone={**known.gone, **news}, revoked={**known.revoked, **revoked})
+
+
+def _may_end(record: Record, goodbye: Goodbye, known: Roster, now: float, *, is_own: bool) -> bool:
+    """Tell whether a proved goodbye is the word of who can end a host: itself, whatever has become of its certificate,
+    or who has the authority's own certificate for its name, or the authority.
+    """
+    by = tombstones.certificate(goodbye)
+    if by is None or by.identity == record.certificate.identity:
+        return True
+    if is_own and goodbye.public_key != record.public_key:
+        # An earlier host of the own name, which this one has to go beyond (State.publish) if the others heed it.
+        return not tombstones.is_outranked(goodbye, record.certificate)
+    if by.delegation is not None:
+        return False
+    return known.revoked.keys().isdisjoint(by.serials) and not (by.expires and now >= by.expires)
 
 
 def subnet_rivals(own: Host, members: Iterable[Member], mesh: Mesh, known: Roster, now: float) -> dict[str, Record]:
@@ -283,6 +340,14 @@ def superseded_by(own: Host, members: Iterable[Member], mesh: Mesh, known: Roste
     if winner is None or rivals[winner].certificate.rank > own.record.certificate.rank:
         return None
     return winner
+
+
+def contested(own: Host, members: Iterable[Member], mesh: Mesh, known: Roster, now: float) -> list[str]:
+    """Name the known hosts that claim the own subnet as well: both moved there at once, or one onto the other's.
+
+    Nothing that both see tells these two cases apart, so that nobody moves by itself.
+    """
+    return [name for name in subnet_rivals(own, members, mesh, known, now) if name in known.hosts]
 
 
 def claimed(own: str, members: Iterable[Member], mesh: Mesh, known: Roster, now: float) -> set[IPv4Network]:

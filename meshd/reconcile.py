@@ -185,7 +185,7 @@ def reconcile(
         if not dry and (state.is_down or claim.record.leaving):
             raise InputError(f"the mesh {settings.mesh} is down on this host: 'meshd up' starts it")
         now = time.time()
-        own = Host(settings.name, (claim if dry else renewed(state, claim)).record)
+        own = Host(settings.name, (claim if dry else renewed(state, claim, known)).record)
         if ended := membership_ended(own, known, now):
             failures.append(Failure("membership", MeshdError(ended)))
         roster, listed = known, []
@@ -248,7 +248,8 @@ def bury(state: State, graves: Graves) -> bool:
         own = state.settings.name
         # What was said of an earlier host of this name is over; that of this host itself must be known (see ENDED).
         current = {n: g for n, g in graves.gone.items() if n != own or (claim is not None and g.voids(claim.record))}
-        roster = membership.bury(known, state.mesh, Graves(current, graves.revoked))
+        host = Host(own, claim.record) if claim is not None else None
+        roster = membership.bury(known, state.mesh, Graves(current, graves.revoked), host, time.time())
         if roster.graves == known.graves:
             return False
         state.save_roster(roster)
@@ -288,6 +289,8 @@ def renumber(state: State, subnet: IPv4Network | None = None) -> Record:
 def membership_ended(own: Host, known: Roster, now: float) -> str:
     """Say why this host is no member any more, and what to do; the empty string while it is one."""
     reason = known.ended(own.name, own.record, now)
+    if reason == membership.BURIED and known.gone[own.name].public_key != own.record.public_key:
+        return ""  # it was an earlier host of this name, and this one goes beyond it: see `renewed`
     return ENDED.get(reason, EXPIRED.format(reason=reason)) if reason else ""
 
 
@@ -348,9 +351,14 @@ def _remember(state: State, known: Roster, roster: Roster, changes: Sequence[Cha
         state.save_originals(found | originals)
 
 
-def renewed(state: State, claim: Claim) -> Claim:
+def renewed(state: State, claim: Claim, known: Roster) -> Claim:
     """Give the claim with today's key and endpoint; a changed one gets a new sequence number and is kept first."""
-    return state.publish(subnet=claim.record.subnet, endpoint=endpoint(state.settings), settled=claim.settled)
+    goodbye = known.gone.get(state.settings.name)
+    # That of another key is of an earlier host of this name.
+    beyond = goodbye.seq if goodbye is not None and goodbye.public_key != claim.record.public_key else 0
+    return state.publish(
+        subnet=claim.record.subnet, endpoint=endpoint(state.settings), settled=claim.settled, beyond=beyond
+    )
 
 
 def endpoint(settings: Settings) -> Endpoint:

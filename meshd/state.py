@@ -19,7 +19,7 @@ from meshd.credentials import Trust
 from meshd.errors import InputError, MeshdError
 from meshd.membership import Mesh, Roster
 from meshd.model import Certificate, Endpoint, Goodbye, Record, Revocation
-from meshd.tags import RecordError, from_wire, pack_certificate, read_certificate, to_wire
+from meshd.tags import MAX_SEQ, RecordError, from_wire, pack_certificate, read_certificate, to_wire
 
 DEFAULT = Path("/var/lib/meshd")
 T = TypeVar("T")
@@ -173,20 +173,24 @@ class State:
             self.directory / "claim.json", {"record": _text(to_wire(claim.record)), "settled": claim.settled}
         )
 
-    def publish(self, *, subnet: IPv4Network, endpoint: Endpoint, settled: bool, leaving: bool = False) -> Claim:
+    def publish(
+        self, *, subnet: IPv4Network, endpoint: Endpoint, settled: bool, leaving: bool = False, beyond: int = 0
+    ) -> Claim:
         """Give the claim to publish, kept on disk first. Its sequence number grows exactly when the record changes.
 
         A number never goes back: it survives reboots in the file, and where the file was lost it starts from the
-        clock, which is beyond what one record a second ever reached.
+        clock, which is beyond what one record a second ever reached. `beyond` is the number of a goodbye of this name:
+        an earlier host may have said it by a clock that was wrong.
         """
         last = self.claim()
         seq = last.record.seq if last else 0
         public_key = identity.public_key(self.wireguard_key)
         record = Record(public_key, subnet, endpoint, seq, self.certificate, leaving)
-        if last is not None and record == replace(last.record, signature=b""):
+        beyond = min(beyond, MAX_SEQ - 2)  # who said the greatest number keeps it
+        if last is not None and record == replace(last.record, signature=b"") and seq > beyond:
             claim = Claim(last.record, settled)
         else:
-            record = replace(record, seq=max(seq + 1, int(time.time())))
+            record = replace(record, seq=max(seq + 1, beyond + 1, int(time.time())))
             settings = self.settings
             claim = Claim(credentials.sign(self.identity_key, settings.mesh, settings.name, record), settled)
         if claim != last:

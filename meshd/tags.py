@@ -99,6 +99,14 @@ def from_wire(raw: bytes, overlay: IPv4Network, length: int) -> Record:
     return decode({"wg": wg, "subnet": str(subnet), "meshd": f"{VERSION}.{body}"}, overlay, length)
 
 
+def wire_certificate(raw: bytes) -> Certificate:
+    """Give the certificate in what `to_wire` gave; nothing else of it is read. Raises RecordError."""
+    read = _Reader(raw[37:])
+    flags = read.number(1)
+    read.take(6 + (16 if flags & _IPV6 else 4) + 2)
+    return read.certificate(is_delegated=bool(flags & _DELEGATED))
+
+
 def _pack(record: Record) -> bytes:
     address = record.endpoint.address
     delegation = record.certificate.delegation

@@ -13,8 +13,8 @@ from ipaddress import IPv4Network
 import msgpack
 
 from meshd.credentials import CredentialError, Trust
-from meshd.model import Goodbye, Record, Revocation, is_name
-from meshd.tags import MAX_SEQ, RecordError, from_wire, is_public_key, to_wire
+from meshd.model import Certificate, Goodbye, Record, Revocation, is_name
+from meshd.tags import MAX_SEQ, RecordError, from_wire, is_public_key, to_wire, wire_certificate
 
 _SAID, _FORGOTTEN = b"g", b"f"
 
@@ -49,6 +49,27 @@ def is_proved(trust: Trust, name: str, goodbye: Goodbye, overlay: IPv4Network, l
     return record.leaving and (record.seq, record.public_key) == (goodbye.seq, goodbye.public_key)
 
 
+def certificate(goodbye: Goodbye) -> Certificate | None:
+    """Give the certificate of who has said a goodbye; None for the authority's word, and without a proof."""
+    if goodbye.proof[:1] != _SAID:
+        return None
+    try:
+        return wire_certificate(goodbye.proof[1:])
+    except RecordError:
+        return None
+
+
+def is_outranked(goodbye: Goodbye, by: Certificate) -> bool:
+    """Tell whether a goodbye is of a reusable invitation's identity, and `by` the authority's word for another one.
+
+    Whoever has, or had, such an invitation can say a goodbye for any name, with a number that cannot be outdone.
+    """
+    said_by = certificate(goodbye)
+    if said_by is None or said_by.delegation is None:
+        return False
+    return by.delegation is None and said_by.identity != by.identity
+
+
 @dataclass(frozen=True, slots=True)
 class Graves:
     """Tombstones on their way: goodbyes by name, and revocations."""
@@ -67,6 +88,11 @@ class Graves:
     def merged(self, other: "Graves") -> "Graves":
         """Give both; of two goodbyes of one name the later one."""
         return Graves({**self.gone, **other.without(self).gone}, {**other.revoked, **self.revoked})
+
+    def proved(self, trust: Trust, overlay: IPv4Network, length: int) -> "Graves":
+        """Give those that are the word of who may say it."""
+        gone = {n: g for n, g in self.gone.items() if is_proved(trust, n, g, overlay, length)}
+        return Graves(gone, {serial: r for serial, r in self.revoked.items() if trust.is_revocation(r)})
 
     @property
     def digest(self) -> str:

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from meshd import firewall, openings, plan, underlay
+from meshd import firewall, membership, openings, plan, underlay
 from meshd.config import Settings
 from meshd.errors import MeshdError
 from meshd.model import Change, Host, Member, Peer, Record, Status
 from meshd.reconcile import Machine, Report, reconcile
-from meshd.state import State
+from meshd.state import Claim, State
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,9 +150,20 @@ def status(state: State) -> dict[str, Any]:
         "peers": f"{len(report.peers)}, {_fresh(report.peers)} with a handshake in the last 3 minutes",
         "pending": [str(change) for change in report.changes],
         "refused": [f"{name}: {reason}" for name, reason in sorted(report.roster.refused.items())],
-        "problems": [*map(str, report.failures), *shut(settings)],
+        "problems": [*map(str, report.failures), *_contested(state, claim, report), *shut(settings)],
         "state directory": str(state.directory),
     }
+
+
+def _contested(state: State, claim: Claim | None, report: Report) -> list[str]:
+    if claim is None:
+        return []
+    own = Host(state.settings.name, claim.record)
+    rivals = membership.contested(own, report.members, state.mesh, report.roster, time.time())
+    return [
+        f"subnet: {name} has moved to {claim.record.subnet}, which is this host's: 'meshd renumber' on one of the two"
+        for name in rivals
+    ]
 
 
 def shut(settings: Settings) -> list[str]:

@@ -19,11 +19,13 @@ from typing import Any
 
 import pytest
 
-from meshd import credentials
+from meshd import credentials, tombstones
 from meshd.lab.hosts import Lab, LabHost
 from meshd.model import Certificate, Delegation, Endpoint, Record
+from meshd.queries import EVENT_LIMIT, GONE, RECORD, announcement
 from meshd.state import State
-from meshd.tags import encode
+from meshd.tags import encode, to_wire
+from meshd.tombstones import Graves
 from tests.lab.conftest import (
     PCAP_HEADER,
     assemble,
@@ -439,6 +441,34 @@ def test_delegated_key_goes_beyond_its_terms(scene: Scene, what: str) -> None:
     made = credentials.certify_by(seed, "meshd", name, credentials.public(own), terms)
     with scene.agent(name, encode(credentials.sign(own, "meshd", name, made_up(scene, made, subnet)))):
         scene.refused(name, reason)
+
+
+@pytest.mark.parametrize("ttl", [60, -60], ids=["holds", "has ended"])
+def test_delegated_key_speaks_for_a_host_that_it_has_not_made(scene: Scene, ttl: int) -> None:
+    """A goodbye and a record of a living host, with a number that cannot be outdone, to all who hear Serf's events."""
+    founder, victim = state(scene.mesh[0]).authority_key, state(scene.mesh[0]).roster().hosts["barge2"]
+    assert founder is not None
+    seed, own = os.urandom(32), os.urandom(32)
+    terms = credentials.delegate(founder, "meshd", Delegation(4, int(time.time()) + ttl, credentials.public(seed)))
+    made = credentials.certify_by(seed, "meshd", "barge2", credentials.public(own), terms)
+    elsewhere = Endpoint(scene.stranger.address, 51820)
+    stolen = replace(victim, certificate=made, seq=2**48 - 2, endpoint=elsewhere)
+    stolen = credentials.sign(own, "meshd", "barge2", stolen)
+    goodbye = credentials.sign(own, "meshd", "barge2", replace(stolen, leaving=True))
+    (grave,) = Graves({"barge2": tombstones.said(goodbye)}).pages(EVENT_LIMIT)
+    events = [(GONE, grave.hex()), (RECORD, announcement("barge2", to_wire(stolen)).hex())]
+    script = (
+        "import json, sys; from meshd import gossip; from meshd.state import State\n"
+        "with gossip.rpc(State()) as serf:\n"
+        "    for name, payload in json.load(sys.stdin): serf.event(name, bytes.fromhex(payload))"
+    )
+    scene.mesh[2].run([sys.executable, "-c", script], text=json.dumps(events))
+    time.sleep(3)
+    for host in scene.mesh:
+        host.run(["meshd", "sync"])
+        roster = state(host).roster()
+        assert "barge2" not in roster.gone, host.name
+        assert host.name == "barge2" or roster.hosts["barge2"].endpoint == victim.endpoint, host.name
 
 
 def made_up(scene: Scene, certificate: Certificate, subnet: str) -> Record:

@@ -134,6 +134,34 @@ def test_an_empty_member_list_deletes_nothing(lab: Lab, hosts: list[LabHost]) ->
     eventually(lambda: settled(hosts), 30, "and the mesh is whole again")
 
 
+def test_who_left_and_came_again_unheard_is_taken_in_when_the_authority_has_confirmed_it(
+    lab: Lab, hosts: list[LabHost]
+) -> None:
+    one, two, three = hosts
+    lab.cut(["barge1", "barge3"], ["barge2"])
+    try:
+        three.run(["meshd", "leave"])
+        join(three, one, invitation(one), "--no-docker", "--timeout=1")
+    finally:
+        lab.heal()
+    eventually(lambda: settled(hosts), 30, "all three are settled")
+    assert ping(two, overlay(three))
+
+
+def test_who_lost_its_disk_is_told_that_it_needs_an_invitation_for_its_name(lab: Lab, hosts: list[LabHost]) -> None:
+    one, two, three = hosts
+    lab.power_off(three)
+    three = lab.power_on("barge3")
+    three.run(["sh", "-c", f"rm -rf {STATE}/*"])
+    eventually(lambda: state(one, "barge3") == "failed", 30, "it is seen as failed")
+    join(three, one, invitation(one), "--no-docker", "--timeout=1")
+    for host in (one, two):
+        eventually(lambda h=host: "meshd invite NAME" in members(h)["barge3"]["reason"], 20, "it is refused")  # type: ignore[misc]
+    named = one.run(["meshd", "invite", "barge3"]).stdout.split("MESHD_INVITE=")[1].split()[0]
+    join(three, one, named)
+    eventually(lambda: settled([one, two, three]), 15, "it is a host again")
+
+
 def test_an_invited_host_can_have_the_name_of_one_that_left(hosts: list[LabHost]) -> None:
     one, _, three = hosts
     three.run(["meshd", "leave"])

@@ -110,6 +110,26 @@ def test_two_that_claimed_one_subnet_apart_are_told_apart_when_they_meet(lab: La
         assert rtt(four, "box", containers[0])
 
 
+def test_two_that_know_each_other_and_move_to_one_subnet_at_once_are_both_told(lab: Lab) -> None:
+    lab.up(2, docker=False)
+    one, two = lab.hosts()
+    join(two, one, init(one, "--no-docker"), "--no-docker")
+    lab.cut(["barge1"], ["barge2"])
+    for host in (one, two):
+        host.run(["meshd", "renumber", "--subnet", "172.20.7.0/24"])
+    lab.heal()
+    for host, other in ((one, "barge2"), (two, "barge1")):
+        told = f"subnet: {other} has moved to 172.20.7.0/24, which is this host's: 'meshd renumber'"
+        eventually(lambda h=host, t=told: t in h.run(["meshd", "status"], check=False).stdout, 60, "it says so")  # type: ignore[misc]
+    two.run(["meshd", "renumber"])
+    hosts = {"barge1": one, "barge2": two}
+    eventually(lambda: owners(hosts), 20, "each has one of its own")
+    assert owners(hosts)["barge1"] == "172.20.7.0/24"
+    eventually(lambda: reach(hosts), 20, "and they reach each other")
+    for host in (one, two):
+        assert "which is this host's" not in host.run(["meshd", "status"]).stdout
+
+
 def _wait_for_the_loser(rivals: Mapping[str, LabHost]) -> str:
     """Give the one that says, in its log and in its status, that it has to move."""
 

@@ -57,6 +57,8 @@ def test_a_reusable_invitation_makes_anybody_a_member_within_its_terms() -> None
     one, two = wanted.admits(None, "web-1"), wanted.admits("web-2", "localhost")
     assert (one.name, two.name) == ("web-1", "web-2")
     assert one.seed != two.seed, "each host has an identity of its own"
+    again = wanted.admits("web-1", "localhost", one.seed)
+    assert (again.seed, again.certificate) == (one.seed, one.certificate), "and keeps it"
     MESH.trust.check_certificate("web-1", one.certificate)
     with pytest.raises(InputError, match="for names that begin with 'web-', not for 'db1': pass --name"):
         wanted.admits(None, "db1")

@@ -7,9 +7,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshd import credentials, tombstones
-from meshd.membership import BURIED, REVOKED, Roster, admit, bury, claimed, subnet_rivals, superseded_by
-from meshd.model import Endpoint, Goodbye, Host, Member, Record, Status
+from meshd import credentials, membership, tombstones
+from meshd.membership import (
+    BURIED,
+    MOST_STRANGERS,
+    REVOKED,
+    TAKEN,
+    Mesh,
+    Roster,
+    admit,
+    claimed,
+    contacts,
+    contested,
+    subnet_rivals,
+    superseded_by,
+)
+from meshd.model import Certificate, Endpoint, Goodbye, Host, Member, Record, Status
 from meshd.tombstones import Graves
 from tests.conftest import (
     AUTHORITY,
@@ -30,6 +43,10 @@ OWN = host(1)
 
 def admitted(members: Sequence[Member], known: Roster | None = None, *, left_is_goodbye: bool = False) -> Roster:
     return admit(OWN, MESH, members, known or Roster(), now=NOW, left_is_goodbye=left_is_goodbye)
+
+
+def bury(known: Roster, mesh: Mesh, graves: Graves, own: Host | None = OWN) -> Roster:
+    return membership.bury(known, mesh, graves, own, NOW)
 
 
 def test_valid_members_are_admitted_and_the_own_name_is_not_a_peer() -> None:
@@ -344,6 +361,148 @@ def test_a_goodbye_of_an_earlier_life_does_not_touch_the_host_that_joined_anew()
     assert bury(known, MESH, Graves({"barge2": goodbye(2, 5)})) == known
 
 
+# --- a name is that of one identity, whatever a reusable invitation signs ---------------------------------------------
+
+THIEF = seed("identity of a thief")
+
+
+def thiefs(name: str, expires: int = int(NOW) + 60) -> Certificate:
+    """What anybody makes who ever had a reusable invitation for all names."""
+    return credentials.certify_by(
+        seed("delegate"), "meshd", name, credentials.public(THIEF), delegation(expires=expires)
+    )
+
+
+def by_thief(
+    number: int, *, seq: int = 2**48 - 2, leaving: bool = False, key: str = "thief", expires: int = int(NOW) + 60
+) -> Record:
+    name = f"barge{number}"
+    made = replace(record(number, seq=seq, leaving=leaving, key=key), certificate=thiefs(name, expires), signature=b"")
+    return credentials.sign(THIEF, "meshd", name, made)
+
+
+@pytest.mark.parametrize("expires", [int(NOW) + 60, int(NOW) - 60], ids=["holds", "has ended"])
+@pytest.mark.parametrize("by", ["authority", "invitation"])
+def test_a_reusable_invitation_ends_no_host_that_it_has_not_made(by: str, expires: int) -> None:
+    mine = record(2, by=delegated("barge2", delegation(expires=int(NOW) + 99)) if by == "invitation" else None)
+    known = admitted([member(2, of=mine)])
+    for key in ("thief", "barge2"):
+        word = tombstones.said(by_thief(2, leaving=True, key=key, expires=expires))
+        assert bury(known, MESH, Graves({"barge2": word})) == known
+    said = admitted([member(2, of=by_thief(2, leaving=True, expires=expires))], known)
+    assert (said.hosts, said.gone) == (known.hosts, {})
+
+
+def test_a_reusable_invitation_does_not_end_this_host_itself() -> None:
+    for key in ("thief", "barge1"):
+        word = tombstones.said(by_thief(1, leaving=True, key=key))
+        assert bury(Roster(), MESH, Graves({"barge1": word})) == Roster()
+
+
+def test_a_reusable_invitation_gives_the_name_of_a_host_to_nobody_else() -> None:
+    known = admitted([member(2)])
+    roster = admitted([member(2, of=by_thief(2))], known)
+    assert (roster.hosts, roster.refused) == (known.hosts, {"barge2": TAKEN})
+    assert admit(OWN, MESH, [member(2)], known, now=NOW, heard={"barge2": by_thief(2)}).hosts == known.hosts
+    assert not claimed("barge1", [member(2, of=by_thief(2))], MESH, known, NOW)
+
+
+def test_the_authoritys_certificate_gives_a_name_to_another_identity() -> None:
+    known = Roster({"barge2": by_thief(2, seq=1)})
+    assert admitted([member(2, of=record(2, seq=2))], known).hosts == {"barge2": record(2, seq=2)}
+    confirmed = credentials.certify(
+        AUTHORITY, "meshd", "barge2", Certificate(5, 0, credentials.public(THIEF), (), None)
+    )
+    made = credentials.sign(THIEF, "meshd", "barge2", replace(by_thief(2, seq=2), certificate=confirmed))
+    assert admitted([member(2, of=made)], known).hosts == {"barge2": made}
+
+
+def test_who_has_left_or_whose_certificate_has_ended_leaves_its_name_to_the_next_one() -> None:
+    buried = bury(admitted([member(2)]), MESH, Graves({"barge2": goodbye(2, 5)}))
+    assert admitted([member(2, of=by_thief(2, seq=6))], buried).hosts["barge2"].seq == 6, "in the same pass"
+    soon = Roster({"barge2": record(2, by=certificate("barge2", expires=int(NOW) - 1))})
+    assert admitted([member(2, of=by_thief(2, seq=6))], soon).hosts["barge2"].seq == 6
+
+
+def test_a_goodbye_of_an_ended_certificate_counts_if_it_is_the_hosts_own() -> None:
+    brief = certificate("barge2", expires=int(NOW) - 1)
+    known = Roster({"barge2": record(2, by=brief)})
+    word = tombstones.said(record(2, seq=2, leaving=True, by=brief))
+    assert bury(known, MESH, Graves({"barge2": word})).gone == {"barge2": word}
+
+
+@pytest.mark.parametrize("why", ["valid", "revoked", "ended"])
+def test_an_earlier_identity_of_a_host_ends_it_only_while_its_certificate_holds(why: str) -> None:
+    ends = int(NOW) - 1 if why == "ended" else 0
+    first = credentials.certify(AUTHORITY, "meshd", "barge2", Certificate(5, ends, credentials.public(THIEF)))
+    word = tombstones.said(
+        credentials.sign(THIEF, "meshd", "barge2", replace(by_thief(2, leaving=True), certificate=first))
+    )
+    revoked = {5: credentials.revoke(AUTHORITY, "meshd", 5, "barge2")} if why == "revoked" else {}
+    known = Roster({"barge2": record(2)}, revoked=revoked)
+    assert ("barge2" in bury(known, MESH, Graves({"barge2": word})).gone) == (why == "valid")
+
+
+def test_a_name_that_a_reusable_invitation_has_blocked_is_the_authoritys_to_give() -> None:
+    blocked = bury(Roster(), MESH, Graves({"barge2": tombstones.said(by_thief(2, leaving=True, key="barge2"))}))
+    assert admitted([member(2, of=record(2, by=delegated("barge2", delegation())))], blocked).hosts == {}
+    roster = admitted([member(2)], blocked)
+    assert (roster.hosts, roster.gone) == ({"barge2": record(2)}, {})
+
+
+def test_what_a_reusable_invitation_says_does_not_hide_a_goodbye_of_the_authoritys_host() -> None:
+    known = Roster(gone={"barge2": goodbye(2, 5)})
+    word = tombstones.said(by_thief(2, leaving=True))
+    assert bury(known, MESH, Graves({"barge2": word})) == known
+    assert admitted([member(2, of=by_thief(2, leaving=True))], known).gone == known.gone
+    assert admitted([member(2, of=record(2, seq=4))], known).hosts == {}
+
+
+def test_of_names_never_met_so_many_goodbyes_are_kept_and_those_of_hosts_always() -> None:
+    noise = {f"barge{n}": tombstones.said(by_noise(n)) for n in range(3, MOST_STRANGERS + 9)}
+    known = bury(admitted([member(2, of=record(2, by=delegated("barge2", delegation())))]), MESH, Graves(noise))
+    assert len(known.gone) == MOST_STRANGERS
+    assert len(bury(known, MESH, Graves({"barge999": tombstones.said(by_noise(999))})).gone) == MOST_STRANGERS
+    assert len(admitted([replace(member(3, of=by_noise(999)), name="barge999")], known).gone) == MOST_STRANGERS
+    mine = tombstones.said(record(2, seq=2, leaving=True, by=delegated("barge2", delegation())))
+    others = tombstones.said(record(1, leaving=True))
+    more = bury(known, MESH, Graves({"barge2": mine, "barge1": others}), own=None)
+    assert len(more.gone) == MOST_STRANGERS + 2, "a host's own, and one by the authority's certificate"
+
+
+def by_noise(number: int) -> Record:
+    spelled = by_thief(3, leaving=True)
+    certificate = thiefs(f"barge{number}")
+    return credentials.sign(THIEF, "meshd", f"barge{number}", replace(spelled, certificate=certificate))
+
+
+@pytest.mark.parametrize("by", ["authority", "ended", "invitation"])
+def test_an_earlier_host_of_the_own_name_is_remembered_until_this_one_has_gone_beyond_it(by: str) -> None:
+    joined = by_invitation = delegated("barge1", delegation(expires=int(NOW) + 99))
+    earlier = by_thief(1, seq=2**40, key="earlier", leaving=True)
+    if by != "invitation":
+        ends = int(NOW) - 1 if by == "ended" else 0
+        issued = credentials.certify(AUTHORITY, "meshd", "barge1", Certificate(5, ends, credentials.public(THIEF)))
+        earlier, joined = replace(earlier, certificate=issued), certificate("barge1")
+    word = tombstones.said(credentials.sign(THIEF, "meshd", "barge1", earlier))
+    own = Host("barge1", record(1, by=joined))
+    known = bury(Roster(), MESH, Graves({"barge1": word}), own)
+    assert admit(own, MESH, [], known, now=NOW).gone == {"barge1": word}
+    beyond = Host("barge1", record(1, seq=2**40 + 1, by=by_invitation))
+    assert admit(beyond, MESH, [], known, now=NOW).gone == {}
+
+
+def test_an_address_of_a_revoked_host_is_forgotten_and_that_of_an_expired_one_is_not() -> None:
+    brief = certificate("barge3", expires=int(NOW) - 1)
+    known = Roster({"barge2": record(2), "barge3": record(3, by=brief)})
+    word = credentials.revoke(AUTHORITY, "meshd", certificate("barge2").serial, "barge2")
+    before = {f"barge{n}": Endpoint(record(n).endpoint.address, 7946) for n in (2, 3)}
+    roster = admitted([], bury(known, MESH, Graves(revoked={word.serial: word})))
+    assert sorted(contacts(before, [], roster)) == ["barge3"]
+    usurper = replace(roster, hosts={"barge2": record(2)})
+    assert sorted(contacts(before, [], usurper)) == ["barge2", "barge3"], "who uses the name does not hide its host"
+
+
 def test_a_host_that_the_others_have_buried_is_void() -> None:
     own = OWN.record
     assert Roster().ended("barge1", own, NOW) == ""
@@ -397,3 +556,13 @@ def test_who_is_not_there_takes_no_subnet(why: str) -> None:
     gone = {"barge2": Goodbye(1, winning.public_key)} if why == "departed" else {}
     found = member(2, Status.FAILED if why == "dead" else Status.ALIVE, claim.get(why, winning))
     assert superseded(OWN, found, known=Roster(gone=gone)) is None
+
+
+def test_two_hosts_that_know_each_other_and_claim_one_subnet_are_both_told_and_neither_moves() -> None:
+    new = record(9).subnet
+    one, two = (Host(f"barge{n}", record(n, seq=2, subnet=new)) for n in (1, 2))
+    for own, other in ((one, two), (two, one)):
+        known = Roster({other.name: record(int(other.name[-1]))})
+        listed = [member(int(other.name[-1]), of=other.record), member(3, of=record(3, subnet=new))]
+        assert contested(own, listed, MESH, known, NOW) == [other.name], "and a stranger is told otherwise"
+        assert superseded(own, listed[0], known=known) is None

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,11 @@ import pytest
 from meshd import files
 from meshd.errors import InputError, MeshdError
 from meshd.membership import Roster
-from meshd.model import Endpoint, Goodbye, Revocation
+from meshd.model import Endpoint, Goodbye, Host, Revocation
+from meshd.reconcile import bury, endpoint, membership_ended, renewed
 from meshd.state import Claim, State
+from meshd.tags import MAX_SEQ
+from meshd.tombstones import Graves, said
 from tests.conftest import MESH, certificate, delegated, delegation, public_key, record
 
 
@@ -55,6 +59,31 @@ def test_a_sequence_number_survives_a_clock_that_went_back(state: State) -> None
     far = Claim(record(1, seq=2**40), settled=True)
     state.save_claim(far)
     assert state.publish(subnet=record(1).subnet, endpoint=record(1).endpoint, settled=True).record.seq == 2**40 + 1
+
+
+def test_a_sequence_number_goes_beyond_what_an_earlier_host_of_the_name_has_said(state: State) -> None:
+    subnet, endpoint = record(1).subnet, record(1).endpoint
+    first = state.publish(subnet=subnet, endpoint=endpoint, settled=True)
+    beyond = state.publish(subnet=subnet, endpoint=endpoint, settled=True, beyond=2**40)
+    assert (first.record.seq < 2**40, beyond.record.seq) == (True, 2**40 + 1)
+    assert state.publish(subnet=subnet, endpoint=endpoint, settled=True, beyond=2**40) == beyond, "once"
+    last = state.publish(subnet=subnet, endpoint=endpoint, settled=True, beyond=MAX_SEQ - 1)
+    assert last.record.seq == MAX_SEQ - 1
+
+
+def test_a_goodbye_of_an_earlier_host_of_the_name_is_gone_beyond_and_that_of_this_one_is_its_end(state: State) -> None:
+    claim = state.publish(subnet=record(1).subnet, endpoint=endpoint(state.settings), settled=True)
+    own, far = claim.record, 2**40
+    earlier = said(record(1, seq=far, key="earlier", leaving=True))
+    assert bury(state, Graves({"barge1": earlier}))
+    known = state.roster()
+    assert membership_ended(Host("barge1", own), known, time.time()) == ""
+    assert renewed(state, claim, known).record.seq == far + 1
+    again = state.claim()
+    assert again is not None
+    mine = Goodbye(far + 1, own.public_key, b"f")
+    assert "has forgotten this host" in membership_ended(Host("barge1", own), Roster(gone={"barge1": mine}), 0)
+    assert renewed(state, again, Roster(gone={"barge1": mine})) == again
 
 
 def test_everything_is_private(state: State) -> None:
