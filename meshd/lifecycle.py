@@ -324,16 +324,19 @@ def renumber(state: State, subnet: IPv4Network | None, *, force: bool, say: Call
 
 def _attach(bridge: Bridge, containers: Iterable[Attachment], say: Callable[[str], None]) -> list[str]:
     """Attach containers again, each whatever becomes of the others; give the names of those that are left off."""
-    off = []
+    off, told = [], []
     for container in containers:
         try:
             if address := bridge.attach(container):
-                say(f"container {container.name} has the address {address}")
+                told.append(f"container {container.name} has the address {address}")
         except MeshdError as error:
             off.append(container.name)
             options = [f"--alias={alias}" for alias in container.aliases]
             again = shlex.join(["docker", "network", "connect", *options, bridge.name, container.name])
-            say(f"container {container.name} is off the overlay ({error}): {again}")
+            told.append(f"container {container.name} is off the overlay ({error}): {again}")
+    # Only now: the terminal may be closed.
+    for text in told:
+        say(text)
     return off
 
 

@@ -208,3 +208,7 @@ def test_a_renumber_that_is_ended_leaves_no_container_off(mesh: list[LabHost]) -
     one.run(["pkill", "-TERM", "-f", "meshd renumber"])
     process.communicate(timeout=60)
     assert attached(one) == {"web0", "web1"}
+
+    # And one whose terminal is gone: all that it says is an error.
+    assert one.run(["sh", "-c", "meshd renumber --force >/dev/full"], check=False).returncode == 1
+    assert attached(one) == {"web0", "web1"}
