@@ -5,8 +5,9 @@ removed. Facts of the API: https://docs.docker.com/reference/api/engine/.
 """
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 from threading import Event
 from typing import Any, ClassVar
@@ -26,6 +27,15 @@ RESTARTED = "docker: the engine "
 _BRIDGE_NAME = "com.docker.network.bridge.name"
 _MTU = "com.docker.network.driver.mtu"
 _ADVICE = "start it (systemctl start docker), install it (apt install docker.io), or pass --no-docker"
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """A container on the network: its id and name, and by which other names its neighbours there find it."""
+
+    container: str
+    name: str
+    aliases: tuple[str, ...] = ()
 
 
 class Bridge:
@@ -70,24 +80,43 @@ class Bridge:
             attributes = self._find(client)
             return _attached(attributes) if attributes is not None and self._is_ours(attributes) else []
 
-    def disconnect_all(self) -> list[str]:
-        """Detach all containers, which go on running without the overlay; give their ids."""
-        with _client(f"disconnecting the containers on {self.name}", self._base_url, TIMEOUT) as client:
+    def attachments(self) -> list[Attachment]:
+        """Give the containers that are attached to the network, with what attaching them again takes."""
+        with _client(f"listing the containers on {self.name}", self._base_url) as client:
             attributes = self._find(client)
             if attributes is None or not self._is_ours(attributes):
                 return []
-            network = client.networks.get(attributes["Id"])
-            containers = sorted(attributes.get("Containers") or {})
-            for container in containers:
-                network.disconnect(container, force=True)
-            return containers
+            attached = sorted((attributes.get("Containers") or {}).items())
+            return [
+                Attachment(container, str(facts.get("Name")), self._aliases(client, container))
+                for container, facts in attached
+            ]
 
-    def attach(self, container: str) -> tuple[str, str]:
-        """Attach a container; give its name and its address on the overlay."""
-        with _client(f"attaching container {container[:12]} to {self.name}", self._base_url, TIMEOUT) as client:
-            client.networks.get(self.name).connect(container)
-            found = client.containers.get(container)
-            return str(found.name), str(found.attrs["NetworkSettings"]["Networks"][self.name]["IPAddress"])
+    def disconnect(self, attachments: Iterable[Attachment]) -> None:
+        """Detach containers, which go on running without the overlay."""
+        from docker.errors import APIError  # noqa: PLC0415  160 ms of imports
+
+        with _client(f"disconnecting the containers on {self.name}", self._base_url, TIMEOUT) as client:
+            network = client.networks.get(self.name)
+            for attachment in attachments:
+                # One that ends meanwhile must not keep the others; what stays attached keeps the network, and is named.
+                with suppress(APIError):
+                    network.disconnect(attachment.container, force=True)
+
+    def attach(self, attachment: Attachment) -> str:
+        """Attach a container unless it is; give its address on the overlay, the empty string if it has ended."""
+        from docker.errors import NotFound  # noqa: PLC0415  160 ms of imports
+
+        with _client(f"attaching container {attachment.name} to {self.name}", self._base_url, TIMEOUT) as client:
+            network = client.networks.get(self.name)
+            try:
+                found = client.containers.get(attachment.container)
+            except NotFound:
+                return ""
+            if _endpoint(found.attrs, self.name).get("NetworkID") != network.id:
+                network.connect(attachment.container, aliases=list(attachment.aliases))
+                found.reload()
+            return str(_endpoint(found.attrs, self.name).get("IPAddress", ""))
 
     def overlapping(self, overlay: IPv4Network) -> list[tuple[str, IPv4Network]]:
         """Give the name and subnet of each other Docker network that overlaps the overlay."""
@@ -110,6 +139,16 @@ class Bridge:
         """Give what `docker network inspect` says of the network; the API's filter by name matches parts of names."""
         found = [n for n in client.networks.list(names=[self.name]) if n.name == self.name]
         return dict(client.networks.get(found[0].id).attrs) if found else None
+
+    def _aliases(self, client: Any, container: str) -> tuple[str, ...]:
+        from docker.errors import NotFound  # noqa: PLC0415  160 ms of imports
+
+        try:
+            endpoint = _endpoint(client.containers.get(container).attrs, self.name)
+        except NotFound:
+            return ()
+        # Docker adds the short id by itself.
+        return tuple(alias for alias in endpoint.get("Aliases") or () if alias != container[:12])
 
     def _is_ours(self, attributes: dict[str, Any]) -> bool:
         return (attributes.get("Labels") or {}).get(LABEL) == self.mesh and attributes.get("Name") == self.name
@@ -245,6 +284,11 @@ def _network(attributes: dict[str, Any]) -> Network:
         mtu=int(mtu) if mtu.isdigit() else 0,
         options=tuple(sorted(options.items())),
     )
+
+
+def _endpoint(container: dict[str, Any], network: str) -> dict[str, Any]:
+    """Give what `docker inspect` says of a container's place on a network."""
+    return ((container.get("NetworkSettings") or {}).get("Networks") or {}).get(network) or {}
 
 
 def _subnets(attributes: dict[str, Any]) -> list[IPv4Network]:

@@ -37,7 +37,11 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except MeshdError as error:
             click.echo(f"Error: {error}", err=True)
+            _say_notes(error)
             ctx.exit(error.exit_code)
+        except (SystemExit, KeyboardInterrupt) as error:
+            _say_notes(error)
+            raise
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -329,7 +333,9 @@ def renumber(state: State, subnet: Any, force: bool) -> None:
 
 
 @main.command()
-@force_option
+@click.option(
+    "--force", is_flag=True, help="Disconnect containers that are attached; leave also if nobody can be told."
+)
 @click.pass_obj
 def leave(state: State, force: bool) -> None:
     """Leave the mesh for good: the others remove this host and free its subnet, and all traces here go.
@@ -341,7 +347,7 @@ def leave(state: State, force: bool) -> None:
     from meshd import lifecycle  # noqa: PLC0415
 
     mesh = state.settings.mesh
-    _finish(lifecycle.leave(state, force=force))
+    _finish(lifecycle.leave(state, force=force, say=lambda text: click.echo(f"Warning: {text}", err=True)))
     click.echo(f"This host has left the mesh {mesh}.")
 
 
@@ -475,6 +481,12 @@ def _print_no_daemon(state: State) -> None:
         "A Serf agent of your own does as well, with the same name, key and RPC port, and with\n\n"
         + "".join(f"    -event-handler '{handler}'\n" for handler in gossip.event_handlers(state))
     )
+
+
+def _say_notes(error: BaseException) -> None:
+    """Say what was noted on an error on its way; Python itself does where it shows a traceback."""
+    for note in getattr(error, "__notes__", ()):
+        click.echo(f"Error: {note}", err=True)
 
 
 def _json(value: Any) -> str:

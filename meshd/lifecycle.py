@@ -1,20 +1,21 @@
 """What happens to a host: it begins a mesh, joins one, goes up and down, and leaves. All or nothing."""
 
 import math
+import shlex
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Network
 
 from meshd import addressing, authority, files, gossip, links, membership, preflight, serf, service
-from meshd.bridge import Bridge
+from meshd.bridge import Attachment, Bridge
 from meshd.config import Settings
 from meshd.errors import ConflictError, InputError, MeshdError, SerfError
 from meshd.identity import Admission, Invitation
 from meshd.membership import Roster
-from meshd.model import Endpoint, Host, Member, Record, Status
+from meshd.model import Action, Endpoint, Host, Member, Record, Status
 from meshd.queries import APPLIED, YES, Question
 from meshd.reconcile import Report, bury, dismantle, endpoint, members, membership_ended, reconcile
 from meshd.reconcile import renumber as move
@@ -147,14 +148,22 @@ def allow(state: State, entries: tuple[str, ...]) -> None:
 def down(state: State, *, force: bool = False) -> Report:
     """Stop everything and leave the host as it was found; keep the identity and the subnet; say no goodbye."""
     preflight.root()
-    settings = state.settings
-    if not _is_up(state):
+    settings, was_up = state.settings, _is_up(state)
+    containers = _attached(settings, force=force)
+    # Before anything else: a disk that is full stops it here, and from here on nobody brings back what is taken down.
+    state.mark_down()
+    report = _take_down(state, containers)
+    # What an earlier `down` could not take away, as from an engine that hung, is no tunnel and no process.
+    if not was_up and not report.failures and all(change.action is not Action.REMOVE for change in report.changes):
         raise InputError(f"the mesh {settings.mesh} is not up on this host")
-    return _take_down(state, force=force)
+    return report
 
 
-def leave(state: State, *, force: bool = False) -> Report:
-    """Say goodbye, so that the others remove this host and free its subnet; then remove everything here."""
+def leave(state: State, *, force: bool = False, say: Callable[[str], None] = lambda _: None) -> Report:
+    """Say goodbye, so that the others remove this host and free its subnet; then remove everything here.
+
+    Where no goodbye can be said, raises MeshdError and changes nothing; with `force` it goes on, and `say` is told.
+    """
     preflight.root()
     settings = state.settings
     if not force and state.authority_key is not None and not state.authority_exported and state.roster().hosts:
@@ -162,31 +171,61 @@ def leave(state: State, *, force: bool = False) -> Report:
             f"this host holds the authority of the mesh {settings.mesh!r}: hand it on first ('meshd authority export' "
             "here, 'import' on another host), or pass --force, and nobody can be invited or revoked any more"
         )
-    _release_containers(settings, force=force)
-    claim = state.claim()
-    service.stop(state)
-    if claim is not None:
-        _say_goodbye(state, claim)
-    report = _take_down(state, force=force)
+    containers, others = _attached(settings, force=force), _others(state)
+    forget = f"run 'meshd forget {settings.name}' on the host that holds the authority, or {others} will keep this host"
+    try:
+        unheard = _say_goodbye(state)
+    except MeshdError as error:
+        unheard = str(error)
+        # An agent that somebody runs by hand may have left by itself, and that is a goodbye too.
+        if others and not force and (settings.daemon or not isinstance(error, SerfError)):
+            raise MeshdError(
+                f"the goodbye to {others} cannot be said: {error}\nPut that right; or pass --force, and then {forget}"
+            ) from error
+    if others and unheard:
+        say(f"nobody has heard the goodbye ({unheard}): {forget}")
+    with suppress(MeshdError):
+        state.mark_down()  # a claim that is leaving keeps others from bringing it back as well
+    report = _take_down(state, containers)
     if not report.failures or force:
         state.forget_everything()
     return report
 
 
-def _say_goodbye(state: State, claim: Claim) -> None:
-    """Publish the record once more as leaving, wait until the others have applied that, then leave Serf."""
-    # The others must all have heard it before Serf's own leave: what Serf says of a left member is no evidence.
-    claim = state.publish(subnet=claim.record.subnet, endpoint=claim.record.endpoint, settled=True, leaving=True)
+def _others(state: State) -> str:
+    try:
+        return ", ".join(sorted(state.roster().hosts))
+    except InputError:
+        return "the others"
+
+
+def _say_goodbye(state: State) -> str:
+    """Publish the record once more as leaving, wait until the others have applied that, then leave Serf.
+
+    Say why nobody has heard it, the empty string if somebody has or need not. Raises MeshdError before it has begun.
+    """
+    claim = state.claim()
+    if claim is None:
+        return ""
     adopted = serf.running(state.serf_config) is not None or not state.settings.daemon
     # An agent that somebody runs by hand is not ours to start; without one there is nobody to tell.
     connect = gossip.start if state.settings.daemon else gossip.rpc
-    with suppress(SerfError), connect(state) as client:
-        if adopted:
+    with connect(state) as client:
+        # A pass that is under way publishes what it has read: it would take the goodbye back.
+        with state.lock():
+            record = claim.record
+            claim = state.publish(subnet=record.subnet, endpoint=record.endpoint, settled=True, leaving=True)
+        service.stop(state)
+        # The others must all have heard it before Serf's own leave: what Serf says of a left member is no evidence.
+        try:
             client.tags(encode(claim.record), [])
-        else:
-            gossip.rejoin(state, membership.lost(state.contacts(), client.members()))
-        wait_ready(state, claim.record.seq, GOODBYE_TIMEOUT)
-        client.leave()
+            if not adopted:
+                gossip.rejoin(state, membership.lost(state.contacts(), client.members()))
+            heard = wait_ready(state, claim.record.seq, GOODBYE_TIMEOUT).ready
+            client.leave()
+        except MeshdError as error:
+            return str(error)
+    return "" if heard or ended(state) else "no other host has confirmed it"
 
 
 def forget(state: State, name: str) -> Readiness:
@@ -264,18 +303,41 @@ def renumber(state: State, subnet: IPv4Network | None, *, force: bool, say: Call
         replace(settings, subnet=subnet)  # its checks
     if claim is not None and claim.record.subnet == subnet:
         raise InputError(f"this host has the subnet {subnet} already")
-    containers = _release_containers(settings, force=force)
-    try:
-        record = move(state, subnet)
-        say(f"the subnet of {settings.name} is {record.subnet}")
-    finally:
-        report = reconcile(state)
-        for container in containers:
-            name, address = Bridge(settings.mesh, settings.bridge).attach(container)
-            say(f"container {name} has the address {address}")
+    containers = _attached(settings, force=force)
+    with _interrupts() as ignore:
+        try:
+            _disconnect(settings, containers)
+            record = move(state, subnet)
+            say(f"the subnet of {settings.name} is {record.subnet}")
+        finally:
+            ignore()
+            try:
+                report = reconcile(state)
+            finally:
+                off = _attach(Bridge(settings.mesh, settings.bridge), containers, say)
     if report.failures:
         raise report.failures[0].error
     state.hint("cli: renumbered")
+    if off:
+        raise MeshdError(f"containers are off the overlay: {', '.join(off)}")
+
+
+def _attach(bridge: Bridge, containers: Iterable[Attachment], say: Callable[[str], None]) -> list[str]:
+    """Attach containers again, each whatever becomes of the others; give the names of those that are left off."""
+    off, told = [], []
+    for container in containers:
+        try:
+            if address := bridge.attach(container):
+                told.append(f"container {container.name} has the address {address}")
+        except MeshdError as error:
+            off.append(container.name)
+            options = [f"--alias={alias}" for alias in container.aliases]
+            again = shlex.join(["docker", "network", "connect", *options, bridge.name, container.name])
+            told.append(f"container {container.name} is off the overlay ({error}): {again}")
+    # Only now: the terminal may be closed.
+    for text in told:
+        say(text)
+    return off
 
 
 def wait_ready(state: State, seq: int, timeout: float, progress: Progress = lambda *_: None) -> Readiness:
@@ -368,24 +430,30 @@ def _let_the_daemon_begin(state: State) -> None:
 
 @contextmanager
 def _all_or_nothing(state: State) -> Iterator[None]:
-    """Undo everything when the block fails or is interrupted, also by a closed terminal; then nothing interrupts it."""
+    """Undo everything when the block fails or is interrupted; then nothing interrupts it."""
     existed = state.directory.exists()
+    with _interrupts() as ignore:
+        try:
+            yield
+        except BaseException as error:
+            ignore()
+            for left in _undo(state, existed=existed):
+                error.add_note(left)
+            raise
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], None]]:
+    """Let interrupts, also a closed terminal, end the block like errors, until what this gives is called: then none."""
     interrupts = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, _interrupted) for number in interrupts}
-    try:
-        yield
-    except BaseException:
+
+    def ignore() -> None:
         for number in interrupts:
             signal.signal(number, signal.SIG_IGN)
-        if state.exists:
-            with suppress(MeshdError):
-                _withdraw(state)
-            with suppress(MeshdError):
-                _take_down(state, force=True)
-        state.forget_everything()
-        if existed and not state.directory.exists():
-            state.directory.mkdir(mode=0o700)
-        raise
+
+    try:
+        yield ignore
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -395,38 +463,71 @@ def _interrupted(number: int, _: object) -> None:
     raise SystemExit(128 + number)
 
 
+def _undo(state: State, *, existed: bool) -> list[str]:
+    """Take away all that there is, each part whatever becomes of the others; say what is left and why."""
+    left: list[str] = []
+
+    def attempt(what: str, step: Callable[[], Report | None]) -> None:
+        try:
+            report = step()
+        except Exception as error:
+            left.append(f"not undone: {what}: {error if isinstance(error, MeshdError) else repr(error)}")
+        else:
+            left.extend(f"not undone: {failure}" for failure in (report.failures if report else ()))
+
+    if state.exists:
+        with suppress(Exception):
+            state.mark_down()  # it goes with the rest in a moment
+        attempt("the daemon", lambda: service.stop(state))
+        attempt("what others have heard of this host", lambda: _withdraw(state))
+        attempt("the Serf agent", lambda: _stop_serf(state))
+        attempt("containers", lambda: _disconnect(state.settings, _attached(state.settings, force=True)))
+        attempt("the network", lambda: dismantle(state))
+    attempt(str(state.directory), state.forget_everything)
+    if existed and not state.directory.exists():
+        attempt(str(state.directory), lambda: state.directory.mkdir(mode=0o700))
+    return left
+
+
 def _withdraw(state: State) -> None:
     """Take back a claim that some members may have seen; not under a name that is another host's."""
-    claim = state.claim()
-    service.stop(state)
-    if claim is not None and serf.running(state.serf_config) is not None and not serf.name_conflict(state.serf_log):
-        _say_goodbye(state, claim)
+    if serf.running(state.serf_config) is not None and not serf.name_conflict(state.serf_log):
+        _say_goodbye(state)
 
 
-def _take_down(state: State, *, force: bool) -> Report:
-    _release_containers(state.settings, force=force)
-    state.mark_down()
+def _take_down(state: State, containers: list[Attachment]) -> Report:
     service.stop(state)
-    if state.settings.daemon:
-        gossip.stop(state)
+    _stop_serf(state)
+    # Who stays attached is named when the network is to go.
+    with suppress(MeshdError):
+        _disconnect(state.settings, containers)
     return dismantle(state)
 
 
-def _release_containers(settings: Settings, *, force: bool) -> list[str]:
-    """Refuse while containers are attached, or with `force` disconnect them and give their ids."""
+def _stop_serf(state: State) -> None:
+    if state.settings.daemon:
+        gossip.stop(state)
+
+
+def _disconnect(settings: Settings, containers: list[Attachment]) -> None:
+    if containers:
+        Bridge(settings.mesh, settings.bridge).disconnect(containers)
+
+
+def _attached(settings: Settings, *, force: bool) -> list[Attachment]:
+    """Give the containers that are attached, which `force` is to disconnect; without it, refuse if there are any."""
     if not settings.docker:
         return []
-    bridge = Bridge(settings.mesh, settings.bridge)
     try:
-        attached = bridge.containers()
+        attached = Bridge(settings.mesh, settings.bridge).attachments()
     except MeshdError:
         return []  # no engine, no running containers
     if attached and not force:
         raise ConflictError(
-            f"containers are attached to {settings.bridge}: {', '.join(attached)}; "
+            f"containers are attached to {settings.bridge}: {', '.join(sorted(c.name for c in attached))}; "
             "stop them, or pass --force to disconnect them"
         )
-    return bridge.disconnect_all() if attached else []
+    return attached
 
 
 def _is_up(state: State) -> bool:

@@ -133,8 +133,10 @@ class Machine:
             try:
                 resources += adapter.read()
                 read |= adapter.kinds
-            except MeshdError as error:
-                failures += [Failure(kind, error) for kind in sorted(adapter.kinds)]
+            except Exception as error:
+                # Others' things may be beyond what an adapter foresees; that must not keep the rest where it is.
+                told = error if isinstance(error, MeshdError) else ApplyError(f"reading failed: {error!r}")
+                failures += [Failure(kind, told) for kind in sorted(adapter.kinds)]
         return resources, read, failures
 
     def apply(self, changes: Iterable[Change]) -> list[Failure]:
@@ -267,6 +269,8 @@ def renumber(state: State, subnet: IPv4Network | None = None) -> Record:
         machine, claim = Machine(state), state.claim()
         if claim is None or not claim.settled:
             raise InputError("this host has not claimed its subnet yet: 'meshd join' has not finished")
+        if claim.record.leaving:
+            raise InputError(f"this host has begun to leave {settings.mesh!r}: run 'meshd leave' again to finish that")
         if machine.bridge is not None and (attached := machine.bridge.containers()):
             raise ConflictError(f"containers are attached to {settings.bridge}: {', '.join(attached)}")
         known, allowed = state.roster(), claim.record.certificate.subnets

@@ -297,7 +297,8 @@ class State:
 
     def forget_everything(self) -> None:
         """Remove meshd's files, and the directory if nothing else is in it."""
-        for path in self.directory.glob("*"):
+        # The settings last: until they go, a command that was interrupted can be run again.
+        for path in sorted(self.directory.glob("*"), key=lambda path: path.name == "settings.json"):
             if path.name in _OURS or path.name.startswith("."):
                 path.unlink(missing_ok=True)
         with suppress(OSError):

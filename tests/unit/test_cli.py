@@ -4,10 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
-from meshd.cli import main
+from meshd.cli import Commands, main
+from meshd.errors import ConflictError
 
 COMMANDS = ["init", "join", "invite", "members", "status", "plan", "sync", "up", "down", "leave", "agent", "lab"]
 
@@ -75,3 +77,19 @@ def test_not_root_says_so(tmp_path: Path) -> None:
     )
     assert done.returncode == 2, done.stderr
     assert "run it as root" in done.stderr
+
+
+@pytest.mark.parametrize("error", [ConflictError("a port is taken"), SystemExit(1)], ids=["an error", "a signal"])
+def test_what_could_not_be_undone_is_said_after_the_error(error: BaseException) -> None:
+    @click.group(cls=Commands)
+    def commands() -> None:
+        pass
+
+    @commands.command()
+    def fail() -> None:
+        error.add_note("not undone: wg0")
+        raise error
+
+    result = CliRunner().invoke(commands, ["fail"])
+    assert result.exit_code == 1
+    assert result.output.endswith("Error: not undone: wg0\n")

@@ -16,7 +16,7 @@ from meshd.errors import InputError, MeshdError
 from meshd.membership import Roster
 from meshd.model import Endpoint, Goodbye, Host, Revocation
 from meshd.reconcile import bury, endpoint, membership_ended, renewed
-from meshd.state import Claim, State
+from meshd.state import _OURS, Claim, State
 from meshd.tags import MAX_SEQ
 from meshd.tombstones import Graves, said
 from tests.conftest import MESH, certificate, delegated, delegation, public_key, record
@@ -192,6 +192,17 @@ def test_forgetting_leaves_other_peoples_files(state: State) -> None:
     (state.directory / "notes.txt").write_text("mine")
     state.forget_everything()
     assert [path.name for path in state.directory.iterdir()] == ["notes.txt"]
+
+
+def test_the_settings_are_forgotten_last(tmp_path: Path) -> None:
+    """Whatever ends it before: the same command, run again, still finds that a host was set up here."""
+    for name in _OURS - {"settings.json"}:
+        state = State(tmp_path / name)
+        (state.directory / name).mkdir(parents=True)  # what cannot be unlinked
+        (state.directory / "settings.json").touch()
+        with pytest.raises(OSError, match=name):
+            state.forget_everything()
+        assert state.exists, name
 
 
 def test_files_are_readable_json(state: State) -> None:
