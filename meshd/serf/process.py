@@ -65,7 +65,10 @@ def start(config_path: Path, log_path: Path, extra: Path | None = None) -> int:
     if program is None:
         raise MissingError("serf is not installed: apt install serf")
     # To a file, not to a pipe: a pipe's end would take the agent along with the daemon that reads it.
-    descriptor = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        descriptor = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise SerfError(f"the Serf agent did not start: opening {log_path}: {error.strerror}") from error
     try:
         process = subprocess.Popen(
             [program, "agent", f"-config-file={config_path}", *([f"-config-dir={extra}"] if extra else [])],
@@ -76,6 +79,8 @@ def start(config_path: Path, log_path: Path, extra: Path | None = None) -> int:
             cwd="/",
             env=clean_environment(),
         )
+    except OSError as error:
+        raise SerfError(f"the Serf agent did not start: {error}") from error
     finally:
         os.close(descriptor)
     # `_alive` waits for it when it has ended, and Popen must not complain that nobody has before.
@@ -94,7 +99,7 @@ def clean_environment() -> dict[str, str]:
 def running(config_path: Path) -> int | None:
     """Give the process id of the agent that runs with this configuration file, None if there is none."""
     wanted = f"-config-file={config_path}"
-    return next((pid for pid, arguments in agents() if arguments[:1] == [wanted]), None)
+    return next((pid for pid, arguments in agents() if arguments[:1] == [wanted] and _is_own(pid)), None)
 
 
 def agents() -> Iterator[tuple[int, list[str]]]:
@@ -106,6 +111,20 @@ def agents() -> Iterator[tuple[int, list[str]]]:
             words = (entry / "cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
             if Path(words[0]).name == "serf" and words[1:2] == ["agent"]:
                 yield int(entry.name), words[2:]
+
+
+def _is_own(pid: int) -> bool:
+    """Tell whether a process is of this user and of this process namespace: anybody may have such a command line.
+
+    Containers and lab hosts show here too, and have more than one number. (A look at the namespace itself would take a
+    right that the unit does not leave to the daemon.)
+    """
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
+    except OSError:
+        return False
+    facts = {name: words.split() for name, _, words in (line.partition(":") for line in lines)}
+    return facts["Uid"][1] == str(os.geteuid()) and len(facts.get("NSpid", "1")) == 1
 
 
 def wait_ready(port: int, auth_key: str, pid: int, log_path: Path, timeout: float = 10.0) -> Serf:
