@@ -19,6 +19,8 @@ from meshd.model import Endpoint
 from meshd.serf.client import Serf
 
 POLL = 0.02
+# Who answers without a key may be somebody else's agent, as that of Debian's package; ours then ends within this time.
+IMPOSTOR = 1.0
 
 
 def agent_config(
@@ -135,11 +137,22 @@ def wait_ready(port: int, auth_key: str, pid: int, log_path: Path, timeout: floa
     alive = retry_if_exception(lambda error: isinstance(error, SerfError) and _alive(pid))
     try:
         retrying = Retrying(retry=alive, stop=stop_after_delay(timeout), wait=wait_fixed(POLL), reraise=True)
-        return retrying(Serf.connect, port, auth_key)
+        client = retrying(Serf.connect, port, auth_key)
     except SerfError:
         if not _alive(pid):
             raise _reason(log_path) from None
         raise
+    if client.is_open and not _outlives(pid, IMPOSTOR):
+        client.close()
+        raise _reason(log_path)
+    return client
+
+
+def _outlives(pid: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while (lives := _alive(pid)) and time.monotonic() < deadline:
+        time.sleep(POLL)
+    return lives
 
 
 def stop(pid: int, timeout: float = 5.0) -> None:

@@ -227,6 +227,18 @@ def test_a_taken_port_is_told_as_such(start: Start, taken: tuple[str, int]) -> N
             start(1)
 
 
+def test_an_open_agent_on_the_port_is_not_taken_for_the_one_that_was_started(start: Start, tmp_path: Path) -> None:
+    path = tmp_path / "open.json"
+    path.write_text(json.dumps({"bind": "127.0.0.9:7946", "rpc_addr": "127.0.0.1:7001", "node_name": "open"}))
+    pid = serf.start(path, tmp_path / "open.log")
+    try:
+        serf.wait_ready(7001, "", pid, tmp_path / "open.log").close()
+        with pytest.raises(ConflictError, match=r"a port is taken.*7001"):
+            start(1)
+    finally:
+        serf.stop(pid)
+
+
 def test_an_agent_is_found_again_by_its_configuration_and_ends_by_a_signal(start: Start, tmp_path: Path) -> None:
     agent = start(1)
     assert serf.running(agent.directory / "serf.json") == agent.pid
