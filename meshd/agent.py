@@ -12,6 +12,8 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
+from functools import partial
 from threading import Event, Thread
 
 from meshd import bridge, files, firewall, gossip, links, plan, routes, rules, serf
@@ -56,13 +58,15 @@ class Agent:
 
     def __init__(self, state: State) -> None:
         self.state = state
-        self.hints: queue.Queue[str] = queue.Queue()
+        self.hints: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.ending = False
         self.stopping = Event()
         self.exchange = Exchange(state, self.hint, self.stopping)
         self.search = Event()
         self.rivalry: float | None = None
         self.stale_since: dict[str, float] = {}
         self.unmet: dict[str, tuple[float, ...]] = {}
+        self.full_pass_due = 0.0
         self.complaints: set[str] = set()
         self.echoes: set[str] = set()
         self.logged = -HELD_BACK
@@ -77,13 +81,15 @@ class Agent:
             log.info("meshd of mesh %s on %s starts", settings.mesh, settings.name)
             self._start_threads()
             self._loop()
+            self.stopping.set()
+            self.search.set()
+            self.exchange.stop()
             log.info("meshd stops; tunnels, routes and Serf go on without it")
 
     def stop(self) -> None:
-        self.stopping.set()
-        self.search.set()
+        """End `run` after its pass. A signal's handler may call this: of all that it does nothing waits for a lock."""
+        self.ending = True
         self.hints.put("stop")
-        self.exchange.stop()
 
     def hint(self, text: str) -> None:
         self.hints.put(text)
@@ -107,34 +113,55 @@ class Agent:
 
     def _forever(self, watch: Callable[[], None]) -> None:
         """Watch again whatever ends it: what a watch misses only the timer finds."""
+        told = ""
         while not self.stopping.is_set():
             try:
                 watch()
             except MeshdError as error:
                 log.debug("%s", error)
-            except Exception:
-                log.exception("a watch failed, which is a mistake in meshd; it begins again")
+            except Exception as error:
+                if (text := repr(error)) != told:
+                    log.exception("a watch failed, which is a mistake in meshd; it begins again")
+                told = text
             self.stopping.wait(RETRY / 2)
 
     # --- the loop --------------------------------------------------------------------------------------------------
 
     def _loop(self) -> None:
         # At boot dockerd waits for this first pass, and until it runs systemd's docker.socket lets every question hang.
-        if self._keep_serf():
-            self._pass(["start"], WITHOUT_DOCKER)
+        hints = ["start"]
+        self._survive(partial(self._pass, hints, WITHOUT_DOCKER))
         _notify_service_manager()
-        full_pass_due, hints = 0.0, ["start"]
-        while not self.stopping.is_set():
-            full = time.monotonic() >= full_pass_due or not all(hint.startswith("serf:") for hint in hints)
-            if full:
-                self.state.reload_settings()
-                self._follow_underlay()
-            ok = self._keep_serf() and self._pass(hints, plan.ORDER if full else MEMBERSHIP)
-            if full:
-                full_pass_due = time.monotonic() + (_interval(len(self.report.roster.hosts)) if ok else INTERVAL)
-                _trim(self.state)
-            due = min([full_pass_due, *(times[0] for times in self.unmet.values() if times)])
+        while not self.ending:
+            ok = self._survive(partial(self._pass_that_is_due, hints))
+            due = min([self.full_pass_due, *(times[0] for times in self.unmet.values() if times)])
             hints = self._wait(max(0.0, due - time.monotonic()) if ok else RETRY)
+
+    def _survive(self, work: Callable[[], bool]) -> bool:
+        """Tell whether this went well. Nothing that goes wrong ends the daemon: who else would look again?"""
+        try:
+            return work()
+        except MeshdError as error:
+            self._complain({str(error)})
+        except Exception as error:
+            text = f"a pass broke off, which is a mistake in meshd; the next one comes soon: {error!r}"
+            if text not in self.complaints:
+                log.exception("where a pass broke off:")
+            self._complain({text})
+        return False
+
+    def _pass_that_is_due(self, hints: list[str]) -> bool:
+        full = time.monotonic() >= self.full_pass_due or not all(hint.startswith("serf:") for hint in hints)
+        if full:
+            self.full_pass_due = time.monotonic() + INTERVAL
+            self.state.reload_settings()
+            self._follow_underlay()
+        ok = self._pass(hints, plan.ORDER if full else MEMBERSHIP)
+        if full:
+            interval = _interval(len(self.report.roster.hosts)) if ok else INTERVAL
+            self.full_pass_due = time.monotonic() + interval
+            _trim(self.state)
+        return ok
 
     def _wait(self, timeout: float) -> list[str]:
         """Give the hints that came, an empty list if none did for `timeout` seconds."""
@@ -144,7 +171,7 @@ class Agent:
                 hints = [self.hints.get(timeout=max(0.0, deadline - time.monotonic()))]
             except queue.Empty:
                 return []
-            self.stopping.wait(SETTLE)
+            time.sleep(SETTLE)
             while not self.hints.empty():
                 hints.append(self.hints.get())
             if news := [hint for hint in hints if not self._is_echo(hint)]:
@@ -169,30 +196,38 @@ class Agent:
         except MeshdError as error:
             log.debug("underlay: %s", error)
 
-    def _keep_serf(self) -> bool:
+    def _keep_serf(self) -> str:
+        """Start Serf unless it runs; say why it does not."""
         if serf.running(self.state.serf_config) is not None:
-            return True
+            return ""
         try:
             with gossip.start(self.state):
                 log.info("serf started")
         except MeshdError as error:
-            self._complain({f"serf: {error}"})
-            return False
-        return True
+            return f"serf: {error}"
+        return ""
 
     def _pass(self, hints: list[str], kinds: Collection[str]) -> bool:
-        """Make a pass; what went wrong is logged once, not in each pass. True unless something failed."""
-        claim, overdue = self.state.claim(), self._overdue()
-        if claim is None or not claim.settled:
-            return True  # `meshd join` is still asking the mesh
+        """Make a pass; what went wrong is logged once, not in each pass. True unless something failed.
+
+        Without Serf nobody is met anew, and what is known is kept up all the same.
+        """
+        silence, overdue = self._keep_serf(), self._overdue()
+        alone = {silence} if silence else set[str]()
         try:
+            claim = self.state.claim()
+            if claim is None or not claim.settled:
+                self._complain(alone)
+                return not alone  # `meshd join` is still asking the mesh
             if any(hint.startswith(bridge.RESTARTED) for hint in hints):
                 self.engine = None
             lost, heard = self.report.lost.keys(), dict(self.exchange.heard)
-            self.report = reconcile(self.state, kinds=kinds, heard=heard, overdue=overdue, engine=self.engine)
+            self.report = reconcile(
+                self.state, kinds=kinds, heard=heard, overdue=overdue, engine=self.engine, alone=bool(alone)
+            )
         except MeshdError as error:
             if not self.state.is_down:  # or `meshd down` is about to end this daemon
-                self._complain({str(error)})
+                self._complain({str(error)} | alone)
             return False
         report = self.report
         if report.lost.keys() - lost:
@@ -208,10 +243,10 @@ class Agent:
         refused += self._replayed(report)
         reasons = {*refused[:MOST_REFUSED], *(["refused more than these"] if refused[MOST_REFUSED:] else [])}
         held = {f"withheld without evidence: {change} (meshd sync --force does it)" for change in report.withheld}
-        self._complain({str(failure) for failure in report.failures} | reasons | held)
+        self._complain({str(failure) for failure in report.failures} | reasons | held | alone)
         self.exchange.after(report)
         self._yield_subnet(report)
-        return not report.failures
+        return not report.failures and not alone
 
     def _overdue(self) -> set[str]:
         """Take the public keys of those with whom a handshake is to be begun by now, or begun anew."""
@@ -331,8 +366,10 @@ def _notify_service_manager() -> None:
 def _trim(state: State) -> None:
     """Keep the logs that Serf and a detached daemon append to from filling the disk."""
     for path in (state.serf_log, state.agent_log):
-        if path.exists() and path.stat().st_size > LOG_LIMIT:
-            content = files.read(path, 2 * path.stat().st_size) or b""
-            with path.open("r+b") as file:
-                file.write(content[-LOG_LIMIT // 4 :])
-                file.truncate()
+        with suppress(OSError, MeshdError):
+            size = path.stat().st_size
+            if size > LOG_LIMIT:
+                content = files.read(path, 2 * size) or b""
+                with path.open("r+b") as file:
+                    file.write(content[-LOG_LIMIT // 4 :])
+                    file.truncate()

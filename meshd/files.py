@@ -1,7 +1,9 @@
 """Small files that must never be half written, and never be read by others."""
 
+import errno
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ def write(path: Path, content: bytes) -> None:
         temporary.replace(path)
         _sync_directory(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # on a read-only file system it is refused even if there is nothing to unlink
+            temporary.unlink(missing_ok=True)
         raise MeshdError(f"writing {path}: {error.strerror}") from error
 
 
@@ -63,6 +66,17 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise InputError(f"{path} is damaged: it does not hold an object")
     return value
+
+
+def writable(path: Path) -> None:
+    """Write nothing; raise MeshdError where nothing could be written: read-only, or without room for one more block."""
+    try:
+        disk = os.statvfs(path)
+    except OSError as error:
+        raise MeshdError(f"{path}: {error.strerror}") from error
+    number = errno.EROFS if disk.f_flag & os.ST_RDONLY else 0 if disk.f_bfree else errno.ENOSPC
+    if number:
+        raise MeshdError(f"{path} cannot be written to: {os.strerror(number)}")
 
 
 def private_directory(path: Path) -> None:

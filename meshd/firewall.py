@@ -22,13 +22,20 @@ TIMEOUT = 20.0
 
 
 def run(argv: Sequence[str], text: str = "") -> "subprocess.CompletedProcess[str]":
-    """Run a firewall program to its end. Raises MissingError if it is not installed, ApplyError if it hangs."""
+    """Run a firewall program to its end. Raises MissingError if it is not installed, ApplyError if it hangs.
+
+    Comments hold any bytes; what is no text in them is replaced, since nothing of meshd's is in need of it.
+    """
     try:
-        return subprocess.run(argv, input=text, capture_output=True, text=True, check=False, timeout=TIMEOUT)
+        return subprocess.run(
+            argv, input=text, capture_output=True, encoding="utf-8", errors="replace", check=False, timeout=TIMEOUT
+        )
     except FileNotFoundError:
         raise MissingError(f"{argv[0]} is not installed: apt install {PACKAGES[argv[0]]}") from None
     except subprocess.TimeoutExpired:
         raise ApplyError(f"{' '.join(argv)}: no answer in {TIMEOUT:g} s") from None
+    except OSError as error:
+        raise ApplyError(f"{' '.join(argv)}: {error.strerror or error}") from error
 
 
 class Nftables:

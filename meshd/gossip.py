@@ -12,7 +12,7 @@ from tenacity import Retrying, stop_after_delay, wait_fixed
 
 from meshd import files, queries, serf, underlay
 from meshd.credentials import CredentialError
-from meshd.errors import SerfError
+from meshd.errors import InputError, SerfError
 from meshd.membership import Mesh
 from meshd.model import Certificate, Endpoint, Record
 from meshd.queries import APPLIED, BURY, CONFIRM, EVENT_LIMIT, GONE, RECORD, YES, GoneQuestion
@@ -66,6 +66,10 @@ def configure(state: State) -> Path:
         event_handlers=event_handlers(state),
         retry_join=[] if settings.daemon else sorted(map(str, state.contacts().values())),
     )
+    # On a full disk Serf starts with the file that is there.
+    with suppress(InputError):
+        if files.read_json(state.serf_config) == config:
+            return state.serf_config
     files.write_json(state.serf_config, config)
     return state.serf_config
 

@@ -1,12 +1,13 @@
 """One pass: lock, observe, plan, guard, apply, report. The daemon, `meshd sync` and a lone handler all call it."""
 
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from ipaddress import IPv4Network
+from typing import ClassVar
 
-from meshd import addressing, links, membership, plan, underlay
+from meshd import addressing, files, links, membership, plan, underlay
 from meshd.bridge import Bridge
 from meshd.config import Settings
 from meshd.errors import ApplyError, ConflictError, InputError, MeshdError, SerfError
@@ -24,6 +25,7 @@ from meshd.model import (
     Port,
     Record,
     Resource,
+    Route,
     Status,
     Sysctl,
 )
@@ -97,6 +99,8 @@ class Report:
             if isinstance(change.resource, Peer) and str(change) in failed
         }
         hosts = {n: r.seq for n, r in self.roster.hosts.items() if r.public_key not in broken}
+        if "hosts" in failed:
+            return hosts  # those that are gone wait for the disk (see _needs_memory)
         return hosts | {n: g.seq for n, g in self.roster.gone.items() if g.public_key not in broken}
 
 
@@ -107,7 +111,7 @@ class Machine:
         settings = state.settings
         self.settings = settings
         self.members = cache(partial(members, state))
-        self.wireguard: WireGuard = find(settings.wireguard, state.wireguard_key, settings.wireguard_backend)
+        self.wireguard = _wireguard(settings, state.wireguard_key)
         names = (settings.wireguard, settings.bridge) if settings.docker else (settings.wireguard,)
         bridge = settings.bridge
         sysctls = (plan.IP_FORWARD, f"net/ipv4/conf/{bridge}/proxy_arp", f"net/ipv4/neigh/{bridge}/proxy_delay")
@@ -154,6 +158,29 @@ class Machine:
         return self.bridge.engine() if self.bridge is not None else None
 
 
+class NoWireGuard:
+    """The adapter of a host without any WireGuard: the rest of a pass goes on."""
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"device", "peer"})
+    backend = "none"
+
+    def __init__(self, reason: MeshdError) -> None:
+        self.reason = reason
+
+    def read(self) -> list[Resource]:
+        raise self.reason
+
+    def apply(self, change: Change) -> None:
+        raise ApplyError(f"{change}: {self.reason}")
+
+
+def _wireguard(settings: Settings, key: bytes) -> WireGuard:
+    try:
+        return find(settings.wireguard, key, settings.wireguard_backend)
+    except MeshdError as error:
+        return NoWireGuard(error)
+
+
 def members(state: State) -> list[Member]:
     """Ask this host's own Serf for all members. Raises SerfError."""
     with Serf.connect(state.settings.rpc_port, state.rpc_key) as serf:
@@ -169,11 +196,13 @@ def reconcile(
     heard: Mapping[str, Record] | None = None,
     overdue: Collection[str] = (),
     engine: Engine | None = None,
+    alone: bool = False,
 ) -> Report:
     """Make one pass. With `dry` nothing is changed or written; with `force` the guard lets everything through.
 
     `heard` are records that came another way than by tags; `overdue` the public keys of those who were to begin the
-    handshake and have not; `engine` is what Docker is, if that is known. Raises InputError for damaged state; whatever
+    handshake and have not; `engine` is what Docker is, if that is known; `alone` says that this host's own Serf does
+    not run, so that nobody is asked: on its port may be somebody else's. Raises InputError for damaged state; whatever
     else fails is in the report.
     """
     settings = state.settings
@@ -192,17 +221,17 @@ def reconcile(
             failures.append(Failure("membership", MeshdError(ended)))
         roster, listed = known, []
         try:
-            listed = machine.members()
+            listed = [] if alone else machine.members()
             roster = _admit(state, own, listed, known, heard=heard, now=now)
         except (SerfError, ApplyError) as error:
             failures.append(Failure("members", error))
         rival = membership.superseded_by(own, listed, state.mesh, known, now)
         if rival is not None and not ended:
             failures.append(Failure("subnet", ConflictError(MUST_MOVE.format(subnet=own.record.subnet, rival=rival))))
-        observed, readable, unread = machine.observe(kinds)
+        observed, readable, unread = machine.observe(set(kinds) - {"tags"} if alone else kinds)
         failures += unread
         docker = _engine(machine, kinds, readable, failures, engine)
-        here = local(settings, own, docker, observed, _mtu(settings, kinds))
+        here = local(settings, own, docker, observed, _mtu(settings, kinds, readable, failures))
         wanted = plan.desired(here, roster.sorted_hosts())
         moved = {
             r.public_key for n, r in roster.hosts.items() if n in known.hosts and r.endpoint != known.hosts[n].endpoint
@@ -213,11 +242,16 @@ def reconcile(
         changes += plan.begin_anew(wanted, observed, patient.intersection(overdue))
         before = state.contacts()
         contacts = membership.contacts(before, listed, roster)
-        if not dry:
-            _remember(state, known, roster, changes)
-            failures += machine.apply(changes)
+        if dry:
+            failures += _tried("disk", partial(files.writable, state.directory))
+        else:
+            unsaved = _remember(state, known, roster, changes)
+            if unsaved:
+                missing, kept = {f.what for f in unsaved}, {r.public_key for r in wanted if isinstance(r, Peer)}
+                changes = tuple(c for c in changes if _needs_memory(c, kept) not in missing)
+            failures += unsaved + machine.apply(changes)
             if contacts != before:
-                state.save_contacts(contacts)
+                failures += _tried("contacts", partial(state.save_contacts, contacts))
         return Report(
             roster,
             tuple(listed),
@@ -341,10 +375,11 @@ def _departed(known: Roster, roster: Roster) -> set[str]:
     return over | {goodbye.public_key for goodbye in roster.gone.values()}
 
 
-def _remember(state: State, known: Roster, roster: Roster, changes: Sequence[Change]) -> None:
+def _remember(state: State, known: Roster, roster: Roster, changes: Sequence[Change]) -> list[Failure]:
     """Put on disk what must be known before the changes are made: the hosts, and the sysctls to put back."""
+    failures: list[Failure] = []
     if (roster.hosts, roster.gone) != (known.hosts, known.gone):
-        state.save_roster(roster)
+        failures += _tried("hosts", partial(state.save_roster, roster))
     originals = state.originals()
     found = {
         c.resource.path: c.old.value
@@ -352,7 +387,29 @@ def _remember(state: State, known: Roster, roster: Roster, changes: Sequence[Cha
         if isinstance(c.resource, Sysctl) and isinstance(c.old, Sysctl) and c.resource.path == plan.IP_FORWARD
     }
     if found.keys() - originals.keys():
-        state.save_originals(found | originals)
+        failures += _tried("originals", partial(state.save_originals, found | originals))
+    return failures
+
+
+def _needs_memory(change: Change, kept: Collection[str]) -> str:
+    """Give what has to be on disk before this change: else a host that is gone would be back after a reboot, and
+    forwarding would stay on after `down`. The empty string for all others.
+
+    `kept` are the public keys that are wanted: to begin anew with them (see plan.begin_anew) is no removal.
+    """
+    resource = change.resource
+    if isinstance(resource, Sysctl) and resource.path == plan.IP_FORWARD:
+        return "originals"
+    is_host = isinstance(resource, Route) or (isinstance(resource, Peer) and resource.public_key not in kept)
+    return "hosts" if is_host and change.action is Action.REMOVE else ""
+
+
+def _tried(what: str, write: Callable[[], None]) -> list[Failure]:
+    try:
+        write()
+    except MeshdError as error:
+        return [Failure(what, error)]
+    return []
 
 
 def renewed(state: State, claim: Claim, known: Roster) -> Claim:
@@ -370,11 +427,19 @@ def endpoint(settings: Settings) -> Endpoint:
     return Endpoint(settings.advertised, settings.wireguard_port)
 
 
-def _mtu(settings: Settings, kinds: Collection[str]) -> int:
-    """Give the overlay's MTU, 0 in a pass that sets none: asking is a fifth of what a newcomer costs any host."""
+def _mtu(settings: Settings, kinds: Collection[str], readable: set[str], failures: list[Failure]) -> int:
+    """Give the overlay's MTU, 0 in a pass that sets none: asking is a fifth of what a newcomer costs any host.
+
+    While nothing has the underlay address, what has an MTU is left as it is.
+    """
     if {"link", "network"}.isdisjoint(kinds):
         return 0
-    return settings.mtu or underlay.mtu(settings.bind) - OVERHEAD
+    try:
+        return settings.mtu or underlay.mtu(settings.bind) - OVERHEAD
+    except MeshdError as error:
+        readable -= {"link", "network"}
+        failures.append(Failure("underlay", error))
+        return 0
 
 
 def local(settings: Settings, own: Host, engine: Engine | None, observed: Iterable[Resource], mtu: int) -> plan.Local:

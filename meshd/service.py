@@ -26,6 +26,8 @@ Documentation=man:serf(1)
 Wants=network-online.target
 After=network-online.target nftables.service
 Before=docker.service
+# A cause that lasts, as a full disk, must not end it for good after five starts in ten seconds.
+StartLimitIntervalSec=0
 
 [Service]
 Type=notify

@@ -1,6 +1,7 @@
 """The state directory: one place, mode 0700, that holds all that a host must remember."""
 
 import base64
+import errno
 import fcntl
 import os
 import socket
@@ -308,7 +309,7 @@ class State:
     def _locked(self, name: str, timeout: float, otherwise: str) -> Iterator[int]:
         path = self.directory / name
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            descriptor = _open(path)
         except OSError as error:
             raise MeshdError(f"opening {path}: {error.strerror}") from error
         try:
@@ -343,6 +344,16 @@ _OURS = {
     *("wireguard.key", "gossip.key", "rpc.key", "serf.log", "agent.log"),
     *("agent.pid", "agent.sock", "lock", "serf.lock", "down"),
 }
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        # What went read-only, as ext4 does after an error of the disk, can be locked all the same.
+        if error.errno != errno.EROFS:
+            raise
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _text(raw: bytes) -> str:

@@ -39,6 +39,8 @@ class Serf:
         self._unpacker = _unpacker()
         self._seq = 0
         self._sending = Lock()
+        self.is_open = False
+        """Whether the agent wants no key of anybody."""
 
     @classmethod
     def connect(cls, port: int, auth_key: str, timeout: float = 5.0) -> Self:
@@ -67,6 +69,7 @@ class Serf:
             except SerfError:
                 # An agent that wants no key refuses any; it then answers everything. One that wants another says no.
                 self.stats()
+                self.is_open = True
 
     def __enter__(self) -> Self:
         return self

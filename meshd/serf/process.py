@@ -19,6 +19,8 @@ from meshd.model import Endpoint
 from meshd.serf.client import Serf
 
 POLL = 0.02
+# Who answers without a key may be somebody else's agent, as that of Debian's package; ours then ends within this time.
+IMPOSTOR = 1.0
 
 
 def agent_config(
@@ -65,7 +67,10 @@ def start(config_path: Path, log_path: Path, extra: Path | None = None) -> int:
     if program is None:
         raise MissingError("serf is not installed: apt install serf")
     # To a file, not to a pipe: a pipe's end would take the agent along with the daemon that reads it.
-    descriptor = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        descriptor = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise SerfError(f"the Serf agent did not start: opening {log_path}: {error.strerror}") from error
     try:
         process = subprocess.Popen(
             [program, "agent", f"-config-file={config_path}", *([f"-config-dir={extra}"] if extra else [])],
@@ -76,6 +81,8 @@ def start(config_path: Path, log_path: Path, extra: Path | None = None) -> int:
             cwd="/",
             env=clean_environment(),
         )
+    except OSError as error:
+        raise SerfError(f"the Serf agent did not start: {error}") from error
     finally:
         os.close(descriptor)
     # `_alive` waits for it when it has ended, and Popen must not complain that nobody has before.
@@ -94,7 +101,7 @@ def clean_environment() -> dict[str, str]:
 def running(config_path: Path) -> int | None:
     """Give the process id of the agent that runs with this configuration file, None if there is none."""
     wanted = f"-config-file={config_path}"
-    return next((pid for pid, arguments in agents() if arguments[:1] == [wanted]), None)
+    return next((pid for pid, arguments in agents() if arguments[:1] == [wanted] and _is_own(pid)), None)
 
 
 def agents() -> Iterator[tuple[int, list[str]]]:
@@ -108,6 +115,20 @@ def agents() -> Iterator[tuple[int, list[str]]]:
                 yield int(entry.name), words[2:]
 
 
+def _is_own(pid: int) -> bool:
+    """Tell whether a process is of this user and of this process namespace: anybody may have such a command line.
+
+    Containers and lab hosts show here too, and have more than one number. (A look at the namespace itself would take a
+    right that the unit does not leave to the daemon.)
+    """
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
+    except OSError:
+        return False
+    facts = {name: words.split() for name, _, words in (line.partition(":") for line in lines)}
+    return facts["Uid"][1] == str(os.geteuid()) and len(facts.get("NSpid", "1")) == 1
+
+
 def wait_ready(port: int, auth_key: str, pid: int, log_path: Path, timeout: float = 10.0) -> Serf:
     """Give a connection as soon as the agent answers.
 
@@ -116,11 +137,22 @@ def wait_ready(port: int, auth_key: str, pid: int, log_path: Path, timeout: floa
     alive = retry_if_exception(lambda error: isinstance(error, SerfError) and _alive(pid))
     try:
         retrying = Retrying(retry=alive, stop=stop_after_delay(timeout), wait=wait_fixed(POLL), reraise=True)
-        return retrying(Serf.connect, port, auth_key)
+        client = retrying(Serf.connect, port, auth_key)
     except SerfError:
         if not _alive(pid):
             raise _reason(log_path) from None
         raise
+    if client.is_open and not _outlives(pid, IMPOSTOR):
+        client.close()
+        raise _reason(log_path)
+    return client
+
+
+def _outlives(pid: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while (lives := _alive(pid)) and time.monotonic() < deadline:
+        time.sleep(POLL)
+    return lives
 
 
 def stop(pid: int, timeout: float = 5.0) -> None:

@@ -8,7 +8,7 @@ from ipaddress import IPv4Network
 
 import pytest
 
-from meshd import rules
+from meshd import firewall, rules
 from meshd.errors import ApplyError
 from meshd.firewall import Iptables, Nftables, render
 from meshd.model import Action, Change, Engine, IptablesRule, Table
@@ -311,6 +311,20 @@ def test_the_jump_to_dockers_chain_needs_the_chain_and_is_made_after_it(iptables
     assert sorted(map(str, iptables.read())) == sorted(map(str, (JUMP, ADMIT, BACK)))
     sh("iptables -F")
     assert iptables.read() == []
+
+
+def test_a_comment_that_is_no_text_hides_no_rule(iptables: Iptables, nft: Nftables) -> None:
+    iptables.apply(Change(Action.ADD, ADMIT))
+    nft.apply(Change(Action.ADD, TABLE))
+    sh("iptables -A INPUT -m comment --comment \"$(printf 'caf\\351')\" -j ACCEPT")
+    sh("printf 'add rule ip meshd_wg0 output accept comment \"caf\\351\"' | nft -f -")
+    assert b"caf\xe9" in subprocess.run(["nft", "list", "ruleset"], check=True, capture_output=True).stdout
+    assert iptables.read() == [ADMIT]
+    assert nft.read() != [TABLE], "that of somebody else is seen"
+    assert firewall.ruleset()
+    iptables.apply(Change(Action.REMOVE, ADMIT))
+    nft.apply(Change(Action.SET, TABLE))
+    assert (iptables.read(), nft.read()) == ([], [TABLE])
 
 
 def test_all_copies_of_a_rule_go(iptables: Iptables) -> None:

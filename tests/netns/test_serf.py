@@ -2,6 +2,8 @@
 
 import json
 import socket
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -225,6 +227,18 @@ def test_a_taken_port_is_told_as_such(start: Start, taken: tuple[str, int]) -> N
             start(1)
 
 
+def test_an_open_agent_on_the_port_is_not_taken_for_the_one_that_was_started(start: Start, tmp_path: Path) -> None:
+    path = tmp_path / "open.json"
+    path.write_text(json.dumps({"bind": "127.0.0.9:7946", "rpc_addr": "127.0.0.1:7001", "node_name": "open"}))
+    pid = serf.start(path, tmp_path / "open.log")
+    try:
+        serf.wait_ready(7001, "", pid, tmp_path / "open.log").close()
+        with pytest.raises(ConflictError, match=r"a port is taken.*7001"):
+            start(1)
+    finally:
+        serf.stop(pid)
+
+
 def test_an_agent_is_found_again_by_its_configuration_and_ends_by_a_signal(start: Start, tmp_path: Path) -> None:
     agent = start(1)
     assert serf.running(agent.directory / "serf.json") == agent.pid
@@ -233,6 +247,29 @@ def test_an_agent_is_found_again_by_its_configuration_and_ends_by_a_signal(start
     assert serf.running(agent.directory / "serf.json") is None
     with pytest.raises(SerfError, match=r"does not answer on 127\.0\.0\.1:7001"):
         agent.connect()
+
+
+@pytest.mark.parametrize(
+    "of_others",
+    [["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"], ["setpriv", "--reuid=1", "--clear-groups"]],
+    ids=["another process namespace", "another user"],
+)
+def test_who_only_has_the_command_line_of_the_agent_is_not_taken_for_it(of_others: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as directory, ExitStack() as ends:
+        Path(directory).chmod(0o755)
+        (Path(directory) / "agent").write_text("echo; read -r _")
+        foreign, own = Path(directory) / "foreign.json", Path(directory) / "own.json"
+        for path, prefix in ((foreign, of_others), (own, [])):
+            # A shell by the name of serf that reads its script `agent`.
+            command = [*prefix, "bash", "-c", 'exec -a serf bash agent "$@"', "bash", f"-config-file={path}"]
+            process = subprocess.Popen(command, cwd=directory, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            ends.callback(process.communicate)
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"\n"
+        found = [arguments for _, arguments in serf.agents()]
+        assert [f"-config-file={foreign}"] in found, "it does look like an agent"
+        assert serf.running(foreign) is None
+        assert serf.running(own) == process.pid
 
 
 def test_a_handler_gets_the_event_by_its_environment(start: Start, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """What the daemon makes of its hints; tests/lab has it at work."""
 
+import subprocess
+import sys
 import time
 from ipaddress import IPv4Network
 
@@ -8,11 +10,12 @@ import pytest
 from meshd import agent as daemon
 from meshd import links
 from meshd.agent import Agent
+from meshd.errors import MeshdError
 from meshd.exchange import ASKED
 from meshd.membership import Roster
-from meshd.model import Action, Change, Route
+from meshd.model import Action, Change, Goodbye, Route
 from meshd.queries import APPLIED, YES, Question
-from meshd.reconcile import Report
+from meshd.reconcile import Failure, Report
 from meshd.state import State
 from tests.conftest import record
 
@@ -66,6 +69,29 @@ def test_a_handshake_is_begun_anew_at_its_times_and_each_of_them_counts_once(sta
     assert agent._overdue() == {"one"}
     assert agent._overdue() == set()
     assert agent.unmet == {"one": (now + 60,), "two": (now + 60,), "three": ()}
+
+
+def test_a_signal_at_any_moment_ends_the_daemon_and_never_hangs_it(state: State) -> None:
+    """Its handler runs between any two steps of the main thread, which may hold the lock of a queue or an event."""
+    script = (
+        "import pathlib, signal, sys, time\n"
+        "from meshd import agent\n"
+        "from meshd.state import State\n"
+        "daemon, agent.SETTLE, end = agent.Agent(State(pathlib.Path(sys.argv[1]))), 0, time.monotonic() + 2\n"
+        "signal.signal(signal.SIGALRM, lambda *_: daemon.stop())\n"
+        "signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)\n"
+        "while time.monotonic() < end:\n"
+        "    daemon.hint('any')\n"
+        "    daemon._wait(0)\n"
+        "signal.setitimer(signal.ITIMER_REAL, 0)\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(state.directory)], check=True, timeout=20)
+
+
+def test_a_goodbye_that_the_disk_has_not_taken_is_not_confirmed() -> None:
+    roster = Roster({"barge2": record(2, seq=5)}, {"barge3": Goodbye(7, "key", b"")})
+    assert Report(roster).applied == {"barge2": 5, "barge3": 7}
+    assert Report(roster, failures=(Failure("hosts", MeshdError("full")),)).applied == {"barge2": 5}
 
 
 @pytest.mark.parametrize(("hosts", "seconds"), [(0, 10), (3, 10), (200, 10), (1000, 50), (1500, 60), (10000, 60)])

@@ -133,7 +133,7 @@ def test_whatever_comes_by_the_control_socket_is_a_hint_of_printable_text(state:
         while not heard or heard[-1] != "last":
             heard.append(agent.hints.get(timeout=5))
     finally:
-        agent.stop()
+        agent.stopping.set()
         listener.join()
     assert all(text.isprintable() and len(text) <= 512 for text in heard)
     assert not state.socket.exists()

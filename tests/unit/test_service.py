@@ -28,6 +28,13 @@ def test_a_restart_of_the_unit_ends_the_daemon_alone(state: State) -> None:
     assert unit["Restart"] == "always"
 
 
+def test_no_number_of_failed_starts_ends_the_unit_for_good(state: State) -> None:
+    assert directives(state)["StartLimitIntervalSec"] == "0"
+    assert "StartLimitIntervalSec" in service.unit(state).partition("[Service]")[0], (
+        "systemd ignores it in any other section"
+    )
+
+
 def test_the_unit_runs_this_python_isolated_with_this_state_directory(state: State) -> None:
     command = directives(state)["ExecStart"]
     assert command.split()[1:4] == ["-I", "-m", "meshd"]

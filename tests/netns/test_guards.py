@@ -1,0 +1,40 @@
+"""What keeps the overlay from leaving in clear is laid whatever else a host lacks."""
+
+import shutil
+from dataclasses import replace
+from ipaddress import IPv4Network
+from pathlib import Path
+
+import pytest
+
+from meshd.model import Route, Table
+from meshd.reconcile import dismantle, endpoint, reconcile
+from meshd.state import State
+from tests.netns.conftest import Namespace
+
+pytestmark = [pytest.mark.root]
+
+
+def test_without_wireguard_serf_and_underlay_the_guards_are_laid_and_go(
+    netns: Namespace, state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = shutil.which("nft")
+    assert found
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nft").symlink_to(found)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    settings = replace(
+        state.settings, docker=False, wireguard=netns.link_name(), rpc_port=7399, wireguard_backend="userspace"
+    )
+    state.save_settings(settings)
+    state.publish(subnet=IPv4Network("172.20.101.0/24"), endpoint=endpoint(state.settings), settled=True)
+
+    report = reconcile(state, kinds=("table", "device", "peer", "route", "tags", "link"))
+    assert {failure.what for failure in report.failures} >= {"device", "peer", "members", "tags", "underlay"}
+    assert [type(change.resource) for change in report.changes] == [Table, Route]
+    assert reconcile(state, kinds=("table", "route")).changes == (), "they are there"
+
+    report = dismantle(state)
+    assert {failure.what for failure in report.failures} == {"device", "peer"}
+    assert {type(change.resource) for change in report.changes} == {Table, Route}
+    assert reconcile(state, kinds=("table", "route"), dry=True).changes != ()
