@@ -155,11 +155,11 @@ class Agent:
         if full:
             self.full_pass_due = time.monotonic() + INTERVAL
             self.state.reload_settings()
-            self._follow_underlay()
+            is_reachable = self._follow_underlay()
         ok = self._pass(hints, plan.ORDER if full else MEMBERSHIP)
         if full:
             interval = _interval(len(self.report.roster.hosts)) if ok else INTERVAL
-            self.full_pass_due = time.monotonic() + interval
+            self.full_pass_due = time.monotonic() + (interval if is_reachable else RETRY)
             _trim(self.state)
         return ok
 
@@ -189,12 +189,15 @@ class Agent:
             return not self.exchange.is_asked
         return hint.startswith("serf: member-") and time.monotonic() < self.logged + HELD_BACK
 
-    def _follow_underlay(self) -> None:
+    def _follow_underlay(self) -> bool:
+        """Move to the address that this host has now; False while it has none: the next one may come at any time."""
         try:
             if gossip.follow_underlay(self.state):
                 log.warning("this host's underlay address is now %s", self.state.settings.bind)
         except MeshdError as error:
             log.debug("underlay: %s", error)
+            return False
+        return True
 
     def _keep_serf(self) -> str:
         """Start Serf unless it runs; say why it does not."""

@@ -168,7 +168,7 @@ def _another_address(scene: Scene) -> None:
     """There and back, as the lab knows its hosts by their addresses."""
     host, others = scene.host, [other for other in scene.lab.hosts() if other.name != scene.host.name]
     first, other_one = str(host.address), "10.10.10.199"
-    faults.readdress(host, first, other_one)
+    faults.readdress(host, first, other_one, scene.rng.uniform(0, 2))
     try:
         _followed(host, other_one, others)
     finally:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -161,9 +162,10 @@ def rewritten(lab: Lab, host: LabHost, port: int) -> Iterator[None]:
         lab.switch.run(["nft", "delete", "table", "bridge", "roam"])
 
 
-def readdress(host: LabHost, old: str, new: str) -> None:
-    """Give a host another address on the underlay."""
+def readdress(host: LabHost, old: str, new: str, without: float = 0.0) -> None:
+    """Give a host another address on the underlay, after so many seconds without one."""
     host.run(["ip", "addr", "del", f"{old}/24", "dev", "eth0"])
+    time.sleep(without)
     host.run(["ip", "addr", "add", f"{new}/24", "dev", "eth0"])
     host.run(["ip", "route", "add", "default", "via", str(network.GATEWAY)])
 
