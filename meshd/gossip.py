@@ -128,6 +128,18 @@ def rejoin(state: State, lost: Mapping[str, Endpoint]) -> int:
     return joined
 
 
+def meet(state: State, names: Collection[str], seconds: float) -> None:
+    """Exchange all that there is with hosts that gossip does not reach; what takes longer goes on without us.
+
+    Serf passes an event or a query on to a few members picked at random, dead ones among them, and may miss one. Two
+    agents that join exchange all that they know, the latest events with it, and they do it by TCP.
+    """
+    addresses = [str(endpoint) for name, endpoint in state.contacts().items() if name in names]
+    if addresses:
+        with suppress(SerfError), rpc(state, timeout=seconds) as client:
+            client.join(random.sample(addresses, len(addresses)))
+
+
 def tell_gone(state: State, graves: Graves) -> None:
     """Tell all members of tombstones. Raises SerfError."""
     with rpc(state) as client:

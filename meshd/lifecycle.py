@@ -29,6 +29,10 @@ ASK, ASK_TENFOLD = 1.0, 1.5
 GOODBYE_TIMEOUT = 5.0
 # How often everybody alive is told of a tombstone: by gossip, and then those who have not said that they have it.
 TELLINGS = 4
+# Who has not said after so many questions that it is ready may not have heard them.
+PATIENCE = 2
+# Seconds for all who have not said that they have a tombstone.
+MEETING = 30.0
 Progress = Callable[[int, int], None]
 
 
@@ -218,7 +222,9 @@ def _say_goodbye(state: State) -> str:
         service.stop(state)
         # The others must all have heard it before Serf's own leave: what Serf says of a left member is no evidence.
         try:
-            client.tags(encode(claim.record), [])
+            # Serf has them also when it gives up waiting until they have gone out.
+            with suppress(SerfError):
+                client.tags(encode(claim.record), [])
             if not adopted:
                 gossip.rejoin(state, membership.lost(state.contacts(), client.members()))
             heard = wait_ready(state, claim.record.seq, GOODBYE_TIMEOUT).ready
@@ -276,11 +282,7 @@ def _end(state: State, name: str, graves: Graves) -> Readiness:
 
 
 def _told(state: State, graves: Graves) -> Readiness:
-    """Tell of tombstones until all alive, admitted hosts say that they have them; whoever does not asks for them later.
-
-    Serf passes an event or a query on to a few members picked at random, dead ones among them, and may miss one. Two
-    agents that join exchange all that they know, the latest events with it, and they do it by TCP.
-    """
+    """Tell of tombstones until all alive, admitted hosts say that they have them; who does not asks for them later."""
     having: set[str] = set()
     missing = set(state.roster().hosts)
     with suppress(SerfError):
@@ -289,7 +291,7 @@ def _told(state: State, graves: Graves) -> Readiness:
             if not missing:
                 break
             if telling:
-                gossip.rejoin(state, {n: e for n, e in state.contacts().items() if n in missing})
+                gossip.meet(state, missing, MEETING)
             having |= gossip.bury(state, graves, missing)
             missing -= having
     return Readiness(frozenset(having), frozenset(missing))
@@ -349,6 +351,7 @@ def wait_ready(state: State, seq: int, timeout: float, progress: Progress = lamb
     question = Question(settings.name, seq)
     ready: set[str] = set()
     deadline = time.monotonic() + timeout
+    asked = 0
 
     while True:
         expected = _expected(state)
@@ -356,6 +359,8 @@ def wait_ready(state: State, seq: int, timeout: float, progress: Progress = lamb
         missing = expected - ready
         if not missing or time.monotonic() >= deadline or ended(state):
             return Readiness(frozenset(ready & expected), frozenset(missing))
+        if asked >= PATIENCE:
+            gossip.meet(state, missing, ASK)
         nodes = gossip.named(missing)
         wait = min(_ask_timeout(len(expected)), max(ASK, deadline - time.monotonic()))
         with gossip.rpc(state) as client:
@@ -365,6 +370,7 @@ def wait_ready(state: State, seq: int, timeout: float, progress: Progress = lamb
                     progress(len(ready & expected) + 1, len(expected) + 1)
                 if expected <= ready:
                     break
+        asked += 1
 
 
 def _ask_timeout(hosts: int) -> float:

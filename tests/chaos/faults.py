@@ -38,7 +38,7 @@ DOCKER_AWAY = r"WARNING (network|docker|iptables).*: the Docker engine does not 
 # A pass, or a command, meets a Serf that is ending or that hangs; the daemon starts it again.
 SERF_AWAY = r"WARNING (members|tags|serf).*the Serf agent"
 # Its underlay address is another one.
-MOVED = r"WARNING this host's underlay address is now "
+MOVED = r"WARNING (this host's underlay address is now |underlay: no link of this host has the address )"
 # A host that was forgotten comes back: all others refuse it, and it hears why.
 FORGOTTEN = r"WARNING (refused .*: it said goodbye, or was forgotten|membership: the mesh has forgotten this host)"
 

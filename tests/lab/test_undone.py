@@ -127,10 +127,11 @@ def test_a_full_disk_keeps_nobody_from_leaving_by_force(mesh: list[LabHost]) -> 
     try:
         two.run(["meshd", "up"])
         two.run(["sh", "-c", f"cat /dev/zero > {STATE}/full"], check=False)
+        before = snapshot(two), two.run(PROCESSES, check=False).stdout
         done = two.run(["meshd", "leave"], check=False)
         assert done.returncode == 1
         assert "the goodbye to barge1 cannot be said: writing" in done.stderr
-        assert two.run(["meshd", "status"], check=False).returncode == 0, "it has changed nothing"
+        assert (snapshot(two), two.run(PROCESSES, check=False).stdout) == before, "it has changed nothing"
         done = two.run(["meshd", "leave", "--force"])
         assert "Warning: nobody has heard the goodbye (writing" in done.stderr
         assert two.run(["ls", "-A", STATE]).stdout == "full\n"
