@@ -136,8 +136,16 @@ def meet(state: State, names: Collection[str], seconds: float) -> None:
     """
     addresses = [str(endpoint) for name, endpoint in state.contacts().items() if name in names]
     if addresses:
+        # Serf waits 10 s for each that is cut off from here, one after the other.
         with suppress(SerfError), rpc(state, timeout=seconds) as client:
             client.join(random.sample(addresses, len(addresses)))
+
+
+def tell_again(state: State, seconds: float) -> None:
+    """Let Serf spread what this host publishes once more: it picks members at random, and may miss one."""
+    if (claim := state.claim()) is not None:
+        with suppress(SerfError), rpc(state, timeout=seconds) as client:
+            client.tags(encode(claim.record), [])
 
 
 def tell_gone(state: State, graves: Graves) -> None:

@@ -31,8 +31,8 @@ GOODBYE_TIMEOUT = 5.0
 TELLINGS = 4
 # Who has not said after so many questions that it is ready may not have heard them.
 PATIENCE = 2
-# Seconds for all who have not said that they have a tombstone.
-MEETING = 30.0
+# Seconds for meeting who has not said that it has a tombstone.
+MEETING = 10.0
 Progress = Callable[[int, int], None]
 
 
@@ -359,6 +359,8 @@ def wait_ready(state: State, seq: int, timeout: float, progress: Progress = lamb
         missing = expected - ready
         if not missing or time.monotonic() >= deadline or ended(state):
             return Readiness(frozenset(ready & expected), frozenset(missing))
+        if asked:
+            gossip.tell_again(state, ASK)
         if asked >= PATIENCE:
             gossip.meet(state, missing, ASK)
         nodes = gossip.named(missing)

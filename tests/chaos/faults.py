@@ -39,6 +39,8 @@ DOCKER_AWAY = r"WARNING (network|docker|iptables).*: the Docker engine does not 
 SERF_AWAY = r"WARNING (members|tags|serf).*the Serf agent"
 # Its underlay address is another one.
 MOVED = r"WARNING (this host's underlay address is now |underlay: no link of this host has the address )"
+# Who has not heard the goodbye takes a host's next life for somebody else until the authority has confirmed it.
+TAKEN = r"WARNING refused .*: another host has its name and has not left"
 # A host that was forgotten comes back: all others refuse it, and it hears why.
 FORGOTTEN = r"WARNING (refused .*: it said goodbye, or was forgotten|membership: the mesh has forgotten this host)"
 
@@ -355,7 +357,7 @@ FAULTS = {
     "power cut of all": Fault(_power_cycle_all, reach=BACK, says=(DOCKER_AWAY,), cuts="any"),
     "partition": Fault(_cut, reach=BACK, says=(DOCKER_AWAY, SERF_AWAY), cuts="any"),
     # Serf may not have noticed the partition, and then tells of what happened meanwhile with its next full exchange.
-    "partition from a newcomer": Fault(_cut_from_a_newcomer, reach=AGREED, cuts="any"),
+    "partition from a newcomer": Fault(_cut_from_a_newcomer, reach=AGREED, says=(TAKEN,), cuts="any"),
     "partition that Serf forgets": Fault(_outlasted, reach=BACK, says=(SERF_AWAY,)),
     "another port seen": Fault(_another_port),
     "another underlay address": Fault(_another_address, reach=5, agree=90.0, says=(MOVED, SERF_AWAY)),
