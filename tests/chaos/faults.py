@@ -36,7 +36,7 @@ BACK, AGREED = 15.0, 40.0
 # Warnings that a fault explains. While dockerd is away, its network and its rules cannot be read.
 DOCKER_AWAY = r"WARNING (network|docker|iptables).*: the Docker engine does not answer"
 # A pass, or a command, meets a Serf that is ending or that hangs; the daemon starts it again.
-SERF_AWAY = r"WARNING (members|tags|serf).*the Serf agent"
+SERF_AWAY = r"WARNING (members|tags|set tags|serf).*the Serf agent"
 # Its underlay address is another one.
 MOVED = r"WARNING (this host's underlay address is now |underlay: no link of this host has the address )"
 # Who has not heard the goodbye takes a host's next life for somebody else until the authority has confirmed it.
