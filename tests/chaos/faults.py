@@ -41,6 +41,8 @@ SERF_AWAY = r"WARNING (members|tags|set tags|serf).*the Serf agent"
 MOVED = r"WARNING (this host's underlay address is now |underlay: no link of this host has the address )"
 # Who has not heard the goodbye takes a host's next life for somebody else until the authority has confirmed it.
 TAKEN = r"WARNING refused .*: another host has its name and has not left"
+# Docker cannot change a network under its containers.
+HELD = r"WARNING set docker network ovl0 .*containers are attached"
 # A host that was forgotten comes back: all others refuse it, and it hears why.
 FORGOTTEN = r"WARNING (refused .*: it said goodbye, or was forgotten|membership: the mesh has forgotten this host)"
 
@@ -361,7 +363,7 @@ FAULTS = {
     "partition that Serf forgets": Fault(_outlasted, reach=BACK, says=(SERF_AWAY,)),
     "another port seen": Fault(_another_port),
     "another underlay address": Fault(_another_address, reach=5, agree=90.0, says=(MOVED, SERF_AWAY)),
-    "another underlay MTU": Fault(_another_mtu, talk=True),
+    "another underlay MTU": Fault(_another_mtu, says=(HELD,), talk=True),
     "cable pulled": Fault(_unplugged, reach=BACK),
     "process frozen": Fault(_frozen, reach=BACK, says=(SERF_AWAY,), cuts="no host", talk=True),
     "two at once": Fault(_two_at_once, reach=BACK, says=(DOCKER_AWAY, SERF_AWAY), cuts="any"),
