@@ -12,7 +12,10 @@ from tests.lab.conftest import eventually, overlay
 
 @contextmanager
 def traffic(source: LabHost, target: LabHost) -> Iterator[None]:
-    """100 pings a second and a TCP stream of 1 MB/s between containers, which both must come through whole."""
+    """100 pings a second and a TCP stream between containers, which both must come through whole.
+
+    Of 200 kB/s: what comes while a busy machine gives wireguard-go no time, fits into its buffer for half a second.
+    """
     address, stop = overlay(target, 1), threading.Event()
     # busybox's nc hangs up when its own input ends, so that stays open.
     server = ["docker", "exec", "-i", "box", "sh", "-c", "nc -l -p 7000 | wc -c"]
@@ -31,9 +34,9 @@ def traffic(source: LabHost, target: LabHost) -> Iterator[None]:
         nonlocal sent
         assert sender.stdin is not None
         while not stop.wait(0.01):
-            sender.stdin.write("x" * 10_000)
+            sender.stdin.write("x" * 2_000)
             sender.stdin.flush()
-            sent += 10_000
+            sent += 2_000
 
     thread = threading.Thread(target=send)
     thread.start()
@@ -47,7 +50,8 @@ def traffic(source: LabHost, target: LabHost) -> Iterator[None]:
         received, _ = receiver.communicate(timeout=10)
         source.run(["pkill", "-INT", "-x", "ping"])
         pings.wait(timeout=10)
-    assert _lost(said.read_text(), 5) == ""
+    lost = _lost(said.read_text(), 5)
+    assert not lost, lost
     assert int(received) == sent > 0
 
 
