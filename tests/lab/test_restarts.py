@@ -31,7 +31,7 @@ def before(hosts: list[LabHost]) -> list[int]:
 )
 @pytest.mark.usefixtures("before")
 def test_a_restart_loses_no_packet(lab: Lab, hosts: list[LabHost], fault: Callable[[LabHost], None]) -> None:
-    with nothing_in_clear(lab, *hosts), traffic(*hosts):
+    with nothing_in_clear(lab), traffic(*hosts):
         fault(hosts[1])
         eventually(lambda: settled(hosts), 40, "both see each other alive, and nothing is to be changed")
 
