@@ -13,7 +13,7 @@ from ipaddress import IPv4Network
 
 from meshd import tombstones
 from meshd.credentials import CredentialError, Trust, check_time
-from meshd.model import Endpoint, Goodbye, Host, Member, Record, Revocation, Status, is_name
+from meshd.model import Certificate, Endpoint, Goodbye, Host, Member, Record, Revocation, Status, is_name
 from meshd.tags import RecordError, decode
 
 # Goodbyes by reusable invitations that are kept of names that this host has never met: anybody who ever had such an
@@ -72,12 +72,8 @@ class Roster:
 
     def ended(self, name: str, record: Record, now: float) -> str:
         """Say why a record, the one in force or another one of that name, makes no host, or the empty string."""
-        if not self.revoked.keys().isdisjoint(record.certificate.serials):
-            return REVOKED
-        try:
-            check_time(record.certificate, now)
-        except CredentialError as error:
-            return str(error)
+        if lapsed := self.lapsed(record.certificate, now):
+            return lapsed
         goodbye = self.gone.get(name)
         if goodbye is not None and goodbye.voids(record):
             return "" if tombstones.is_outranked(goodbye, record.certificate) else BURIED
@@ -86,6 +82,16 @@ class Roster:
         if last is None or record.certificate.delegation is None:
             return ""
         return TAKEN if record.certificate.identity != last.certificate.identity and self.has(name, now) else ""
+
+    def lapsed(self, certificate: Certificate, now: float) -> str:
+        """Say why a certificate is good for nothing any more, revoked or expired, or the empty string."""
+        if not self.revoked.keys().isdisjoint(certificate.serials):
+            return REVOKED
+        try:
+            check_time(certificate, now)
+        except CredentialError as error:
+            return str(error)
+        return ""
 
     def has(self, name: str, now: float) -> bool:
         """Tell whether a host of this name is known, and nothing has ended it."""
@@ -153,10 +159,7 @@ def _kept(known: Roster, goodbyes: Mapping[str, Goodbye]) -> dict[str, Goodbye]:
     It does not take the place of the authority's word, and there is room for so many of names never met.
     """
 
-    def is_by_invitation(goodbye: Goodbye) -> bool:
-        by = tombstones.certificate(goodbye)
-        return by is not None and by.delegation is not None
-
+    is_by_invitation = tombstones.is_by_invitation
     doubtful = {name for name, g in goodbyes.items() if name not in known.hosts and is_by_invitation(g)}
     strangers = sorted(doubtful - known.gone.keys())
     room = MOST_STRANGERS - sum(map(is_by_invitation, known.gone.values())) if strangers else 0
@@ -315,7 +318,7 @@ def _may_end(record: Record, goodbye: Goodbye, known: Roster, now: float, *, is_
         return not tombstones.is_outranked(goodbye, record.certificate)
     if by.delegation is not None:
         return False
-    return known.revoked.keys().isdisjoint(by.serials) and not (by.expires and now >= by.expires)
+    return not known.lapsed(by, now)
 
 
 def subnet_rivals(own: Host, members: Iterable[Member], mesh: Mesh, known: Roster, now: float) -> dict[str, Record]:

@@ -59,6 +59,12 @@ def certificate(goodbye: Goodbye) -> Certificate | None:
         return None
 
 
+def is_by_invitation(goodbye: Goodbye) -> bool:
+    """Tell whether a goodbye was said by an identity that a reusable invitation has made."""
+    by = certificate(goodbye)
+    return by is not None and by.delegation is not None
+
+
 def is_outranked(goodbye: Goodbye, by: Certificate) -> bool:
     """Tell whether a goodbye is of a reusable invitation's identity, and `by` the authority's word for another one.
 
