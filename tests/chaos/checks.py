@@ -107,9 +107,9 @@ def agree(hosts: Sequence[LabHost]) -> Verdict:
         verdict.expect(listed == subnets, f"{name}: says that the subnets are {listed}, they are {subnets}")
         keys = sorted(other.key for n, other in views.items() if n != name)
         verdict.expect(view.peers == keys, f"{name}: has the peers {view.peers}, not {keys}")
-        others = sorted(subnet for n, subnet in subnets.items() if n != name)
         guarded = "unreachable 172.20.0.0/16" in view.guards and "ip daddr 172.20.0.0/16" in view.guards
         verdict.expect(guarded, f"{name}: what keeps traffic from leaving in clear is {view.guards}")
+        others = sorted(subnet for n, subnet in subnets.items() if n != name)
         verdict.expect(view.routes == others, f"{name}: has routes to {view.routes}, not {others}")
     return verdict
 

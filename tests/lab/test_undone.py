@@ -162,6 +162,8 @@ def test_down_takes_away_later_what_a_docker_that_hung_has_kept(mesh: list[LabHo
         assert one.run(["meshd", "down"], check=False).returncode == 1
     finally:
         one.run(["pkill", "-CONT", "dockerd"])
+        # With its child nsenter has stopped as well, and as long as it does the host cannot end.
+        subprocess.run(["pkill", "-CONT", "-f", f"^nsenter --target={one.pid} .* dockerd "], check=True)
     assert one.run(["docker", "network", "ls", "-qf", "name=ovl0"]).stdout, "the network is still there"
     one.run(["meshd", "down"])
     assert not one.run(["docker", "network", "ls", "-qf", "name=ovl0"]).stdout

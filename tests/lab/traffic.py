@@ -89,5 +89,6 @@ def _lost(statistics: str, under_way: int) -> str:
     """
     answered = sorted(int(number) for number in re.findall(r"seq=(\d+)", statistics))
     sent = int(statistics.partition(" packets transmitted")[0].split()[-1])
-    missing = sorted({*range(sent - under_way)} - {*answered})
-    return f"{len(missing)} of {sent} pings lost, the first is number {missing[0]}" if missing else ""
+    if answered == list(range(len(answered))) and sent - len(answered) <= under_way:
+        return ""
+    return f"of {sent} pings {len(answered)} were answered, not the numbers {sorted({*range(sent)} - {*answered})}"
