@@ -38,8 +38,8 @@ LONGEST_PAUSE = 300.0
 CALM = 5.0
 ASKED = "serf: asked for readiness"
 """The hint that somebody waits for a pass."""
-# Records that are asked for after one pass, questions that wait to be asked, and records that are kept for a pass: a
-# thousand bogus members, or askers, must not keep everybody busy.
+# Records that wait to be asked for, questions of all kinds that do, and records that are kept for a pass: a thousand
+# bogus members, or askers, must neither keep everybody busy nor stand before what matters more.
 MOST_RECORDS, MOST_JOBS, MOST_HEARD = 3, 10, 1000
 
 
@@ -63,7 +63,8 @@ class Exchange:
         self._lost_since = 0.0
         self._announced = 0
         self._jobs: queue.Queue[Callable[[], None]] = queue.Queue()
-        self._asked_at: dict[object, float] = {"confirm": time.monotonic() + CALM}
+        now = time.monotonic()
+        self._asked_at: dict[object, float] = {"confirm": now + CALM, "anybody": now + ASK_AGAIN}
         self._confirm_pause = PAUSE / 2
 
     def stop(self) -> None:
@@ -87,7 +88,12 @@ class Exchange:
         away = bool(newcomers) and len(newcomers) * 2 >= len(alive)
         if away:
             self._ask_soon(partial(self._ask_gone, newcomers), newcomers)
+        if alive and sum(m.status is Status.ALIVE for m in report.members) > 2 * (len(alive) + 1):
+            # Serf passes on what it hears to members picked at random: so many who are no hosts swallow nearly all.
+            self._ask_soon(self._meet_anybody, "met")
         self._ask_whether_gone(frozenset(report.lost), alive)
+        # Messages get lost. The larger the mesh, the more others ask.
+        self._ask_soon(self._ask_anybody, "anybody", max(ASK_AGAIN, len(alive)))
         self._announce(again=away)
         self._ask_for_records(report)
         self._ask_for_confirmation()
@@ -113,17 +119,17 @@ class Exchange:
         unknown = [name for name in report.roster.refused if name not in report.roster.hosts]
         hosts = self._alive & report.roster.hosts.keys()
         for name in random.sample(unknown, min(len(unknown), MOST_RECORDS)) if hosts else ():
-            self._ask_soon(partial(self._ask_record, name, hosts), name)
+            self._ask_soon(partial(self._ask_record, name, hosts), name, room=MOST_RECORDS)
 
     def _ask_for_confirmation(self) -> None:
         if self._alive and self.state.certificate.delegation is not None:
             self._ask_soon(self._ask_confirmation, "confirm", self._confirm_pause)
 
-    def _ask_soon(self, job: Callable[[], None], what: object, pause: float = PAUSE) -> None:
+    def _ask_soon(self, job: Callable[[], None], what: object, pause: float = PAUSE, *, room: int = MOST_JOBS) -> None:
         now = time.monotonic()
         with self._sharing:
             self._asked_at = {key: until for key, until in self._asked_at.items() if until > now}
-            if what not in self._asked_at and self._jobs.qsize() < MOST_JOBS:
+            if what not in self._asked_at and self._jobs.qsize() < room:
                 self._asked_at[what] = now + pause
                 self._jobs.put(job)
 
@@ -132,11 +138,7 @@ class Exchange:
     def ask(self) -> None:
         """Ask and tell, one thing after the other, until `stopping` is set."""
         while not self.stopping.is_set():
-            try:
-                job = self._jobs.get(timeout=max(ASK_AGAIN, len(self._alive)))
-            except queue.Empty:
-                # Messages get lost. The larger the mesh, the more others ask.
-                job = partial(self._ask_gone, random.sample(sorted(self._alive), min(1, len(self._alive))))
+            job = self._jobs.get()
             try:
                 job()
             except MeshdError as error:
@@ -150,6 +152,15 @@ class Exchange:
         if self._bury(found):
             # The others may have been away together with this host.
             gossip.tell_gone(self.state, found.without(known))
+
+    def _ask_anybody(self) -> None:
+        self._ask_gone(self._anybody())
+
+    def _meet_anybody(self) -> None:
+        gossip.meet(self.state, self._anybody(), gossip.TELL, replay=True)
+
+    def _anybody(self) -> Collection[str]:
+        return random.sample(sorted(self._alive), min(1, len(self._alive)))
 
     def _ask_record(self, name: str, of: Collection[str]) -> None:
         record = gossip.ask_record(self.state, name, of)

@@ -128,21 +128,26 @@ def rejoin(state: State, lost: Mapping[str, Endpoint]) -> int:
     return joined
 
 
-def meet(state: State, names: Collection[str], seconds: float) -> None:
-    """Exchange all that there is with hosts that gossip does not reach; what takes longer goes on without us.
+def meet(state: State, names: Collection[str], seconds: float, *, replay: bool = False) -> int:
+    """Exchange all that there is with hosts that gossip does not reach; give the number of those that were met.
 
-    Serf passes an event or a query on to a few members picked at random, dead ones among them, and may miss one. Two
-    agents that join exchange all that they know, the latest events with it, and they do it by TCP.
+    What takes longer goes on without us. Serf passes an event or a query on to a few members picked at random, dead
+    ones among them, and may miss one. Two agents that join exchange all that they know, and they do it by TCP; the
+    latest events are told to those who are met, and with `replay` heard from them as well.
     """
     addresses = [str(endpoint) for name, endpoint in state.contacts().items() if name in names]
     if addresses:
         # Serf waits 10 s for each that is cut off from here, one after the other.
         with suppress(SerfError), rpc(state, timeout=seconds) as client:
-            client.join(random.sample(addresses, len(addresses)))
+            return client.join(random.sample(addresses, len(addresses)), replay=replay)
+    return 0
 
 
-def tell_again(state: State, seconds: float) -> None:
-    """Let Serf spread what this host publishes once more: it picks members at random, and may miss one."""
+def spread(state: State, seconds: float) -> None:
+    """Let Serf spread what this host publishes, once more if it has done so: it picks members at random.
+
+    Among many that swallow it that takes longer; Serf then goes on without us.
+    """
     if (claim := state.claim()) is not None:
         with suppress(SerfError), rpc(state, timeout=seconds) as client:
             client.tags(encode(claim.record), [])

@@ -4,12 +4,12 @@ import math
 import shlex
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Network
 
-from meshd import addressing, authority, files, gossip, links, membership, preflight, serf, service
+from meshd import addressing, authority, files, gossip, links, membership, preflight, serf, service, tombstones
 from meshd.bridge import Attachment, Bridge
 from meshd.config import Settings
 from meshd.errors import ConflictError, InputError, MeshdError, SerfError
@@ -20,7 +20,6 @@ from meshd.queries import APPLIED, YES, Question
 from meshd.reconcile import Report, bury, dismantle, endpoint, members, membership_ended, reconcile
 from meshd.reconcile import renumber as move
 from meshd.state import Claim, State
-from meshd.tags import encode
 from meshd.tombstones import Graves
 
 # An asker hears within this time from everybody who is ready; who is not is asked again. Gossip takes as long as the
@@ -222,16 +221,27 @@ def _say_goodbye(state: State) -> str:
         service.stop(state)
         # The others must all have heard it before Serf's own leave: what Serf says of a left member is no evidence.
         try:
-            # Serf has them also when it gives up waiting until they have gone out.
-            with suppress(SerfError):
-                client.tags(encode(claim.record), [])
+            gossip.spread(state, ASK)
             if not adopted:
                 gossip.rejoin(state, membership.lost(state.contacts(), client.members()))
-            heard = wait_ready(state, claim.record.seq, GOODBYE_TIMEOUT).ready
-            client.leave()
+            told = wait_ready(state, claim.record.seq, GOODBYE_TIMEOUT)
+            met = _tell_in_person(state, claim.record, told.missing) if told.missing else 0
         except MeshdError as error:
             return str(error)
-    return "" if heard or ended(state) else "no other host has confirmed it"
+        # Among many that swallow it Serf may not see its leave go out in time. What counts has been said.
+        with suppress(SerfError):
+            client.leave()
+    return "" if told.ready or met or ended(state) else "no other host has confirmed it"
+
+
+def _tell_in_person(state: State, record: Record, missing: Collection[str]) -> int:
+    """Bring the goodbye to those who have not said that they heard it; give the number of those who were met.
+
+    As an event, too, which they go on telling each other when this host is no longer there.
+    """
+    with suppress(SerfError):
+        gossip.tell_gone(state, Graves({state.settings.name: tombstones.said(record)}))
+    return gossip.meet(state, missing, MEETING)
 
 
 def forget(state: State, name: str) -> Readiness:
@@ -360,7 +370,7 @@ def wait_ready(state: State, seq: int, timeout: float, progress: Progress = lamb
         if not missing or time.monotonic() >= deadline or ended(state):
             return Readiness(frozenset(ready & expected), frozenset(missing))
         if asked:
-            gossip.tell_again(state, ASK)
+            gossip.spread(state, ASK)
         if asked >= PATIENCE:
             gossip.meet(state, missing, ASK)
         nodes = gossip.named(missing)

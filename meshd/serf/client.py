@@ -104,15 +104,12 @@ class Serf:
         """Set and delete own tags. It takes 0.5 s: the agent waits for the gossip to have left.
 
         An agent whose wait was in vain may have lost the change to one of the same moment (its own answer to a
-        suspicion, or somebody else's call): it is told again.
+        suspicion, or somebody else's call): it is told again. A connection with a shorter time-out than
+        BROADCAST_TIMEOUT only hears nothing of it: the agent goes on.
         """
         request = {"Tags": dict(tags), "DeleteTags": list(delete)}
         lost = retry_if_exception(lambda error: isinstance(error, SerfError) and "update broadcast" in str(error))
-        self._connection.settimeout(BROADCAST_TIMEOUT + self._timeout)
-        try:
-            Retrying(retry=lost, stop=stop_after_attempt(3), reraise=True)(self._call, "tags", request)
-        finally:
-            self._connection.settimeout(self._timeout)
+        Retrying(retry=lost, stop=stop_after_attempt(3), reraise=True)(self._call, "tags", request)
 
     def leave(self) -> None:
         """Leave the gossip; the agent then ends."""

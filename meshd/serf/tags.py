@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from meshd.model import Action, Change, Member, Resource, Tags
-from meshd.serf.client import Serf
+from meshd.serf.client import BROADCAST_TIMEOUT, Serf
 
 
 class SerfTags:
@@ -33,5 +33,5 @@ class SerfTags:
         resource = change.resource
         assert isinstance(resource, Tags)  # noqa: S101  what the dispatch by kind guarantees, for the type checker
         wanted = {} if change.action is Action.REMOVE else dict(resource.tags)
-        with Serf.connect(self._port, self._auth_key) as serf:
+        with Serf.connect(self._port, self._auth_key, 2 * BROADCAST_TIMEOUT) as serf:
             serf.tags(wanted, [name for name in self._names if name not in wanted])

@@ -1,5 +1,6 @@
 """What the daemon makes of what others tell it; tests/lab has it at work."""
 
+import math
 import sys
 import threading
 import time
@@ -43,10 +44,28 @@ def test_while_a_host_is_lost_the_others_are_asked_whether_it_has_said_goodbye(s
     assert exchange._jobs.qsize() == 1, "once, until it is time again"
     exchange.after(replace(met, lost={"barge6": Endpoint(IPv4Address("10.0.0.6"), 7946)}))
     assert exchange._jobs.qsize() == 2, "but at once of another"
-    exchange._asked_at.clear()  # as when the pause is over
+    exchange._asked_at = {"anybody": math.inf}  # as when the pause of all else is over
     exchange._lost_since = time.monotonic() - ASK_AGAIN
     exchange.after(replace(met, lost={"barge6": Endpoint(IPv4Address("10.0.0.6"), 7946)}))
     assert exchange._jobs.qsize() == 2, "and no longer of the same after a minute"
+
+
+def test_a_crowd_of_bogus_members_stands_before_no_question_for_goodbyes(state: State) -> None:
+    exchange = Exchange(state, lambda _: None, Event())
+    hosts, bogus = {f"barge{n}": record(n) for n in (2, 3, 4)}, {f"bogus{n}": "no record" for n in range(100)}
+    met = Report(Roster(hosts, refused=bogus), tuple(member(n) for n in (1, 2, 3, 4)))
+    for _ in range(20):
+        exchange.after(met)
+    assert exchange._jobs.qsize() < MOST_JOBS // 2, "bogus members leave room"
+    exchange._jobs.queue.clear()
+    exchange._asked_at = {"anybody": math.inf}
+    exchange.after(met)
+    assert exchange._meet_anybody not in exchange._jobs.queue, "where most members are hosts, gossip will do"
+    crowd = tuple(replace(member(9), name=name) for name in bogus)
+    exchange._asked_at = {}
+    exchange.after(replace(met, members=met.members + crowd))
+    assert exchange._meet_anybody in exchange._jobs.queue
+    assert exchange._ask_anybody in exchange._jobs.queue, "from time to time, whatever else is to be asked"
 
 
 def test_a_record_that_never_counts_is_not_kept_and_stands_before_no_other(state: State) -> None:
