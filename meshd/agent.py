@@ -335,7 +335,7 @@ class Agent:
                 pause = RETRY
             lost = self.report.lost
             try:
-                joined = gossip.rejoin(self.state, lost)
+                joined = gossip.rejoin(self.state, lost.values())
             except MeshdError as error:
                 log.debug("rejoin: %s", error)
                 continue

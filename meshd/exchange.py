@@ -38,8 +38,8 @@ LONGEST_PAUSE = 300.0
 CALM = 5.0
 ASKED = "serf: asked for readiness"
 """The hint that somebody waits for a pass."""
-# Records that wait to be asked for, questions of all kinds that do, and records that are kept for a pass: a thousand
-# bogus members, or askers, must neither keep everybody busy nor stand before what matters more.
+# Questions that wait at most when a record is to be asked for, and when anything else is; and records that are kept for
+# a pass. A thousand bogus members, or askers, must neither keep everybody busy nor stand before what matters more.
 MOST_RECORDS, MOST_JOBS, MOST_HEARD = 3, 10, 1000
 
 
@@ -160,7 +160,8 @@ class Exchange:
         gossip.meet(self.state, self._anybody(), gossip.TELL, replay=True)
 
     def _anybody(self) -> Collection[str]:
-        return random.sample(sorted(self._alive), min(1, len(self._alive)))
+        alive = sorted(self._alive)
+        return random.sample(alive, min(1, len(alive)))
 
     def _ask_record(self, name: str, of: Collection[str]) -> None:
         record = gossip.ask_record(self.state, name, of)
@@ -268,4 +269,5 @@ class Exchange:
         """Ask who knows other tombstones than this host: it may know more."""
         if question.asker in self._roster.hosts and question.digest != self.state.roster().graves.digest:
             asker = frozenset({question.asker})
-            self._ask_soon(partial(self._ask_gone, asker), asker)
+            # Anybody with the gossip key can ask in any host's name.
+            self._ask_soon(partial(self._ask_gone, asker), asker, room=MOST_JOBS // 2)

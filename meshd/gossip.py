@@ -1,9 +1,10 @@
 """This host's own Serf agent: its configuration from the state directory, its start, and finding the others."""
 
+import math
 import random
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,8 @@ ASK = 1.0
 ASK_FOR = 30.0
 # A host without a daemon answers when it has acted on what it is told, and Serf may have other handlers to run first.
 TELL = 3.0
+# Longer than Serf tries one address, and waits for one that it tries already.
+JOIN = 30.0
 MEMBER_EVENTS = "member-join,member-leave,member-failed,member-update,member-reap"
 
 
@@ -112,35 +115,31 @@ def stop(state: State) -> None:
         serf.stop(pid)
 
 
-def rejoin(state: State, lost: Mapping[str, Endpoint]) -> int:
-    """Join lost hosts by their addresses; give the number that answered.
+def rejoin(state: State, lost: Collection[Endpoint], seconds: float = math.inf, *, replay: bool = False) -> int:
+    """Join hosts by their addresses, as long as there is time; give the number that answered. Raises SerfError.
 
     Serf itself remembers too little of whom it knew: after a restart or a long partition only this brings it back.
     """
-    joined = 0
-    if lost:
-        with rpc(state, timeout=30) as client:
-            # One at a time: a dead address must not hold up the others for longer than one time-out.
-            # And in any order: those who are dead for good must not always come first.
-            for address in random.sample([*lost.values()], len(lost)):
-                with suppress(SerfError):
-                    joined += client.join([str(address)])
+    joined, until = 0, time.monotonic() + seconds
+    # One at a time: Serf waits 10 s for a dead address, and must not do so for more of them without us.
+    # And in any order: those who are dead for good must not always come first.
+    for address in random.sample([*lost], len(lost)):
+        left = min(until - time.monotonic(), JOIN)
+        if left > 0:
+            with rpc(state) as client, suppress(SerfError):
+                client.wait_at_most(left)
+                joined += client.join([str(address)], replay=replay)
     return joined
 
 
 def meet(state: State, names: Collection[str], seconds: float, *, replay: bool = False) -> int:
-    """Exchange all that there is with hosts that gossip does not reach; give the number of those that were met.
+    """Exchange all that there is with hosts that gossip does not reach; give the number that was met. Raises SerfError.
 
-    What takes longer goes on without us. Serf passes an event or a query on to a few members picked at random, dead
-    ones among them, and may miss one. Two agents that join exchange all that they know, and they do it by TCP; the
-    latest events are told to those who are met, and with `replay` heard from them as well.
+    Serf passes an event or a query on to a few members picked at random, dead ones among them, and may miss one. Two
+    agents that join exchange all that they know, and they do it by TCP; the latest events are told to those who are
+    met, and with `replay` heard from them as well.
     """
-    addresses = [str(endpoint) for name, endpoint in state.contacts().items() if name in names]
-    if addresses:
-        # Serf waits 10 s for each that is cut off from here, one after the other.
-        with suppress(SerfError), rpc(state, timeout=seconds) as client:
-            return client.join(random.sample(addresses, len(addresses)), replay=replay)
-    return 0
+    return rejoin(state, [e for name, e in state.contacts().items() if name in names], seconds, replay=replay)
 
 
 def spread(state: State, seconds: float) -> None:
@@ -149,7 +148,8 @@ def spread(state: State, seconds: float) -> None:
     Among many that swallow it that takes longer; Serf then goes on without us.
     """
     if (claim := state.claim()) is not None:
-        with suppress(SerfError), rpc(state, timeout=seconds) as client:
+        with suppress(SerfError), rpc(state) as client:
+            client.wait_at_most(seconds)
             client.tags(encode(claim.record), [])
 
 

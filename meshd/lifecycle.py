@@ -223,15 +223,16 @@ def _say_goodbye(state: State) -> str:
         try:
             gossip.spread(state, ASK)
             if not adopted:
-                gossip.rejoin(state, membership.lost(state.contacts(), client.members()))
-            told = wait_ready(state, claim.record.seq, GOODBYE_TIMEOUT)
-            met = _tell_in_person(state, claim.record, told.missing) if told.missing else 0
+                gossip.rejoin(state, membership.lost(state.contacts(), client.members()).values())
+            told = wait_ready(state, claim.record.seq, GOODBYE_TIMEOUT, meeting=False)
+            over = bool(ended(state))
+            met = _tell_in_person(state, claim.record, told.missing) if told.missing and not over else 0
         except MeshdError as error:
             return str(error)
         # Among many that swallow it Serf may not see its leave go out in time. What counts has been said.
         with suppress(SerfError):
             client.leave()
-    return "" if told.ready or met or ended(state) else "no other host has confirmed it"
+    return "" if told.ready or met or over else "no other host has confirmed it"
 
 
 def _tell_in_person(state: State, record: Record, missing: Collection[str]) -> int:
@@ -239,9 +240,11 @@ def _tell_in_person(state: State, record: Record, missing: Collection[str]) -> i
 
     As an event, too, which they go on telling each other when this host is no longer there.
     """
-    with suppress(SerfError):
+    try:
         gossip.tell_gone(state, Graves({state.settings.name: tombstones.said(record)}))
-    return gossip.meet(state, missing, MEETING)
+        return gossip.meet(state, missing, MEETING)
+    except MeshdError:
+        return 0
 
 
 def forget(state: State, name: str) -> Readiness:
@@ -352,10 +355,13 @@ def _attach(bridge: Bridge, containers: Iterable[Attachment], say: Callable[[str
     return off
 
 
-def wait_ready(state: State, seq: int, timeout: float, progress: Progress = lambda *_: None) -> Readiness:
+def wait_ready(
+    state: State, seq: int, timeout: float, progress: Progress = lambda *_: None, *, meeting: bool = True
+) -> Readiness:
     """Ask the others until all alive, admitted hosts have applied this host's record `seq`, or time is over.
 
-    `progress` gets the number that is ready and the number of all, this host included.
+    `progress` gets the number that is ready and the number of all, this host included. With `meeting` those who do not
+    answer are met in person.
     """
     settings = state.settings
     question = Question(settings.name, seq)
@@ -371,7 +377,7 @@ def wait_ready(state: State, seq: int, timeout: float, progress: Progress = lamb
             return Readiness(frozenset(ready & expected), frozenset(missing))
         if asked:
             gossip.spread(state, ASK)
-        if asked >= PATIENCE:
+        if meeting and asked >= PATIENCE:
             gossip.meet(state, missing, ASK)
         nodes = gossip.named(missing)
         wait = min(_ask_timeout(len(expected)), max(ASK, deadline - time.monotonic()))

@@ -282,8 +282,10 @@ def bury(state: State, graves: Graves) -> bool:
     with state.lock():
         known, claim = state.roster(), state.claim()
         own = state.settings.name
-        # What was said of an earlier host of this name is over; that of this host itself must be known (see ENDED).
-        current = {n: g for n, g in graves.gone.items() if n != own or (claim is not None and g.voids(claim.record))}
+        # What was said of an earlier host of this name is over, and what this host says itself as it leaves is no news;
+        # but that it has been forgotten must be known (see ENDED).
+        staying = claim.record if claim is not None and not claim.record.leaving else None
+        current = {n: g for n, g in graves.gone.items() if n != own or (staying is not None and g.voids(staying))}
         host = Host(own, claim.record) if claim is not None else None
         roster = membership.bury(known, state.mesh, Graves(current, graves.revoked), host, time.time())
         if roster.graves == known.graves:

@@ -85,6 +85,11 @@ class Serf:
             self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()
 
+    def wait_at_most(self, seconds: float) -> None:
+        """Wait no longer for an answer from now on. After one that comes too late the connection is of no more use."""
+        self._timeout = seconds
+        self._connection.settimeout(seconds)
+
     # --- commands --------------------------------------------------------------------------------------------------
 
     def members(self) -> list[Member]:
@@ -104,8 +109,8 @@ class Serf:
         """Set and delete own tags. It takes 0.5 s: the agent waits for the gossip to have left.
 
         An agent whose wait was in vain may have lost the change to one of the same moment (its own answer to a
-        suspicion, or somebody else's call): it is told again. A connection with a shorter time-out than
-        BROADCAST_TIMEOUT only hears nothing of it: the agent goes on.
+        suspicion, or somebody else's call): it is told again. Who waits for no longer than BROADCAST_TIMEOUT does not
+        hear of that; the agent goes on.
         """
         request = {"Tags": dict(tags), "DeleteTags": list(delete)}
         lost = retry_if_exception(lambda error: isinstance(error, SerfError) and "update broadcast" in str(error))

@@ -208,3 +208,12 @@ def test_the_settings_are_forgotten_last(tmp_path: Path) -> None:
 def test_files_are_readable_json(state: State) -> None:
     files.write_json(state.directory / "hosts.json", {"b": 1, "a": 2})
     assert list(json.loads((state.directory / "hosts.json").read_bytes())) == ["a", "b"]
+
+
+def test_what_a_host_says_itself_as_it_leaves_does_not_end_it(state: State) -> None:
+    """Serf gives a user event to who sends it as well: without a daemon the handler hears of the host's own goodbye."""
+    subnet = record(1).subnet
+    state.publish(subnet=subnet, endpoint=endpoint(state.settings), settled=True)
+    last = state.publish(subnet=subnet, endpoint=endpoint(state.settings), settled=True, leaving=True).record
+    assert not bury(state, Graves({"barge1": said(last)}))
+    assert membership_ended(Host("barge1", last), state.roster(), time.time()) == ""
