@@ -79,10 +79,11 @@ PCAP_HEADER = 24
 IN_CLEAR = f"dst net 172.20.0.0/16 and not src host {network.GATEWAY}"
 # A subnet that no host of a lab has.
 NOBODYS = "172.20.250.1"
-# Sends to each address until its input ends, whatever comes of it.
+# Says that it is there; sends to each address until its input ends, whatever comes of it.
 TALK = """
 import select, socket, sys
 sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+print("here", flush=True)
 while not select.select([sys.stdin], [], [], 0.02)[0]:
     for target in sys.argv[1:]:
         try:
@@ -112,8 +113,10 @@ def talking(host: LabHost, *others: LabHost) -> Iterator[None]:
     command = [sys.executable, "-I", "-c", TALK, *targets]
     box = host.run(["sh", "-c", "docker inspect -f '{{.State.Pid}}' box 2>/dev/null"], check=False).stdout.strip()
     inside = [["nsenter", f"--target={box}", "--net", *command]] if box else []
-    talkers = [host.popen(words, stdin=subprocess.PIPE) for words in (command, *inside)]
+    talkers = [host.popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for words in (command, *inside)]
     try:
+        # What the block does may end the container: on a busy machine before anybody has entered it.
+        assert all(talker.stdout and talker.stdout.readline() for talker in talkers), "they talk"
         yield
         assert all(talker.poll() is None for talker in talkers), "they talk all the while"
     finally:
