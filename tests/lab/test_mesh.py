@@ -180,7 +180,8 @@ def test_a_fourth_host_joins_through_any_and_leaves_without_a_trace(mesh: Mesh, 
         before, others = snapshot(fourth), [snapshot(host) for host in mesh.hosts]
         join(fourth, mesh.hosts[via], mesh.invitation, "--no-docker")
         for host in mesh.hosts:
-            assert rtt(host, "serf0", overlay(fourth, 0)), f"{host.name} does not reach barge4"
+            # On a busy machine first handshakes cross, and are begun anew after up to 5 s (docs/adr/0013).
+            eventually(lambda h=host: rtt(h, "serf0", overlay(fourth, 0)), 6, f"{host.name} reaches barge4")  # type: ignore[misc]
             assert ping(fourth, overlay(host, 1))
         began = time.monotonic()
         fourth.run(["meshd", "leave"])
