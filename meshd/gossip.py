@@ -115,7 +115,7 @@ def stop(state: State) -> None:
         serf.stop(pid)
 
 
-def rejoin(state: State, lost: Collection[Endpoint], seconds: float = math.inf, *, replay: bool = False) -> int:
+def rejoin(state: State, endpoints: Collection[Endpoint], seconds: float = math.inf, *, replay: bool = False) -> int:
     """Join hosts by their addresses, as long as there is time; give the number that answered. Raises SerfError.
 
     Serf itself remembers too little of whom it knew: after a restart or a long partition only this brings it back.
@@ -123,12 +123,12 @@ def rejoin(state: State, lost: Collection[Endpoint], seconds: float = math.inf, 
     joined, until = 0, time.monotonic() + seconds
     # One at a time: Serf waits 10 s for a dead address, and must not do so for more of them without us.
     # And in any order: those who are dead for good must not always come first.
-    for address in random.sample([*lost], len(lost)):
+    for endpoint in random.sample([*endpoints], len(endpoints)):
         left = min(until - time.monotonic(), JOIN)
         if left > 0:
             with rpc(state) as client, suppress(SerfError):
                 client.wait_at_most(left)
-                joined += client.join([str(address)], replay=replay)
+                joined += client.join([str(endpoint)], replay=replay)
     return joined
 
 

@@ -33,5 +33,6 @@ class SerfTags:
         resource = change.resource
         assert isinstance(resource, Tags)  # noqa: S101  what the dispatch by kind guarantees, for the type checker
         wanted = {} if change.action is Action.REMOVE else dict(resource.tags)
+        # Whether the change has gone out, and has to be told again, is known after BROADCAST_TIMEOUT.
         with Serf.connect(self._port, self._auth_key, 2 * BROADCAST_TIMEOUT) as serf:
             serf.tags(wanted, [name for name in self._names if name not in wanted])
