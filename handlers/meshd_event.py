@@ -5,8 +5,8 @@
 
 With a daemon it is a hint: one datagram to the daemon's socket, standard library only, fire and forget (Serf runs
 handlers one after the other and without a time-out, so a slow one holds up everything). Without a daemon it becomes
-`python3 -m meshd.handler`, which makes a pass by itself. The state directory is its argument, $MESHD_STATE_DIR, or
-/var/lib/meshd.
+`python3 -m meshd.daemon.handler`, which makes a pass by itself. The state directory is its argument, $MESHD_STATE_DIR,
+or /var/lib/meshd.
 """
 
 # What `socket` is made of. Importing that takes as long as starting Python does, on each host for each event.
@@ -29,7 +29,7 @@ def main() -> None:
     except BlockingIOError:
         return  # the daemon has hints enough waiting
     except OSError:
-        os.execv(sys.executable, [sys.executable, "-I", "-m", "meshd.handler", directory])  # noqa: S606  no shell is meant
+        os.execv(sys.executable, [sys.executable, "-I", "-m", "meshd.daemon.handler", directory])  # noqa: S606  no shell is meant
 
 
 if __name__ == "__main__":

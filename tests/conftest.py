@@ -13,13 +13,13 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from meshd import credentials
-from meshd.config import Settings
-from meshd.credentials import Trust
-from meshd.membership import Mesh
-from meshd.model import Certificate, Delegation, Endpoint, Host, Member, Record, Status
-from meshd.state import State
-from meshd.tags import encode
+from meshd.mesh import certificates
+from meshd.mesh.certificates import Trust
+from meshd.mesh.membership import Mesh
+from meshd.mesh.model import Certificate, Delegation, Endpoint, Host, Member, Record, Status
+from meshd.mesh.records import encode
+from meshd.state.directory import State
+from meshd.state.settings import Settings
 
 OVERLAY = IPv4Network("172.20.0.0/16")
 GOLDEN = Path(__file__).parent / "golden"
@@ -40,7 +40,7 @@ def seed(name: str) -> bytes:
 
 
 AUTHORITY = seed("authority")
-MESH = Mesh(OVERLAY, 24, Trust("meshd", credentials.public(AUTHORITY)))
+MESH = Mesh(OVERLAY, 24, Trust("meshd", certificates.public(AUTHORITY)))
 # Before every certificate of the tests that expires, and after those that have.
 NOW = 1_000_000.0
 
@@ -53,21 +53,21 @@ def public_key(name: str) -> str:
 def certificate(name: str, *, serial: int = 0, expires: int = 0, subnets: tuple[IPv4Network, ...] = ()) -> Certificate:
     """What the authority gives to a host of this name; its serial is the name's digest unless it is given."""
     serial = serial or int.from_bytes(seed(name)[:7], "big")
-    unsigned = Certificate(serial, expires, credentials.public(seed(f"identity of {name}")), subnets)
-    return credentials.certify(AUTHORITY, "meshd", name, unsigned)
+    unsigned = Certificate(serial, expires, certificates.public(seed(f"identity of {name}")), subnets)
+    return certificates.certify(AUTHORITY, "meshd", name, unsigned)
 
 
 @cache
 def delegation(prefix: str = "", *, expires: int = int(NOW) + 60, subnets: tuple[IPv4Network, ...] = ()) -> Delegation:
     """What a reusable invitation carries; its seed is seed("delegate")."""
-    unsigned = Delegation(7, expires, credentials.public(seed("delegate")), prefix, subnets)
-    return credentials.delegate(AUTHORITY, "meshd", unsigned)
+    unsigned = Delegation(7, expires, certificates.public(seed("delegate")), prefix, subnets)
+    return certificates.delegate(AUTHORITY, "meshd", unsigned)
 
 
 def delegated(name: str, by: Delegation) -> Certificate:
     """What a host of this name makes itself with a reusable invitation."""
-    identity = credentials.public(seed(f"identity of {name}"))
-    return credentials.certify_by(seed("delegate"), "meshd", name, identity, by)
+    identity = certificates.public(seed(f"identity of {name}"))
+    return certificates.certify_by(seed("delegate"), "meshd", name, identity, by)
 
 
 def record(
@@ -90,7 +90,7 @@ def record(
         certificate=by or certificate(name),
         leaving=leaving,
     )
-    return credentials.sign(seed(f"identity of {name}"), "meshd", name, unsigned)
+    return certificates.sign(seed(f"identity of {name}"), "meshd", name, unsigned)
 
 
 def host(number: int) -> Host:

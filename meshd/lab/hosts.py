@@ -15,7 +15,7 @@ from typing import Any
 
 from meshd.errors import InputError, MeshdError, MissingError
 from meshd.lab import docker, network
-from meshd.model import IPAddress
+from meshd.mesh.model import IPAddress
 
 DEFAULT = Path("/var/lib/meshd-lab")
 HOLDER = Path(__file__).with_name("holder.py")

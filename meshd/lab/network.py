@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from meshd.errors import InputError, MeshdError
-from meshd.model import IPAddress
+from meshd.mesh.model import IPAddress
 
 BRIDGE = "underlay"
 GATEWAY = IPv4Address("10.10.10.1")
@@ -60,7 +60,7 @@ def make_switch(pid: int) -> None:
 
 def plug_in(switch: int, host: int, name: str, underlay: str, mtu: int) -> None:
     """Lay a cable from the switch to a host, and give the host its addresses and its default routes."""
-    from meshd.netlink import tolerating  # noqa: PLC0415  as in _netlink
+    from meshd.net.netlink import tolerating  # noqa: PLC0415  as in _netlink
 
     if _number(name) > FEW:
         _make_room_for_neighbours()

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from meshd import plan
-from meshd.agent import GARBAGE, Agent
+from meshd.daemon.agent import GARBAGE, Agent
 from meshd.errors import MeshdError
-from meshd.reconcile import MEMBERSHIP, Machine, members, reconcile
-from meshd.state import State
+from meshd.reconcile import plan
+from meshd.reconcile.run import MEMBERSHIP, Machine, members, reconcile
+from meshd.state.directory import State
 
 # The kinds of a pass by its hint: the timer's looks at all, Serf's at what a member can change.
 KINDS = {"full": frozenset(plan.ORDER), "hint": MEMBERSHIP}

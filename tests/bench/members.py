@@ -2,10 +2,10 @@
 
 from ipaddress import IPv4Address, IPv4Network
 
-from meshd.config import Settings
-from meshd.model import Endpoint, Member, Record, Status
-from meshd.state import State
-from meshd.tags import encode
+from meshd.mesh.model import Endpoint, Member, Record, Status
+from meshd.mesh.records import encode
+from meshd.state.directory import State
+from meshd.state.settings import Settings
 from tests.conftest import MESH, certificate, record, seed
 
 OVERLAY = IPv4Network("10.0.0.0/8")  # 65,534 subnets

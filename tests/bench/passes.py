@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from meshd.state import State
+from meshd.state.directory import State
 from tests.bench import members as simulated
 from tests.bench.daemon import Cost
 from tests.bench.report import Result, Target

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from meshd.lab.hosts import LabHost
-from meshd.state import State
+from meshd.state.directory import State
 from tests.bench import members as simulated
 from tests.bench.stand_in import serving
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from meshd.lab.hosts import LabHost
-from meshd.wireguard.userspace import exchange
+from meshd.net.wireguard.userspace import exchange
 from tests.bench.journal import pinging
 from tests.bench.mesh import Mesh, standing
 from tests.bench.report import Result, Target

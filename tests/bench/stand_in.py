@@ -12,8 +12,8 @@ from typing import Any
 
 import msgpack
 
-from meshd.model import Member
-from meshd.tags import LIMIT, size
+from meshd.mesh.model import Member
+from meshd.mesh.records import LIMIT, size
 
 _SILENT = {"monitor", "stream", "event", "query"}
 _WITH_BODY = {"handshake", "auth", "tags", *_SILENT}

@@ -15,7 +15,7 @@ from tests.lab.conftest import PCAP_HEADER, overlay
 
 # One process for both, which is half of the time.
 ASK = """
-from meshd.cli import main
+from meshd.cli.main import main
 for command in (["plan"], ["members", "--json"]):
     try:
         main(command, standalone_mode=False)

@@ -4,10 +4,10 @@ from ipaddress import IPv4Network
 
 import pytest
 
-from meshd import wireguard
-from meshd.identity import public_key
-from meshd.model import Action, Change, Device, Endpoint, Peer
-from meshd.wireguard import encode_key, kernel
+from meshd.mesh.invitations import public_key
+from meshd.mesh.model import Action, Change, Device, Endpoint, Peer
+from meshd.net import wireguard
+from meshd.net.wireguard import encode_key, kernel
 from tests.netns.conftest import Namespace
 
 pytestmark = [pytest.mark.root, pytest.mark.kernel]

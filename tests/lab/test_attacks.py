@@ -19,13 +19,13 @@ from typing import Any
 
 import pytest
 
-from meshd import credentials, tombstones
+from meshd.gossip.messages import EVENT_LIMIT, GONE, RECORD, announcement
 from meshd.lab.hosts import Lab, LabHost
-from meshd.model import Certificate, Delegation, Endpoint, Record
-from meshd.queries import EVENT_LIMIT, GONE, RECORD, announcement
-from meshd.state import State
-from meshd.tags import encode, to_wire
-from meshd.tombstones import Graves
+from meshd.mesh import certificates, tombstones
+from meshd.mesh.model import Certificate, Delegation, Endpoint, Record
+from meshd.mesh.records import encode, to_wire
+from meshd.mesh.tombstones import Graves
+from meshd.state.directory import State
 from tests.lab.conftest import (
     PCAP_HEADER,
     assemble,
@@ -140,7 +140,7 @@ def keys(host: LabHost) -> tuple[bytes, Record]:
 def signed(host: LabHost, record: Record, name: str | None = None) -> dict[str, str]:
     """The tags of a new record that the host's own identity has signed: what a member can do that overreaches."""
     record = replace(record, seq=time.time_ns() // 10**6)
-    return encode(credentials.sign(keys(host)[0], "meshd", name or host.name, record))
+    return encode(certificates.sign(keys(host)[0], "meshd", name or host.name, record))
 
 
 @pytest.fixture(scope="module")
@@ -349,7 +349,7 @@ def test_member_with_an_older_certificate_does_not_push_anybody_off_its_subnet(s
     """Two that have not known each other settle such a claim by their serials, and the later one moves after 5 s."""
     founder, own = state(scene.mesh[0]).authority_key, keys(insider)[1]
     assert founder is not None
-    first = credentials.certify(founder, "meshd", "barge4", replace(own.certificate, serial=1))
+    first = certificates.certify(founder, "meshd", "barge4", replace(own.certificate, serial=1))
     with scene.agent("barge4", signed(insider, replace(own, subnet=IPv4Network("172.20.102.0/24"), certificate=first))):
         scene.refused("barge4", "is held by barge2")
         time.sleep(8)
@@ -394,9 +394,9 @@ def test_member_publishes_an_older_record_of_another_host(scene: Scene) -> None:
 def test_member_whose_certificate_has_expired(scene: Scene, insider: LabHost) -> None:
     founder, seed = state(scene.mesh[0]).authority_key, keys(insider)[0]
     assert founder is not None
-    brief = Certificate(99, int(time.time()) + 6, credentials.public(seed))
+    brief = Certificate(99, int(time.time()) + 6, certificates.public(seed))
     own = keys(insider)[1]
-    brief = credentials.certify(founder, "meshd", "barge4", brief)
+    brief = certificates.certify(founder, "meshd", "barge4", brief)
     with scene.agent("barge4", signed(insider, replace(own, certificate=brief))):
         eventually(lambda: not any(peer_of(host, own) for host in scene.mesh), 25, "it is cut off everywhere")
         scene.refused("barge4", "its certificate expired on")
@@ -417,8 +417,8 @@ def test_member_with_a_certificate_of_another_mesh(scene: Scene, what: str) -> N
     assert founder is not None
     seed, signer = os.urandom(32), os.urandom(32) if what == "authority" else founder
     mesh = "other" if what == "mesh" else "meshd"
-    made = credentials.certify(signer, mesh, "guest", Certificate(5, 0, credentials.public(seed)))
-    record = credentials.sign(seed, "meshd", "guest", made_up(scene, made, "172.20.99.0/24"))
+    made = certificates.certify(signer, mesh, "guest", Certificate(5, 0, certificates.public(seed)))
+    record = certificates.sign(seed, "meshd", "guest", made_up(scene, made, "172.20.99.0/24"))
     with scene.agent("guest", encode(record)):
         scene.refused("guest", "not from this mesh's authority")
 
@@ -436,10 +436,10 @@ def test_delegated_key_goes_beyond_its_terms(scene: Scene, what: str) -> None:
     founder = state(scene.mesh[0]).authority_key
     assert founder is not None
     seed, own = os.urandom(32), os.urandom(32)
-    terms = Delegation(3, int(time.time()) + ttl, credentials.public(seed), "web-", (IPv4Network("172.20.99.0/24"),))
-    terms = credentials.delegate(founder, "meshd", terms)
-    made = credentials.certify_by(seed, "meshd", name, credentials.public(own), terms)
-    with scene.agent(name, encode(credentials.sign(own, "meshd", name, made_up(scene, made, subnet)))):
+    terms = Delegation(3, int(time.time()) + ttl, certificates.public(seed), "web-", (IPv4Network("172.20.99.0/24"),))
+    terms = certificates.delegate(founder, "meshd", terms)
+    made = certificates.certify_by(seed, "meshd", name, certificates.public(own), terms)
+    with scene.agent(name, encode(certificates.sign(own, "meshd", name, made_up(scene, made, subnet)))):
         scene.refused(name, reason)
 
 
@@ -449,17 +449,17 @@ def test_delegated_key_speaks_for_a_host_that_it_has_not_made(scene: Scene, ttl:
     founder, victim = state(scene.mesh[0]).authority_key, state(scene.mesh[0]).roster().hosts["barge2"]
     assert founder is not None
     seed, own = os.urandom(32), os.urandom(32)
-    terms = credentials.delegate(founder, "meshd", Delegation(4, int(time.time()) + ttl, credentials.public(seed)))
-    made = credentials.certify_by(seed, "meshd", "barge2", credentials.public(own), terms)
+    terms = certificates.delegate(founder, "meshd", Delegation(4, int(time.time()) + ttl, certificates.public(seed)))
+    made = certificates.certify_by(seed, "meshd", "barge2", certificates.public(own), terms)
     elsewhere = Endpoint(scene.stranger.address, 51820)
     stolen = replace(victim, certificate=made, seq=2**48 - 2, endpoint=elsewhere)
-    stolen = credentials.sign(own, "meshd", "barge2", stolen)
-    goodbye = credentials.sign(own, "meshd", "barge2", replace(stolen, leaving=True))
+    stolen = certificates.sign(own, "meshd", "barge2", stolen)
+    goodbye = certificates.sign(own, "meshd", "barge2", replace(stolen, leaving=True))
     (grave,) = Graves({"barge2": tombstones.said(goodbye)}).pages(EVENT_LIMIT)
     events = [(GONE, grave.hex()), (RECORD, announcement("barge2", to_wire(stolen)).hex())]
     script = (
-        "import json, sys; from meshd import gossip; from meshd.state import State\n"
-        "with gossip.rpc(State()) as serf:\n"
+        "import json, sys; from meshd.gossip import calls; from meshd.state.directory import State\n"
+        "with calls.rpc(State()) as serf:\n"
         "    for name, payload in json.load(sys.stdin): serf.event(name, bytes.fromhex(payload))"
     )
     scene.mesh[2].run([sys.executable, "-c", script], text=json.dumps(events))

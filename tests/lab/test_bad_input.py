@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from meshd import identity
 from meshd.lab.hosts import Lab, LabHost
+from meshd.mesh import invitations
 from tests.lab.conftest import eventually, init, join, ping, snapshot
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
@@ -96,10 +96,10 @@ def test_an_address_that_answers_but_is_no_mesh(scene: Scene) -> None:
 
 
 def test_an_invitation_to_another_mesh(scene: Scene) -> None:
-    ours = identity.decode(scene.invitation)
+    ours = invitations.decode(scene.invitation)
     other = replace(ours, gossip_key=b"k" * 32)
     error = scene.refused(
-        scene.guest, "join", "10.10.10.101", "--no-docker", env={"MESHD_INVITE": identity.encode(other)}
+        scene.guest, "join", "10.10.10.101", "--no-docker", env={"MESHD_INVITE": invitations.encode(other)}
     )
     assert "the invitation is of another mesh" in error
 
@@ -298,10 +298,10 @@ def test_joining_another_mesh_needs_to_leave_the_first(scene: Scene) -> None:
     guest = scene.guest
     if not scene.state(guest):
         join(guest, scene.member, scene.invitation, "--no-docker")
-    ours = identity.decode(scene.invitation)
+    ours = invitations.decode(scene.invitation)
     other = replace(ours, mesh="other", authority=b"k" * 32)
     before = snapshot(guest)
-    done = guest.run(["meshd", "join", "10.10.10.101"], check=False, env={"MESHD_INVITE": identity.encode(other)})
+    done = guest.run(["meshd", "join", "10.10.10.101"], check=False, env={"MESHD_INVITE": invitations.encode(other)})
     assert done.returncode == 2
     assert "is in the mesh 'meshd' already" in done.stderr
     done = guest.run(["meshd", "init"], check=False)

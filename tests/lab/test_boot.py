@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from meshd import service
+from meshd.daemon import service
 from meshd.lab import network
 from meshd.lab.hosts import Lab, LabHost
 from tests.lab.conftest import eventually, init, join, ping, snapshot

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from meshd.lab.hosts import Lab, LabHost
-from meshd.state import State
+from meshd.state.directory import State
 from tests.lab.conftest import assemble, eventually, log, nothing_in_clear, overlay, peers, ping, settled
 from tests.lab.faults import new_key, readdress, rewritten
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from meshd import identity
 from meshd.lab.hosts import Lab, LabHost
+from meshd.mesh import invitations
 from tests.lab.conftest import eventually, init, join, peers, ping, snapshot
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
@@ -40,7 +40,7 @@ def alone(lab: Lab) -> Iterator[Alone]:
     hosts = lab.hosts()
     before = [snapshot(host) for host in hosts]
     invitation = init(hosts[0], "--no-docker", "--no-daemon")
-    key = base64.b64encode(identity.decode(invitation).gossip_key).decode()
+    key = base64.b64encode(invitations.decode(invitation).gossip_key).decode()
     agents = []
     for host in hosts:
         if host is not hosts[0]:

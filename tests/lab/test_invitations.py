@@ -7,10 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from meshd import authority, identity
-from meshd.authority import Terms
 from meshd.lab.hosts import Lab, LabHost
-from meshd.state import State
+from meshd.mesh import invitations
+from meshd.state import authority
+from meshd.state.authority import Terms
+from meshd.state.directory import State
 from tests.lab.conftest import eventually, init, invitation, join, members, overlay, peers, ping, snapshot
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
@@ -64,7 +65,7 @@ def test_an_invitation_for_one_host_gives_it_its_name_and_its_subnet(hosts: list
 
 def test_an_invitation_that_is_not_good_any_more_says_why(hosts: list[LabHost]) -> None:
     one, two, _ = hosts
-    old = identity.encode(authority.invite(state(one), "barge2", Terms(expires=int(time.time()) - 60)))
+    old = invitations.encode(authority.invite(state(one), "barge2", Terms(expires=int(time.time()) - 60)))
     assert re.search(
         r"the invitation expired on 20\d\d-\d\d-\d\d \d\d:\d\d UTC: ask for another one", refused(two, old)
     )

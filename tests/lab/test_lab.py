@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from meshd.cli import main
+from meshd.cli.main import main
 from meshd.lab import docker, images
 from meshd.lab.hosts import Lab
 from tests.lab.conftest import eventually, ping

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from meshd.agent import HELD_BACK
+from meshd.daemon.agent import HELD_BACK
 from meshd.lab import images, network
 from meshd.lab.hosts import Lab, LabHost
 from tests.lab.conftest import SERVER, eventually, fetch, init, join, overlay, ping, rtt, run_container, serf, snapshot

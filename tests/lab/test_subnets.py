@@ -9,9 +9,9 @@ from itertools import count, islice
 
 import pytest
 
-from meshd import addressing
 from meshd.lab import images
 from meshd.lab.hosts import Lab, LabHost
+from meshd.mesh import addressing
 from tests.lab.conftest import eventually, init, join, log, members, nothing_in_clear, ping, rtt, run_box
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]

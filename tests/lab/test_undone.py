@@ -26,10 +26,11 @@ FULL_DISK = """
 import os
 from ipaddress import IPv4Address
 from pathlib import Path
-from meshd import authority, lifecycle
-from meshd.config import Settings
-from meshd.reconcile import endpoint
-from meshd.state import State
+from meshd.state import authority
+from meshd.lifecycle import join as lifecycle
+from meshd.state.settings import Settings
+from meshd.reconcile.run import endpoint
+from meshd.state.directory import State
 
 state = State()
 settings = Settings(name="barge2", bind=IPv4Address("10.10.10.102"), docker=False)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from pyroute2 import IPRoute, netns
 
-from meshd.netlink import one_socket
+from meshd.net.netlink import one_socket
 
 _numbers = itertools.count()
 

@@ -8,8 +8,9 @@ from ipaddress import IPv4Address, IPv6Address
 
 import pytest
 
-from meshd import firewall, openings
-from meshd.config import Settings
+from meshd.audit import openings
+from meshd.net import firewall
+from meshd.state.settings import Settings
 from tests.conftest import eventually
 from tests.netns.conftest import Namespace
 

@@ -8,10 +8,10 @@ from ipaddress import IPv4Network
 
 import pytest
 
-from meshd import firewall, rules
 from meshd.errors import ApplyError
-from meshd.firewall import Iptables, Nftables, render
-from meshd.model import Action, Change, Engine, IptablesRule, Table
+from meshd.mesh.model import Action, Change, Engine, IptablesRule, Table
+from meshd.net import firewall, rules
+from meshd.net.firewall import Iptables, Nftables, render
 from tests.conftest import OVERLAY
 from tests.netns.conftest import Namespace
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from meshd.model import Route, Table
-from meshd.reconcile import dismantle, endpoint, reconcile
-from meshd.state import State
+from meshd.mesh.model import Route, Table
+from meshd.reconcile.run import dismantle, endpoint, reconcile
+from meshd.state.directory import State
 from tests.netns.conftest import Namespace
 
 pytestmark = [pytest.mark.root]

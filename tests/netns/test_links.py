@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from meshd import links, netlink, underlay
 from meshd.errors import ApplyError, ConflictError, InputError
-from meshd.model import Action, Address, Change, Link, Route, Sysctl
-from meshd.routes import Routes
+from meshd.mesh.model import Action, Address, Change, Link, Route, Sysctl
+from meshd.net import links, netlink, underlay
+from meshd.net.routes import Routes
 from tests.netns.conftest import Namespace
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("netns", "sockets")]

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from meshd.errors import ApplyError, ConflictError
-from meshd.model import Action, Change, Route
-from meshd.routes import PROTOCOL, Routes, overlapping
+from meshd.mesh.model import Action, Change, Route
+from meshd.net.routes import PROTOCOL, Routes, overlapping
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("sockets")]
 

@@ -14,10 +14,10 @@ from threading import Thread
 
 import pytest
 
-from meshd import serf
 from meshd.errors import ConflictError, SerfError
-from meshd.model import Endpoint, Status
-from meshd.serf import Serf
+from meshd.gossip import serf
+from meshd.gossip.serf import Serf
+from meshd.mesh.model import Endpoint, Status
 from tests.conftest import eventually
 
 pytestmark = [pytest.mark.root]

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from meshd import serf
 from meshd.errors import SerfError
-from meshd.model import Action, Change, Endpoint, Member, Status, Tags
-from meshd.serf import Serf, SerfTags
-from meshd.tags import LIMIT, size
+from meshd.gossip import serf
+from meshd.gossip.serf import Serf
+from meshd.mesh.model import Action, Change, Endpoint, Member, Status, Tags
+from meshd.mesh.records import LIMIT, size
+from meshd.reconcile.own_tags import SerfTags
 from tests.bench.stand_in import serving
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("agent")]

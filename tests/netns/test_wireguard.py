@@ -17,13 +17,13 @@ import pytest
 from pyroute2 import IPRoute
 from pyroute2.netlink.generic.wireguard import wgmsg
 
-from meshd import wireguard
 from meshd.errors import ApplyError, ConflictError, InputError, MissingError
-from meshd.identity import public_key
-from meshd.links import Links, link_names
-from meshd.model import Action, Address, Change, Device, Endpoint, Link, Peer, Route
-from meshd.routes import Routes
-from meshd.wireguard import encode_key, kernel, userspace
+from meshd.mesh.invitations import public_key
+from meshd.mesh.model import Action, Address, Change, Device, Endpoint, Link, Peer, Route
+from meshd.net import wireguard
+from meshd.net.links import Links, link_names
+from meshd.net.routes import Routes
+from meshd.net.wireguard import encode_key, kernel, userspace
 from tests.netns.conftest import Namespace
 
 pytestmark = pytest.mark.root

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshd.addressing import capacity, check_overlay, choose, is_usable
 from meshd.errors import ConflictError, InputError
+from meshd.mesh.addressing import capacity, check_overlay, choose, is_usable
 from tests.conftest import OVERLAY
 
 UNDERLAY = ip_address("10.10.10.101")

@@ -7,16 +7,16 @@ from ipaddress import IPv4Network
 
 import pytest
 
-from meshd import agent as daemon
-from meshd import links
-from meshd.agent import Agent
+from meshd.daemon import agent as daemon
+from meshd.daemon.agent import Agent
+from meshd.daemon.exchange import ASKED
 from meshd.errors import MeshdError
-from meshd.exchange import ASKED
-from meshd.membership import Roster
-from meshd.model import Action, Change, Goodbye, Route
-from meshd.queries import APPLIED, YES, Question
-from meshd.reconcile import Failure, Report
-from meshd.state import State
+from meshd.gossip.messages import APPLIED, YES, Question
+from meshd.mesh.membership import Roster
+from meshd.mesh.model import Action, Change, Goodbye, Route
+from meshd.net import links
+from meshd.reconcile.run import Failure, Report
+from meshd.state.directory import State
 from tests.conftest import record
 
 ADDED = Change(Action.ADD, Route(IPv4Network("172.20.7.0/24"), "wg0"))
@@ -75,8 +75,8 @@ def test_a_signal_at_any_moment_ends_the_daemon_and_never_hangs_it(state: State)
     """Its handler runs between any two steps of the main thread, which may hold the lock of a queue or an event."""
     script = (
         "import pathlib, signal, sys, time\n"
-        "from meshd import agent\n"
-        "from meshd.state import State\n"
+        "from meshd.daemon import agent\n"
+        "from meshd.state.directory import State\n"
         "daemon, agent.SETTLE, end = agent.Agent(State(pathlib.Path(sys.argv[1]))), 0, time.monotonic() + 2\n"
         "signal.signal(signal.SIGALRM, lambda *_: daemon.stop())\n"
         "signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)\n"

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from meshd.bridge import Bridge, _differences, _network, _subnets
 from meshd.errors import MissingError
-from meshd.model import Network
+from meshd.mesh.model import Network
+from meshd.net.docker import Bridge, _differences, _network, _subnets
 
 INSPECTED: dict[str, Any] = {
     "Name": "ovl0",

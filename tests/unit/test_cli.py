@@ -8,7 +8,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from meshd.cli import Commands, main
+from meshd.cli.main import Commands, main
 from meshd.errors import ConflictError
 
 COMMANDS = ["init", "join", "invite", "members", "status", "plan", "sync", "up", "down", "leave", "agent", "lab"]
@@ -29,7 +29,7 @@ def test_each_command_has_help_with_an_example(command: str) -> None:
 
 
 def test_help_does_not_load_the_network_libraries() -> None:
-    script = "import sys; from meshd.cli import main\ntry: main(['--help'])\nfinally: print(sorted(sys.modules))"
+    script = "import sys; from meshd.cli.main import main\ntry: main(['--help'])\nfinally: print(sorted(sys.modules))"
     output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert not [heavy for heavy in ("'pyroute2'", "'docker'", "'nacl'", "'requests'") if heavy in output]
 
@@ -68,7 +68,7 @@ def test_bad_input_is_named_and_leaves_nothing(arguments: list[str], message: st
 @pytest.mark.root
 def test_not_root_says_so(tmp_path: Path) -> None:
     # The imports come first: an interpreter below /root is out of reach for anybody else.
-    script = "import os; from meshd import lifecycle; from meshd.cli import main; os.setuid(65534); main()"
+    script = "import os, meshd.lifecycle.join; from meshd.cli.main import main; os.setuid(65534); main()"
     done = subprocess.run(
         [sys.executable, "-c", script, "--state-dir", str(tmp_path), "init"],
         capture_output=True,

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshd.config import Settings, from_json, to_json
 from meshd.errors import InputError
+from meshd.state.settings import Settings, from_json, to_json
 
 BASE: dict[str, Any] = {"name": "barge1", "bind": ip_address("10.10.10.101")}
 

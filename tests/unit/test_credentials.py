@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshd import credentials, tombstones
-from meshd.credentials import CredentialError, Trust
-from meshd.model import Endpoint, Record
-from meshd.tags import encode, pack_certificate, pack_delegation, to_wire
+from meshd.mesh import certificates, tombstones
+from meshd.mesh.certificates import CredentialError, Trust
+from meshd.mesh.model import Endpoint, Record
+from meshd.mesh.records import encode, pack_certificate, pack_delegation, to_wire
 from tests.conftest import AUTHORITY, MESH, certificate, delegated, delegation, public_key, record, seed
 
 
@@ -35,12 +35,12 @@ def test_the_vectors_of_the_documented_format(golden: Callable[[str, str], None]
         "forget": {
             "name": "barge1",
             "seq": 7,
-            "signature": credentials.forget(AUTHORITY, "meshd", "barge1", 7, public_key("barge1")).hex(),
+            "signature": certificates.forget(AUTHORITY, "meshd", "barge1", 7, public_key("barge1")).hex(),
         },
         "revocation": {
             "name": "barge1",
             "serial": 99,
-            "signature": credentials.revoke(AUTHORITY, "meshd", 99, "barge1").signature.hex(),
+            "signature": certificates.revoke(AUTHORITY, "meshd", 99, "barge1").signature.hex(),
         },
     }
     golden("vectors.json", json.dumps(vectors, indent=2) + "\n")
@@ -69,7 +69,7 @@ def test_every_field_of_a_record_is_signed_or_is_the_signature(field: str) -> No
 
 
 def test_a_signature_of_one_kind_is_none_of_another() -> None:
-    word = credentials.revoke(AUTHORITY, "meshd", 7, "barge1")
+    word = certificates.revoke(AUTHORITY, "meshd", 7, "barge1")
     assert MESH.trust.is_revocation(word)
     assert not MESH.trust.is_forget("barge1", 7, public_key("barge1"), word.signature)
     assert not Trust("other", MESH.trust.authority).is_revocation(word)
@@ -77,10 +77,10 @@ def test_a_signature_of_one_kind_is_none_of_another() -> None:
 
 @given(st.text(max_size=20), st.text(max_size=20), st.text(max_size=20), st.text(max_size=20))
 def test_no_two_lists_of_fields_have_the_same_bytes(a: str, b: str, c: str, d: str) -> None:
-    one, two = (credentials._body("kind", "mesh", *(t.encode() for t in texts)) for texts in ((a, b), (c, d)))
+    one, two = (certificates._body("kind", "mesh", *(t.encode() for t in texts)) for texts in ((a, b), (c, d)))
     assert (one == two) is ((a, b) == (c, d))
 
 
 @given(st.binary(max_size=80), st.binary(max_size=80))
 def test_noise_is_no_signature_and_no_key(key: bytes, signature: bytes) -> None:
-    assert not credentials._holds(key, b"body", signature)
+    assert not certificates._holds(key, b"body", signature)

@@ -9,15 +9,15 @@ from dataclasses import replace
 from ipaddress import IPv4Address
 from threading import Event
 
-from meshd import credentials
-from meshd.exchange import ASK_AGAIN, MOST_HEARD, MOST_JOBS, Exchange
-from meshd.gossip import gather
-from meshd.membership import Roster
-from meshd.model import Endpoint
-from meshd.queries import ANSWER_LIMIT, GoneQuestion, answer_gone
-from meshd.reconcile import Report
-from meshd.state import State
-from meshd.tombstones import Graves
+from meshd.daemon.exchange import ASK_AGAIN, MOST_HEARD, MOST_JOBS, Exchange
+from meshd.gossip.calls import gather
+from meshd.gossip.messages import ANSWER_LIMIT, GoneQuestion, answer_gone
+from meshd.mesh import certificates
+from meshd.mesh.membership import Roster
+from meshd.mesh.model import Endpoint
+from meshd.mesh.tombstones import Graves
+from meshd.reconcile.run import Report
+from meshd.state.directory import State
 from tests.conftest import AUTHORITY, MESH, certificate, delegated, delegation, member, record, seed
 
 
@@ -141,7 +141,7 @@ def test_records_are_heard_while_a_pass_ends(state: State) -> None:
 
 
 def revocations(numbers: range, by: bytes) -> Graves:
-    return Graves(revoked={n: credentials.revoke(by, "meshd", n, "barge2") for n in numbers})
+    return Graves(revoked={n: certificates.revoke(by, "meshd", n, "barge2") for n in numbers})
 
 
 def test_who_makes_up_tombstones_without_end_is_not_asked_on() -> None:

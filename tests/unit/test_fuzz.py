@@ -12,14 +12,15 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from meshd import answers, authority
-from meshd.agent import Agent
+from meshd.daemon.agent import Agent
+from meshd.daemon.exchange import Exchange
 from meshd.errors import InputError
-from meshd.exchange import Exchange
-from meshd.queries import APPLIED, BURY, CONFIRM, GONE, RECORD, announcement
-from meshd.state import Claim, State
-from meshd.tags import to_wire
-from meshd.tombstones import Graves, said
+from meshd.gossip import responder
+from meshd.gossip.messages import APPLIED, BURY, CONFIRM, GONE, RECORD, announcement
+from meshd.mesh.records import to_wire
+from meshd.mesh.tombstones import Graves, said
+from meshd.state import authority
+from meshd.state.directory import Claim, State
 from tests.conftest import AUTHORITY, record
 
 same_state = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -72,7 +73,7 @@ def test_what_others_send_over_serf_changes_nothing(member: State, name: str, pa
 @given(names, payloads)
 def test_a_lone_handler_answers_the_same_noise_with_nothing_or_little(member: State, name: str, payload: bytes) -> None:
     before = contents(member)
-    assert len(answers.answer(member, name, payload) or b"") <= 1024
+    assert len(responder.answer(member, name, payload) or b"") <= 1024
     assert contents(member) == before
 
 

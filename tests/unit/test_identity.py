@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshd import credentials, identity
 from meshd.errors import InputError
-from meshd.identity import Invitation
-from meshd.model import Delegation, Endpoint
+from meshd.mesh import certificates, invitations
+from meshd.mesh.invitations import Invitation
+from meshd.mesh.model import Delegation, Endpoint
 from tests.conftest import MESH, NOW, certificate, delegation, seed
 
 
@@ -41,13 +41,13 @@ LATER = 2**32 - 1
 
 @pytest.mark.parametrize("original", [INVITATION, reusable(delegation("web-"))], ids=["named", "reusable"])
 def test_round_trip(original: Invitation) -> None:
-    assert identity.decode(identity.encode(original)) == original
+    assert invitations.decode(invitations.encode(original)) == original
 
 
 def test_a_named_invitation_makes_its_host_a_member_under_its_own_name() -> None:
     admission = INVITATION.admits(None, "localhost")
     assert (admission.name, admission.certificate) == ("web1", certificate("web1"))
-    assert credentials.public(admission.seed) == admission.certificate.identity
+    assert certificates.public(admission.seed) == admission.certificate.identity
     with pytest.raises(InputError, match="the invitation is for the host 'web1', not for 'web2'"):
         INVITATION.admits("web2", "localhost")
 
@@ -78,9 +78,9 @@ def test_an_invitation_that_the_authority_did_not_make_says_so() -> None:
 
 
 def test_round_trip_also_when_a_mail_program_wrapped_it() -> None:
-    text = identity.encode(INVITATION)
-    assert identity.decode(text) == INVITATION
-    assert identity.decode(f"  {text[:40]}\n{text[40:]}\r\n") == INVITATION
+    text = invitations.encode(INVITATION)
+    assert invitations.decode(text) == INVITATION
+    assert invitations.decode(f"  {text[:40]}\n{text[40:]}\r\n") == INVITATION
 
 
 @pytest.mark.parametrize(
@@ -95,31 +95,31 @@ def test_round_trip_also_when_a_mail_program_wrapped_it() -> None:
 )
 def test_what_is_no_invitation_says_so(text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        identity.decode(text)
+        invitations.decode(text)
 
 
-@given(st.integers(7, len(identity.encode(INVITATION)) - 1), st.characters(codec="ascii"))
+@given(st.integers(7, len(invitations.encode(INVITATION)) - 1), st.characters(codec="ascii"))
 def test_any_changed_character_is_noticed(position: int, character: str) -> None:
-    text = identity.encode(INVITATION)
+    text = invitations.encode(INVITATION)
     spoiled = text[:position] + character + text[position + 1 :]
     try:
-        result = identity.decode(spoiled)
+        result = invitations.decode(spoiled)
     except InputError:
         return
     # The last base64 character has bits that mean nothing.
     assert result == INVITATION
 
 
-@given(st.integers(7, len(identity.encode(INVITATION)) - 1))
+@given(st.integers(7, len(invitations.encode(INVITATION)) - 1))
 def test_a_cut_invitation_is_noticed(length: int) -> None:
     with pytest.raises(InputError, match="damaged"):
-        identity.decode(identity.encode(INVITATION)[:length])
+        invitations.decode(invitations.encode(INVITATION)[:length])
 
 
 @given(st.text())
 def test_any_text_gives_an_input_error_that_does_not_repeat_it_at_length(text: str) -> None:
     with pytest.raises(InputError) as error:
-        identity.decode("meshd2." + text)
+        invitations.decode("meshd2." + text)
     assert len(str(error.value)) < 200
 
 
@@ -129,9 +129,9 @@ def test_an_invitation_does_not_print_its_key() -> None:
 
 def test_a_key_is_made_once_and_is_private(tmp_path: Path) -> None:
     path = tmp_path / "wireguard.key"
-    first = identity.key(path)
+    first = invitations.key(path)
     assert len(first) == 32
-    assert identity.key(path) == first
+    assert invitations.key(path) == first
     assert path.stat().st_mode & 0o777 == 0o600
 
 
@@ -139,7 +139,7 @@ def test_a_damaged_key_is_an_error_and_is_not_replaced(tmp_path: Path) -> None:
     path = tmp_path / "wireguard.key"
     path.write_text("AAAA\n")
     with pytest.raises(InputError, match=r"wireguard\.key is damaged"):
-        identity.key(path)
+        invitations.key(path)
     assert path.read_text() == "AAAA\n"
 
 
@@ -147,4 +147,4 @@ def test_the_public_key_is_the_one_of_rfc_7748() -> None:
     # Section 6.1, Alice's pair.
     private = bytes.fromhex("77076d0a7318a57d3c16c17251b26645df4c2f87ebc0992ab177fba51db92c2a")
     expected = bytes.fromhex("8520f0098930a754748b7ddcb43ef75a0dbf3a0d26381af4eba4a98eaa9b4e6a")
-    assert b64decode(identity.public_key(private)) == expected
+    assert b64decode(invitations.public_key(private)) == expected

@@ -2,8 +2,8 @@
 
 import pytest
 
-from meshd import lifecycle
-from meshd.exchange import PATIENCE
+from meshd.daemon.exchange import PATIENCE
+from meshd.lifecycle import join as lifecycle
 
 
 @pytest.mark.parametrize(("hosts", "seconds"), [(1, 1.0), (4, 1.0), (50, 2.5), (100, 3.0)])

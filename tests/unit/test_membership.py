@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshd import credentials, membership, tombstones
-from meshd.membership import (
+from meshd.mesh import certificates, membership, tombstones
+from meshd.mesh.membership import (
     BURIED,
     MOST_STRANGERS,
     REVOKED,
@@ -22,8 +22,8 @@ from meshd.membership import (
     subnet_rivals,
     superseded_by,
 )
-from meshd.model import Certificate, Endpoint, Goodbye, Host, Member, Record, Status
-from meshd.tombstones import Graves
+from meshd.mesh.model import Certificate, Endpoint, Goodbye, Host, Member, Record, Status
+from meshd.mesh.tombstones import Graves
 from tests.conftest import (
     AUTHORITY,
     MESH,
@@ -189,12 +189,12 @@ def test_a_record_that_somebody_changed_is_refused() -> None:
 
 
 def test_a_certificate_of_another_authority_is_refused() -> None:
-    other = credentials.certify(seed("other"), "meshd", "barge2", certificate("barge2"))
+    other = certificates.certify(seed("other"), "meshd", "barge2", certificate("barge2"))
     assert "not from this mesh's authority" in admitted([member(2, of=record(2, by=other))]).refused["barge2"]
 
 
 def test_a_certificate_of_another_mesh_by_the_same_authority_is_refused() -> None:
-    other = credentials.certify(AUTHORITY, "other", "barge2", certificate("barge2"))
+    other = certificates.certify(AUTHORITY, "other", "barge2", certificate("barge2"))
     assert "not from this mesh's authority" in admitted([member(2, of=record(2, by=other))]).refused["barge2"]
 
 
@@ -234,9 +234,9 @@ def test_a_delegation_that_its_holder_has_widened_is_refused() -> None:
 
 def test_a_delegate_cannot_choose_its_terms_or_its_serial() -> None:
     mine = delegated("barge2", delegation())
-    with pytest.raises(credentials.CredentialError):
+    with pytest.raises(certificates.CredentialError):
         MESH.trust.check_certificate("barge2", replace(mine, expires=0))
-    with pytest.raises(credentials.CredentialError):
+    with pytest.raises(certificates.CredentialError):
         MESH.trust.check_certificate("barge2", replace(mine, serial=1))
 
 
@@ -245,7 +245,7 @@ def test_a_revocation_drops_the_host_and_keeps_it_out(serial: str) -> None:
     mine = delegated("barge2", delegation())
     known = admitted([member(2, of=record(2, by=mine)), member(3)])
     number = mine.serial if serial == "certificate" else 7
-    word = credentials.revoke(AUTHORITY, "meshd", number, "barge2")
+    word = certificates.revoke(AUTHORITY, "meshd", number, "barge2")
     buried = bury(known, MESH, Graves(revoked={number: word}))
     roster = admitted([member(2, of=record(2, seq=9, key="new", by=mine))], buried)
     assert sorted(roster.hosts) == ["barge3"]
@@ -255,9 +255,9 @@ def test_a_revocation_drops_the_host_and_keeps_it_out(serial: str) -> None:
 
 def test_who_is_not_the_authority_revokes_and_forgets_nobody() -> None:
     known = admitted([member(2)])
-    word = credentials.revoke(seed("identity of barge3"), "meshd", certificate("barge2").serial, "barge2")
+    word = certificates.revoke(seed("identity of barge3"), "meshd", certificate("barge2").serial, "barge2")
     assert bury(known, MESH, Graves(revoked={word.serial: word})) == known
-    signature = credentials.forget(seed("identity of barge3"), "meshd", "barge2", 1, public_key("barge2"))
+    signature = certificates.forget(seed("identity of barge3"), "meshd", "barge2", 1, public_key("barge2"))
     assert bury(known, MESH, Graves({"barge2": tombstones.forgotten(record(2), signature)})) == known
 
 
@@ -351,7 +351,7 @@ def test_a_goodbye_without_its_proof_is_nothing(proof: str) -> None:
 
 def test_the_authority_can_forget_a_host() -> None:
     known = admitted([member(2)])
-    signature = credentials.forget(AUTHORITY, "meshd", "barge2", 1, public_key("barge2"))
+    signature = certificates.forget(AUTHORITY, "meshd", "barge2", 1, public_key("barge2"))
     roster = bury(known, MESH, Graves({"barge2": tombstones.forgotten(record(2), signature)}))
     assert admitted([], roster).hosts == {}
 
@@ -368,8 +368,8 @@ THIEF = seed("identity of a thief")
 
 def thiefs(name: str, expires: int = int(NOW) + 60) -> Certificate:
     """What anybody makes who ever had a reusable invitation for all names."""
-    return credentials.certify_by(
-        seed("delegate"), "meshd", name, credentials.public(THIEF), delegation(expires=expires)
+    return certificates.certify_by(
+        seed("delegate"), "meshd", name, certificates.public(THIEF), delegation(expires=expires)
     )
 
 
@@ -378,7 +378,7 @@ def by_thief(
 ) -> Record:
     name = f"barge{number}"
     made = replace(record(number, seq=seq, leaving=leaving, key=key), certificate=thiefs(name, expires), signature=b"")
-    return credentials.sign(THIEF, "meshd", name, made)
+    return certificates.sign(THIEF, "meshd", name, made)
 
 
 @pytest.mark.parametrize("expires", [int(NOW) + 60, int(NOW) - 60], ids=["holds", "has ended"])
@@ -410,10 +410,10 @@ def test_a_reusable_invitation_gives_the_name_of_a_host_to_nobody_else() -> None
 def test_the_authoritys_certificate_gives_a_name_to_another_identity() -> None:
     known = Roster({"barge2": by_thief(2, seq=1)})
     assert admitted([member(2, of=record(2, seq=2))], known).hosts == {"barge2": record(2, seq=2)}
-    confirmed = credentials.certify(
-        AUTHORITY, "meshd", "barge2", Certificate(5, 0, credentials.public(THIEF), (), None)
+    confirmed = certificates.certify(
+        AUTHORITY, "meshd", "barge2", Certificate(5, 0, certificates.public(THIEF), (), None)
     )
-    made = credentials.sign(THIEF, "meshd", "barge2", replace(by_thief(2, seq=2), certificate=confirmed))
+    made = certificates.sign(THIEF, "meshd", "barge2", replace(by_thief(2, seq=2), certificate=confirmed))
     assert admitted([member(2, of=made)], known).hosts == {"barge2": made}
 
 
@@ -434,11 +434,11 @@ def test_a_goodbye_of_an_ended_certificate_counts_if_it_is_the_hosts_own() -> No
 @pytest.mark.parametrize("why", ["valid", "revoked", "ended"])
 def test_an_earlier_identity_of_a_host_ends_it_only_while_its_certificate_holds(why: str) -> None:
     ends = int(NOW) - 1 if why == "ended" else 0
-    first = credentials.certify(AUTHORITY, "meshd", "barge2", Certificate(5, ends, credentials.public(THIEF)))
+    first = certificates.certify(AUTHORITY, "meshd", "barge2", Certificate(5, ends, certificates.public(THIEF)))
     word = tombstones.said(
-        credentials.sign(THIEF, "meshd", "barge2", replace(by_thief(2, leaving=True), certificate=first))
+        certificates.sign(THIEF, "meshd", "barge2", replace(by_thief(2, leaving=True), certificate=first))
     )
-    revoked = {5: credentials.revoke(AUTHORITY, "meshd", 5, "barge2")} if why == "revoked" else {}
+    revoked = {5: certificates.revoke(AUTHORITY, "meshd", 5, "barge2")} if why == "revoked" else {}
     known = Roster({"barge2": record(2)}, revoked=revoked)
     assert ("barge2" in bury(known, MESH, Graves({"barge2": word})).gone) == (why == "valid")
 
@@ -473,7 +473,7 @@ def test_of_names_never_met_so_many_goodbyes_are_kept_and_those_of_hosts_always(
 def by_noise(number: int) -> Record:
     spelled = by_thief(3, leaving=True)
     certificate = thiefs(f"barge{number}")
-    return credentials.sign(THIEF, "meshd", f"barge{number}", replace(spelled, certificate=certificate))
+    return certificates.sign(THIEF, "meshd", f"barge{number}", replace(spelled, certificate=certificate))
 
 
 @pytest.mark.parametrize("by", ["authority", "ended", "invitation"])
@@ -482,9 +482,9 @@ def test_an_earlier_host_of_the_own_name_is_remembered_until_this_one_has_gone_b
     earlier = by_thief(1, seq=2**40, key="earlier", leaving=True)
     if by != "invitation":
         ends = int(NOW) - 1 if by == "ended" else 0
-        issued = credentials.certify(AUTHORITY, "meshd", "barge1", Certificate(5, ends, credentials.public(THIEF)))
+        issued = certificates.certify(AUTHORITY, "meshd", "barge1", Certificate(5, ends, certificates.public(THIEF)))
         earlier, joined = replace(earlier, certificate=issued), certificate("barge1")
-    word = tombstones.said(credentials.sign(THIEF, "meshd", "barge1", earlier))
+    word = tombstones.said(certificates.sign(THIEF, "meshd", "barge1", earlier))
     own = Host("barge1", record(1, by=joined))
     known = bury(Roster(), MESH, Graves({"barge1": word}), own)
     assert admit(own, MESH, [], known, now=NOW).gone == {"barge1": word}
@@ -495,7 +495,7 @@ def test_an_earlier_host_of_the_own_name_is_remembered_until_this_one_has_gone_b
 def test_an_address_of_a_revoked_host_is_forgotten_and_that_of_an_expired_one_is_not() -> None:
     brief = certificate("barge3", expires=int(NOW) - 1)
     known = Roster({"barge2": record(2), "barge3": record(3, by=brief)})
-    word = credentials.revoke(AUTHORITY, "meshd", certificate("barge2").serial, "barge2")
+    word = certificates.revoke(AUTHORITY, "meshd", certificate("barge2").serial, "barge2")
     before = {f"barge{n}": Endpoint(record(n).endpoint.address, 7946) for n in (2, 3)}
     roster = admitted([], bury(known, MESH, Graves(revoked={word.serial: word})))
     assert sorted(contacts(before, [], roster)) == ["barge3"]

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshd import plan
-from meshd.model import (
+from meshd.mesh.model import (
     Action,
     Address,
     Change,
@@ -25,6 +24,7 @@ from meshd.model import (
     Table,
     Tags,
 )
+from meshd.reconcile import plan
 from tests.conftest import OVERLAY, host, public_key, record
 
 NOW = 1_000_000.0

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from meshd.queries import GoneQuestion, Question, announcement, answer_gone, name_question, read_announcement
-from meshd.tags import MAX_SEQ, to_wire
-from meshd.tombstones import Graves
+from meshd.gossip.messages import GoneQuestion, Question, announcement, answer_gone, name_question, read_announcement
+from meshd.mesh.records import MAX_SEQ, to_wire
+from meshd.mesh.tombstones import Graves
 from tests.conftest import record
 from tests.unit.test_tombstones import graves
 

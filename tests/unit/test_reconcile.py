@@ -5,10 +5,10 @@ from typing import ClassVar
 import pytest
 
 from meshd.errors import InputError
-from meshd.links import Links
-from meshd.model import Change, Link, Resource
-from meshd.reconcile import Machine, renumber
-from meshd.state import State
+from meshd.mesh.model import Change, Link, Resource
+from meshd.net.links import Links
+from meshd.reconcile.run import Machine, renumber
+from meshd.state.directory import State
 from tests.conftest import record
 
 

@@ -5,9 +5,9 @@ from ipaddress import IPv4Network
 
 import pytest
 
-from meshd import rules
-from meshd.firewall import parse, parse_saved, render
-from meshd.model import Engine, IptablesRule
+from meshd.mesh.model import Engine, IptablesRule
+from meshd.net import rules
+from meshd.net.firewall import parse, parse_saved, render
 from tests.conftest import OVERLAY
 
 SUBNET = IPv4Network("172.20.101.0/24")

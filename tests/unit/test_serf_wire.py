@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshd.errors import SerfError
-from meshd.model import Member
-from meshd.serf.client import Serf, decode_member
+from meshd.gossip.serf.client import Serf, decode_member
+from meshd.mesh.model import Member
 
 
 @contextlib.contextmanager

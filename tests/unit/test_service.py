@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from meshd import service
-from meshd.state import DEFAULT, State
+from meshd.daemon import service
+from meshd.state.directory import DEFAULT, State
 
 
 def directives(state: State) -> dict[str, str]:

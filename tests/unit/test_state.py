@@ -13,12 +13,12 @@ import pytest
 
 from meshd import files
 from meshd.errors import InputError, MeshdError
-from meshd.membership import Roster
-from meshd.model import Endpoint, Goodbye, Host, Revocation
-from meshd.reconcile import bury, endpoint, membership_ended, renewed
-from meshd.state import _OURS, Claim, State
-from meshd.tags import MAX_SEQ
-from meshd.tombstones import Graves, said
+from meshd.mesh.membership import Roster
+from meshd.mesh.model import Endpoint, Goodbye, Host, Revocation
+from meshd.mesh.records import MAX_SEQ
+from meshd.mesh.tombstones import Graves, said
+from meshd.reconcile.run import bury, endpoint, membership_ended, renewed
+from meshd.state.directory import _OURS, Claim, State
 from tests.conftest import MESH, certificate, delegated, delegation, public_key, record
 
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from meshd.model import Endpoint, Record
-from meshd.tags import LIMIT, MAX_PREFIX, RecordError, decode, encode, from_wire, size, to_wire
+from meshd.mesh.model import Endpoint, Record
+from meshd.mesh.records import LIMIT, MAX_PREFIX, RecordError, decode, encode, from_wire, size, to_wire
 from tests.conftest import OVERLAY, certificate, delegated, delegation, public_key, record
 
 LONG = delegation("x" * MAX_PREFIX, subnets=(record(1).subnet,))

@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshd import credentials, tombstones
-from meshd.model import Goodbye, Revocation
-from meshd.queries import ANSWER_LIMIT, EVENT_LIMIT
-from meshd.tags import MAX_PREFIX, MAX_SEQ
-from meshd.tombstones import Graves
+from meshd.gossip.messages import ANSWER_LIMIT, EVENT_LIMIT
+from meshd.mesh import certificates, tombstones
+from meshd.mesh.model import Goodbye, Revocation
+from meshd.mesh.records import MAX_PREFIX, MAX_SEQ
+from meshd.mesh.tombstones import Graves
 from tests.conftest import AUTHORITY, MESH, OVERLAY, delegated, delegation, public_key, record
 
 names = st.from_regex(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,61}[A-Za-z0-9])?", fullmatch=True)
@@ -74,7 +74,7 @@ def test_what_is_no_tombstone_is_left_out_of_a_message() -> None:
 @pytest.mark.parametrize("change", [{"name": "barge2"}, {"seq": 6}, {"public_key": public_key("barge2")}])
 def test_the_authoritys_word_is_about_one_life_of_one_host(change: dict[str, str | int]) -> None:
     said = {"name": "barge1", "seq": 5, "public_key": public_key("barge1")}
-    signature = credentials.forget(AUTHORITY, "meshd", "barge1", 5, public_key("barge1"))
+    signature = certificates.forget(AUTHORITY, "meshd", "barge1", 5, public_key("barge1"))
 
     def proved(name: str, seq: int, public_key: str) -> bool:
         return tombstones.is_proved(MESH.trust, name, Goodbye(seq, public_key, b"f" + signature), OVERLAY, 24)

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshd.errors import ApplyError
-from meshd.identity import public_key
-from meshd.model import Action, Change, Endpoint, Peer
-from meshd.wireguard import PeerUpdate, decode_key, encode_key, peer_update, uapi, userspace
+from meshd.mesh.invitations import public_key
+from meshd.mesh.model import Action, Change, Endpoint, Peer
+from meshd.net.wireguard import PeerUpdate, decode_key, encode_key, peer_update, uapi, userspace
 
 ONE, TWO = bytes(range(32)), bytes(range(32, 64))
 

@@ -5,11 +5,11 @@ from ipaddress import IPv4Address
 
 import pytest
 
-from meshd import views
-from meshd.membership import Roster
-from meshd.model import Action, Change, Endpoint, Goodbye, Member, Peer, Record, Route, Status
-from meshd.reconcile import Report
-from meshd.state import Claim, State
+from meshd.cli import views
+from meshd.mesh.membership import Roster
+from meshd.mesh.model import Action, Change, Endpoint, Goodbye, Member, Peer, Record, Route, Status
+from meshd.reconcile.run import Report
+from meshd.state.directory import Claim, State
 from tests.conftest import member, public_key, record
 
 NOW = 1_000_000.0

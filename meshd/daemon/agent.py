@@ -1,0 +1,381 @@
+"""The daemon: keeps Serf running, collects hints from everywhere, and makes a pass for them.
+
+It decides nothing by itself. Killing it changes no peer, no route and no packet: Serf and WireGuard go on, and the
+next daemon adopts them.
+"""
+
+import gc
+import logging
+import os
+import queue
+import signal
+import socket
+import time
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from functools import partial
+from threading import Event, Thread
+
+from meshd import files
+from meshd.daemon.exchange import ASKED, PATIENCE, Exchange
+from meshd.errors import InputError, MeshdError
+from meshd.gossip import calls, serf
+from meshd.mesh.model import Engine
+from meshd.net import docker, firewall, links, routes, rules
+from meshd.reconcile import plan
+from meshd.reconcile.run import MEMBERSHIP, WITHOUT_DOCKER, Report, reconcile, renumber
+from meshd.state.directory import State
+
+log = logging.getLogger("meshd")
+
+# A full pass at least this often: what the kernel does not notify (a flushed rule, a sysctl) is found by it. Its cost
+# grows with the hosts, and so does the interval beyond 200 of them: looking in vain stays below 0.3 % of a core.
+INTERVAL, LONGEST_INTERVAL = 10.0, 60.0
+HOSTS_A_SECOND = 20
+# Hints of one cause come in bursts; this is what the first one waits for the others.
+SETTLE = 0.02
+RETRY = 1.0
+# When, in seconds, the one of two hosts that waits for the first handshake begins one itself, and begins anew: at first
+# after longer than a packet is under way. WireGuard by itself takes 5 s, and as often as two have crossed.
+HANDSHAKE = (0.2, 0.8, 2.0, 5.0)
+# So much later for each host of the mesh, at most a second: a newcomer has to shake hands with all of them.
+HANDSHAKE_A_HOST = 0.02
+LONGEST_SEARCH = 10.0
+# How often a thread that waits for hints looks whether it is to end. The process does not wait for it.
+LOOK = 2.0
+LOG_LIMIT = 4 * 2**20
+# New objects after which Python's collector looks for cycles. All that a pass makes for a host, some 20 of them, lives
+# until its end: by Python's default, 700, a quarter of a pass with 10,000 hosts is the collector's, in vain.
+GARBAGE = 20_000
+# Serf's handlers hear of an event at most this much later than its log tells: it holds them back for up to 3 s, and
+# with each repeats the last update of every member.
+HELD_BACK = 5.0
+# Anybody with the gossip key can make any number of members that are refused.
+MOST_REFUSED = 20
+# Serf takes some 45 s to believe a known name at a new address; until then its tags lag behind what was announced.
+LAG = 60.0
+
+
+class Agent:
+    """One daemon for one state directory. `run` returns after `stop`, or raises MeshdError if one runs already."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self.hints: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.ending = False
+        self.stopping = Event()
+        self.exchange = Exchange(state, self.hint, self.stopping)
+        self.search = Event()
+        self.rivalry: float | None = None
+        self.stale_since: dict[str, float] = {}
+        self.unmet: dict[str, tuple[float, ...]] = {}
+        self.full_pass_due = 0.0
+        self.complaints: set[str] = set()
+        self.echoes: set[str] = set()
+        self.logged = -HELD_BACK
+        self.engine: Engine | None = None
+        self.report = Report()
+
+    def run(self) -> None:
+        settings = self.state.settings
+        if self.state.is_down:
+            raise InputError(f"the mesh {settings.mesh} is down on this host: run 'meshd up'")
+        with self.state.agent_lock():
+            log.info("meshd of mesh %s on %s starts", settings.mesh, settings.name)
+            self._start_threads()
+            self._loop()
+            self.stopping.set()
+            self.search.set()
+            self.exchange.stop()
+            log.info("meshd stops; tunnels, routes and Serf go on without it")
+
+    def stop(self) -> None:
+        """End `run` after its pass. A signal's handler may call this: of all that it does nothing waits for a lock."""
+        self.ending = True
+        self.hints.put("stop")
+
+    def hint(self, text: str) -> None:
+        self.hints.put(text)
+
+    def _start_threads(self) -> None:
+        settings = self.state.settings
+        names = {settings.wireguard, settings.bridge} if settings.docker else {settings.wireguard}
+        watches: list[Callable[[], None]] = [
+            self._listen,
+            self._watch_log,
+            self.exchange.watch,
+            self.exchange.ask,
+            self._rejoin,
+            lambda: links.watch(names, routes.PROTOCOL, self.hint, self.stopping),
+            lambda: firewall.watch(rules.table_name(settings.wireguard), self.hint, self.stopping),
+        ]
+        if settings.docker:
+            watches.append(lambda: docker.watch(settings.bridge, self.hint, self.stopping))
+        for watch in watches:
+            Thread(target=self._forever, args=(watch,), daemon=True).start()
+
+    def _forever(self, watch: Callable[[], None]) -> None:
+        """Watch again whatever ends it: what a watch misses only the timer finds."""
+        told = ""
+        while not self.stopping.is_set():
+            try:
+                watch()
+            except MeshdError as error:
+                log.debug("%s", error)
+            except Exception as error:
+                if (text := repr(error)) != told:
+                    log.exception("a watch failed, which is a mistake in meshd; it begins again")
+                told = text
+            self.stopping.wait(RETRY / 2)
+
+    # --- the loop --------------------------------------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        # At boot dockerd waits for this first pass, and until it runs systemd's docker.socket lets every question hang.
+        hints = ["start"]
+        self._survive(partial(self._pass, hints, WITHOUT_DOCKER))
+        _notify_service_manager()
+        while not self.ending:
+            ok = self._survive(partial(self._pass_that_is_due, hints))
+            due = min([self.full_pass_due, *(times[0] for times in self.unmet.values() if times)])
+            hints = self._wait(max(0.0, due - time.monotonic()) if ok else RETRY)
+
+    def _survive(self, work: Callable[[], bool]) -> bool:
+        """Tell whether this went well. Nothing that goes wrong ends the daemon: who else would look again?"""
+        try:
+            return work()
+        except MeshdError as error:
+            self._complain({str(error)})
+        except Exception as error:
+            text = f"a pass broke off, which is a mistake in meshd; the next one comes soon: {error!r}"
+            if text not in self.complaints:
+                log.exception("where a pass broke off:")
+            self._complain({text})
+        return False
+
+    def _pass_that_is_due(self, hints: list[str]) -> bool:
+        full = time.monotonic() >= self.full_pass_due or not all(hint.startswith("serf:") for hint in hints)
+        if full:
+            self.full_pass_due = time.monotonic() + INTERVAL
+            self.state.reload_settings()
+            is_reachable = self._follow_underlay()
+        ok = self._pass(hints, plan.ORDER if full else MEMBERSHIP)
+        if full:
+            interval = _interval(len(self.report.roster.hosts)) if ok else INTERVAL
+            self.full_pass_due = time.monotonic() + (interval if is_reachable else RETRY)
+            _trim(self.state)
+        return ok
+
+    def _wait(self, timeout: float) -> list[str]:
+        """Give the hints that came, an empty list if none did for `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                hints = [self.hints.get(timeout=max(0.0, deadline - time.monotonic()))]
+            except queue.Empty:
+                return []
+            time.sleep(SETTLE)
+            while not self.hints.empty():
+                hints.append(self.hints.get())
+            if news := [hint for hint in hints if not self._is_echo(hint)]:
+                return sorted(set(news))
+
+    def _is_echo(self, hint: str) -> bool:
+        """Tell whether this is no news: the kernel's word of the last pass, or a handler's of what Serf has logged.
+
+        A second word of the kernel is of somebody's doing. A question may have been answered after the last pass.
+        """
+        if hint in self.echoes:
+            self.echoes.remove(hint)
+            return True
+        if hint == ASKED:
+            return not self.exchange.is_asked
+        return hint.startswith("serf: member-") and time.monotonic() < self.logged + HELD_BACK
+
+    def _follow_underlay(self) -> bool:
+        """Move to the address that this host has now; False while it has none: the next one may come at any time."""
+        try:
+            if calls.follow_underlay(self.state):
+                log.warning("this host's underlay address is now %s", self.state.settings.bind)
+        except MeshdError as error:
+            log.debug("underlay: %s", error)
+            return False
+        return True
+
+    def _keep_serf(self) -> str:
+        """Start Serf unless it runs; say why it does not."""
+        if serf.running(self.state.serf_config) is not None:
+            return ""
+        try:
+            with calls.start(self.state):
+                log.info("serf started")
+        except MeshdError as error:
+            return f"serf: {error}"
+        return ""
+
+    def _pass(self, hints: list[str], kinds: Collection[str]) -> bool:
+        """Make a pass; what went wrong is logged once, not in each pass. True unless something failed.
+
+        Without Serf nobody is met anew, and what is known is kept up all the same.
+        """
+        silence, overdue = self._keep_serf(), self._overdue()
+        alone = {silence} if silence else set[str]()
+        try:
+            claim = self.state.claim()
+            if claim is None or not claim.settled:
+                self._complain(alone)
+                return not alone  # `meshd join` is still asking the mesh
+            if any(hint.startswith(docker.RESTARTED) for hint in hints):
+                self.engine = None
+            lost, heard = self.report.lost.keys(), dict(self.exchange.heard)
+            self.report = reconcile(
+                self.state, kinds=kinds, heard=heard, overdue=overdue, engine=self.engine, alone=bool(alone)
+            )
+        except MeshdError as error:
+            if not self.state.is_down:  # or `meshd down` is about to end this daemon
+                self._complain({str(error)} | alone)
+            return False
+        report = self.report
+        if report.lost.keys() - lost:
+            self.search.set()
+        self.engine = report.engine or self.engine
+        since = time.monotonic() + min(HANDSHAKE_A_HOST * len(report.roster.hosts), 1.0)
+        fresh = tuple(since + seconds for seconds in HANDSHAKE)
+        self.unmet = {key: self.unmet.get(key, fresh) for key in report.unmet}
+        self.echoes = links.told(report.changes)
+        for change in report.changes:
+            log.info("%s (seen by %s)", change, ", ".join(hints) or "timer")
+        refused = [f"refused {name}: {reason}" for name, reason in sorted(report.roster.refused.items())]
+        refused += self._replayed(report)
+        reasons = {*refused[:MOST_REFUSED], *(["refused more than these"] if refused[MOST_REFUSED:] else [])}
+        held = {f"withheld without evidence: {change} (meshd sync --force does it)" for change in report.withheld}
+        self._complain({str(failure) for failure in report.failures} | reasons | held | alone)
+        self.exchange.after(report)
+        self._yield_subnet(report)
+        return not report.failures and not alone
+
+    def _overdue(self) -> set[str]:
+        """Take the public keys of those with whom a handshake is to be begun by now, or begun anew."""
+        now = time.monotonic()
+        overdue = {key for key, times in self.unmet.items() if times and times[0] <= now}
+        self.unmet = {key: tuple(t for t in times if t > now) for key, times in self.unmet.items()}
+        return overdue
+
+    def _replayed(self, report: Report) -> list[str]:
+        """Give the hosts whose tags have been older than their records for longer than Serf needs."""
+        now = time.monotonic()
+        self.stale_since = {name: self.stale_since.get(name, now) for name in report.roster.stale}
+        return [
+            f"refused the tags of {name}: {reason}"
+            for name, reason in sorted(report.roster.stale.items())
+            if now - self.stale_since[name] > LAG
+        ]
+
+    def _complain(self, complaints: set[str]) -> None:
+        for text in sorted(complaints - self.complaints):
+            log.warning("%s", text)
+        for text in sorted(self.complaints - complaints):
+            log.info("no longer: %s", text)
+        self.complaints = complaints
+
+    # --- where hints come from -------------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        """Take hints from the handler scripts: a datagram each, never answered."""
+        path = self.state.socket
+        path.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server:
+            before = os.umask(0o177)
+            server.bind(str(path))
+            os.umask(before)
+            server.settimeout(LOOK)
+            while not self.stopping.is_set():
+                try:
+                    text = server.recv(512)
+                except TimeoutError:
+                    continue
+                self.hint("".join(c if c.isprintable() else "?" for c in text.decode(errors="replace")))
+        path.unlink(missing_ok=True)
+
+    def _watch_log(self) -> None:
+        """Hint at member events as Serf logs them: 1 to 3 s before its handlers and streams hear of them."""
+        with calls.rpc(self.state) as client:
+            self.hint("serf: connected")
+            try:
+                for line in client.monitor("INFO"):
+                    if "serf: EventMember" in line:
+                        self.logged = time.monotonic()
+                        self.hint("serf: " + line.partition("serf: ")[2][:80])
+            finally:
+                self.hint("serf: connection lost")
+
+    def _yield_subnet(self, report: Report) -> None:
+        """Move to another subnet if a rival's claim to this one stands for a while and nobody here uses it.
+
+        What is heard first after a partition may be void in a moment: goodbyes arrive after the members.
+        """
+        if report.rival is None or self.state.settings.subnet is not None:
+            self.rivalry = None
+            return
+        self.rivalry = self.rivalry or time.monotonic()
+        if time.monotonic() - self.rivalry < PATIENCE:
+            return
+        try:
+            record = renumber(self.state)
+        except MeshdError as error:
+            log.debug("renumber: %s", error)
+            return
+        log.warning("%s has the subnet of this host, which moves to %s", report.rival, record.subnet)
+        self.rivalry = None
+        self.hint("subnet: moved")
+
+    def _rejoin(self) -> None:
+        """Look for the hosts that Serf has lost, more and more rarely while the same ones stay lost."""
+        pause, before = RETRY, set[str]()
+        while not self.stopping.is_set():
+            if self.search.wait(pause if self.report.lost else None):
+                self.search.clear()
+                pause = RETRY
+            lost = self.report.lost
+            try:
+                joined = calls.rejoin(self.state, lost.values())
+            except MeshdError as error:
+                log.debug("rejoin: %s", error)
+                continue
+            pause = RETRY if joined or set(lost) != before else min(pause * 2, LONGEST_SEARCH)
+            before = set(lost)
+
+
+def run(state: State) -> None:
+    """Run the daemon in the foreground until SIGTERM or SIGINT."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    gc.set_threshold(GARBAGE)
+    agent = Agent(state)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: agent.stop())
+    agent.run()
+
+
+def _interval(hosts: int) -> float:
+    """Give the seconds from one full pass to the next."""
+    return min(max(INTERVAL, hosts / HOSTS_A_SECOND), LONGEST_INTERVAL)
+
+
+def _notify_service_manager() -> None:
+    """Tell systemd that the first pass is over, so that dockerd starts after the bridge is there (sd_notify(3))."""
+    address = os.environ.pop("NOTIFY_SOCKET", "")
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as client:
+            client.sendto(b"READY=1", "\0" + address[1:] if address.startswith("@") else address)
+
+
+def _trim(state: State) -> None:
+    """Keep the logs that Serf and a detached daemon append to from filling the disk."""
+    for path in (state.serf_log, state.agent_log):
+        with suppress(OSError, MeshdError):
+            size = path.stat().st_size
+            if size > LOG_LIMIT:
+                content = files.read(path, 2 * size) or b""
+                with path.open("r+b") as file:
+                    file.write(content[-LOG_LIMIT // 4 :])
+                    file.truncate()

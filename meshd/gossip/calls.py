@@ -1,0 +1,291 @@
+"""This host's own Serf agent: its configuration from the state directory, its start, and finding the others."""
+
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from tenacity import Retrying, stop_after_delay, wait_fixed
+
+from meshd import files
+from meshd.errors import InputError, SerfError
+from meshd.gossip import messages, serf
+from meshd.gossip.messages import APPLIED, BURY, CONFIRM, EVENT_LIMIT, GONE, RECORD, YES, GoneQuestion
+from meshd.mesh.certificates import CredentialError
+from meshd.mesh.membership import Mesh
+from meshd.mesh.model import Certificate, Endpoint, Record
+from meshd.mesh.records import RecordError, encode, from_wire, read_certificate, to_wire
+from meshd.mesh.tombstones import Graves
+from meshd.net import underlay
+from meshd.state.directory import State
+
+# The names of those who are asked travel in the query; one of them would do.
+MOST_ASKED = 5
+ASK = 1.0
+# Seconds for all answers to one question for tombstones.
+ASK_FOR = 30.0
+# A host without a daemon answers when it has acted on what it is told, and Serf may have other handlers to run first.
+TELL = 3.0
+# Longer than Serf tries one address, and waits for one that it tries already.
+JOIN = 30.0
+MEMBER_EVENTS = "member-join,member-leave,member-failed,member-update,member-reap"
+
+
+def handler_command(state: State) -> str:
+    """Give the shell command by which Serf runs the handler: isolated and without site-packages, so it starts fast."""
+    return f"{sys.executable} -I -S {handlers() / 'meshd_event.py'} {state.directory}"
+
+
+def event_handlers(state: State) -> list[str]:
+    """Give what Serf's `-event-handler` takes. With a daemon, that answers the queries itself."""
+    command = handler_command(state)
+    alone = [f"query:{name}={command}" for name in (APPLIED, GONE, BURY, RECORD, CONFIRM)] + [f"user:{GONE}={command}"]
+    return [f"{MEMBER_EVENTS}={command}", *([] if state.settings.daemon else alone)]
+
+
+def handlers() -> Path:
+    """Give the folder of the handler scripts: inside of the installed package, or beside it in a checkout."""
+    package = Path(__file__).parent.parent
+    inside = package / "handlers"
+    return inside if inside.is_dir() else package.parent / "handlers"
+
+
+def configure(state: State) -> Path:
+    """Write the Serf agent's configuration (it holds the gossip key: 0600) and give its path.
+
+    With a daemon the claim is among the tags from the first packet on, since setting tags later costs 0.5 s. Without
+    one, the handler publishes them at the agent's first event.
+    """
+    settings, claim = state.settings, state.claim()
+    config = serf.agent_config(
+        name=settings.name,
+        bind=Endpoint(settings.bind, settings.gossip_port),
+        advertise=Endpoint(settings.advertised, settings.gossip_port),
+        encrypt_key=state.gossip_key,
+        rpc_port=settings.rpc_port,
+        rpc_auth=state.rpc_key,
+        tags=encode(claim.record) if claim is not None and settings.daemon else {},
+        event_handlers=event_handlers(state),
+        retry_join=[] if settings.daemon else sorted(map(str, state.contacts().values())),
+    )
+    # On a full disk Serf starts with the file that is there.
+    with suppress(InputError):
+        if files.read_json(state.serf_config) == config:
+            return state.serf_config
+    files.write_json(state.serf_config, config)
+    return state.serf_config
+
+
+def start(state: State) -> serf.Serf:
+    """Start the Serf agent, or adopt the one that runs; give a connection to it.
+
+    Raises ConflictError for a taken port, MissingError without Serf, SerfError with what the agent's log says.
+    """
+    with state.serf_lock():
+        pid = serf.running(state.serf_config)
+        if pid is None:
+            extra = state.serf_extra if state.serf_extra.is_dir() else None
+            pid = serf.start(configure(state), state.serf_log, extra)
+    return serf.wait_ready(state.settings.rpc_port, state.rpc_key, pid, state.serf_log)
+
+
+def rpc(state: State, timeout: float = 5.0) -> serf.Serf:
+    """Give a connection to the Serf agent that runs now, whoever started it. Raises SerfError."""
+    return serf.Serf.connect(state.settings.rpc_port, state.rpc_key, timeout)
+
+
+def connect(state: State, timeout: float = 10.0) -> serf.Serf:
+    """Give a connection to the Serf agent that the daemon is starting. Raises SerfError when there is none in time."""
+
+    def find() -> int:
+        pid = serf.running(state.serf_config)
+        if pid is None:
+            raise SerfError(f"the Serf agent does not start; its log is {state.serf_log}")
+        return pid
+
+    pid = Retrying(stop=stop_after_delay(timeout), wait=wait_fixed(0.02), reraise=True)(find)
+    return serf.wait_ready(state.settings.rpc_port, state.rpc_key, pid, state.serf_log)
+
+
+def stop(state: State) -> None:
+    """End the Serf agent without a goodbye: the others keep this host's peer."""
+    pid = serf.running(state.serf_config)
+    if pid is not None:
+        serf.stop(pid)
+
+
+def rejoin(state: State, endpoints: Collection[Endpoint], seconds: float = math.inf, *, replay: bool = False) -> int:
+    """Join hosts by their addresses, as long as there is time; give the number that answered. Raises SerfError.
+
+    Serf itself remembers too little of whom it knew: after a restart or a long partition only this brings it back.
+    """
+    joined, until = 0, time.monotonic() + seconds
+    # One at a time: Serf waits 10 s for a dead address, and must not do so for more of them without us.
+    # And in any order: those who are dead for good must not always come first.
+    for endpoint in random.sample([*endpoints], len(endpoints)):
+        left = min(until - time.monotonic(), JOIN)
+        if left > 0:
+            with rpc(state) as client, suppress(SerfError):
+                client.wait_at_most(left)
+                joined += client.join([str(endpoint)], replay=replay)
+    return joined
+
+
+def meet(state: State, names: Collection[str], seconds: float, *, replay: bool = False) -> int:
+    """Exchange all that there is with hosts that gossip does not reach; give the number that was met. Raises SerfError.
+
+    Serf passes an event or a query on to a few members picked at random, dead ones among them, and may miss one. Two
+    agents that join exchange all that they know, and they do it by TCP; the latest events are told to those who are
+    met, and with `replay` heard from them as well.
+    """
+    return rejoin(state, [e for name, e in state.contacts().items() if name in names], seconds, replay=replay)
+
+
+def spread(state: State, seconds: float) -> None:
+    """Let Serf spread what this host publishes, once more if it has done so: it picks members at random.
+
+    Among many that swallow it that takes longer; Serf then goes on without us.
+    """
+    if (claim := state.claim()) is not None:
+        with suppress(SerfError), rpc(state) as client:
+            client.wait_at_most(seconds)
+            client.tags(encode(claim.record), [])
+
+
+def tell_gone(state: State, graves: Graves) -> None:
+    """Tell all members of tombstones. Raises SerfError."""
+    with rpc(state) as client:
+        for page in graves.pages(EVENT_LIMIT):
+            client.event(GONE, page)
+
+
+def bury(state: State, graves: Graves, names: Collection[str]) -> set[str]:
+    """Tell these members of tombstones; give those who say that they have them all. Raises SerfError."""
+    having = set(names)
+    for page in graves.pages(EVENT_LIMIT):
+        if having:
+            having &= {name for name, answer in _ask(state, BURY, page, having, TELL) if answer == YES}
+    return having
+
+
+def ask_gone(state: State, names: Collection[str], known: Graves, begin: str = "") -> tuple[Graves, str]:
+    """Ask members, MOST_ASKED of them at random, for the tombstones that are not among the known. Raises SerfError.
+
+    Give also where to `begin` the next time: not at once with all, if they have more than they tell in ASK_FOR seconds.
+    """
+
+    def ask(names: Collection[str], begin: str) -> Iterator[tuple[str, bytes]]:
+        return _ask(state, GONE, GoneQuestion(state.settings.name, known.digest, begin).payload(), sorted(names))
+
+    return gather(ask, _some(names), state.mesh, begin, ASK_FOR)
+
+
+def gather(
+    ask: Callable[[Collection[str], str], Iterable[tuple[str, bytes]]],
+    names: Collection[str],
+    mesh: Mesh,
+    begin: str,
+    seconds: float,
+) -> tuple[Graves, str]:
+    """Put together what members answer, page by page, and where to begin the next time if `seconds` were too few."""
+    found, until = Graves(), time.monotonic() + seconds
+    after = dict.fromkeys(names, begin)
+    while after:
+        # Those who have the same answer nothing; those who have more than fits into an answer are asked on.
+        begin = min(after.values())
+        if time.monotonic() >= until:
+            return found, begin
+        answers = {name: Graves.read(page) for name, page in ask(after.keys(), begin)}
+        after = {}
+        for name, answer in answers.items():
+            proved = answer.proved(mesh.trust, mesh.overlay, mesh.subnet_length)
+            found = found.merged(proved)
+            # Who makes them up has always more of them.
+            if proved == answer and answer.last > begin:
+                after[name] = answer.last
+    return found, ""
+
+
+def announce(state: State, record: Record) -> None:
+    """Publish the own record besides the tags, which Serf carries only where it knows this host. Raises SerfError."""
+    with rpc(state) as client:
+        client.event(RECORD, messages.announcement(state.settings.name, to_wire(record)))
+
+
+def ask_record(state: State, name: str, of: Collection[str]) -> Record | None:
+    """Ask members, MOST_ASKED of them at random, for the newest record of a host. Raises SerfError."""
+    found = []
+    for _, raw in _ask(state, RECORD, name.encode(), _some(of)):
+        with suppress(RecordError, CredentialError):
+            record = read_record(state, raw)
+            state.mesh.trust.check(name, record)
+            found.append(record)
+    return max(found, key=lambda record: record.seq, default=None)
+
+
+def read_record(state: State, raw: bytes) -> Record:
+    """Read a record that came besides the tags; who signed it is not looked at. Raises RecordError."""
+    return from_wire(raw, state.settings.overlay, state.settings.subnet_length)
+
+
+def confirm(state: State) -> bool:
+    """Take the authority's own certificate in the place of a delegation's, if who holds it is there. Raises SerfError.
+
+    The next pass publishes it.
+    """
+    certificate = _ask_confirmation(state)
+    if certificate is not None:
+        state.save_certificate(certificate)
+    return certificate is not None
+
+
+def _ask_confirmation(state: State) -> Certificate | None:
+    own, name = state.certificate, state.settings.name
+    for _, raw in _ask(state, CONFIRM, name.encode(), ()):
+        with suppress(RecordError, CredentialError):
+            certificate = read_certificate(raw, is_delegated=False)
+            state.mesh.trust.check_certificate(name, certificate)
+            if certificate.identity == own.identity:
+                return certificate
+    return None
+
+
+def named(nodes: Collection[str]) -> list[str]:
+    """Give the names to put into a query, none where it asks all: they travel in it, and only a few fit."""
+    return sorted(nodes) if len(nodes) <= MOST_ASKED else []
+
+
+def _some(names: Collection[str]) -> list[str]:
+    return random.sample(sorted(names), min(len(names), MOST_ASKED))
+
+
+def _ask(
+    state: State, name: str, payload: bytes, nodes: Collection[str], timeout: float = ASK
+) -> Iterator[tuple[str, bytes]]:
+    """Ask these members, or all where none is named; end when those who were named have answered, or time is over."""
+    heard: set[str] = set()
+    with rpc(state) as client:
+        for sender, answer in client.query(name, payload, timeout=timeout, nodes=named(nodes)):
+            yield sender, answer
+            heard.add(sender)
+            if nodes and heard >= set(nodes):
+                return
+
+
+def follow_underlay(state: State) -> bool:
+    """Move to the address that this host has now, unless one was chosen for good; True if it is another one.
+
+    Serf, which is bound to the old one, is ended; whoever starts it next starts it on the new one.
+    """
+    settings = state.settings
+    if settings.bind_chosen or underlay.holder(settings.bind) is not None:
+        return False
+    contact = next(iter(state.contacts().values()), None)
+    bind = underlay.source_address(contact.address if contact else None)
+    state.save_settings(replace(settings, bind=bind))
+    stop(state)
+    return True

@@ -1,0 +1,36 @@
+"""What a host answers to the others' queries, from what it has on disk. With a daemon or by a lone handler."""
+
+from meshd.gossip.messages import BURY, CONFIRM, GONE, RECORD, YES, GoneQuestion, answer_gone, name_question
+from meshd.mesh.records import pack_certificate, to_wire
+from meshd.mesh.tombstones import Graves
+from meshd.state import authority
+from meshd.state.directory import State
+
+
+def answer(state: State, query: str, payload: bytes) -> bytes | None:
+    """Give the answer to a query that anybody may have sent; None for nothing to say."""
+    if query == GONE:
+        question = GoneQuestion.parse(payload)
+        return answer_gone(question, state.roster().graves) if question is not None else None
+    if query == BURY:
+        graves = Graves.read(payload)
+        return YES if graves and not graves.without(state.roster().graves) else None
+    if query == RECORD:
+        return _record(state, name_question(payload))
+    if query == CONFIRM and state.authority_key is not None:
+        return _confirmation(state, name_question(payload))
+    return None
+
+
+def _record(state: State, name: str | None) -> bytes | None:
+    claim = state.claim()
+    if name == state.settings.name:
+        return to_wire(claim.record) if claim is not None and claim.settled else None
+    record = state.roster().hosts.get(name or "")
+    return to_wire(record) if record is not None else None
+
+
+def _confirmation(state: State, name: str | None) -> bytes | None:
+    record = state.roster().hosts.get(name or "")
+    certificate = authority.confirm(state, name, record) if name and record is not None else None
+    return pack_certificate(certificate) if certificate is not None else None

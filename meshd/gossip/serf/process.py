@@ -1,0 +1,194 @@
+"""The Serf agent as a process: its configuration, its start and its end."""
+
+import base64
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
+
+from meshd.errors import ConflictError, MissingError, SerfError
+from meshd.gossip.serf.client import Serf
+from meshd.mesh.model import Endpoint
+
+POLL = 0.02
+# Who answers without a key may be somebody else's agent, as that of Debian's package; ours then ends within this time.
+IMPOSTOR = 1.0
+
+
+def agent_config(
+    *,
+    name: str,
+    bind: Endpoint,
+    advertise: Endpoint,
+    encrypt_key: bytes,
+    rpc_port: int,
+    rpc_auth: str,
+    tags: Mapping[str, str],
+    event_handlers: Sequence[str],
+    retry_join: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Give the content of `serf agent -config-file` (https://www.serf.io/docs/agent/options.html)."""
+    return {
+        "node_name": name,
+        "bind": str(bind),
+        "advertise": str(advertise),
+        "encrypt_key": base64.b64encode(encrypt_key).decode(),
+        "rpc_addr": f"127.0.0.1:{rpc_port}",
+        "rpc_auth": rpc_auth,
+        # Never `tags_file`: Serf saves an over-long set there and then does not start again.
+        "tags": dict(tags),
+        "event_handlers": list(event_handlers),
+        "log_level": "info",
+        # A lost name conflict would end the agent with exit code 0; meshd finds it in the log instead.
+        "disable_name_resolution": True,
+        # An agent that is ended by a signal has not left: only `meshd leave` says goodbye.
+        "leave_on_terminate": False,
+        "skip_leave_on_interrupt": True,
+        "reconnect_interval": "5s",
+        "retry_join": list(retry_join),
+        "retry_interval": "5s",
+    }
+
+
+def start(config_path: Path, log_path: Path, extra: Path | None = None) -> int:
+    """Start `serf agent`, detached from this process; give its process id. Its output goes to `log_path`.
+
+    `extra` is a directory of somebody's own configuration, which Serf merges over ours.
+    """
+    program = shutil.which("serf")
+    if program is None:
+        raise MissingError("serf is not installed: apt install serf")
+    # To a file, not to a pipe: a pipe's end would take the agent along with the daemon that reads it.
+    try:
+        descriptor = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise SerfError(f"the Serf agent did not start: opening {log_path}: {error.strerror}") from error
+    try:
+        process = subprocess.Popen(
+            [program, "agent", f"-config-file={config_path}", *([f"-config-dir={extra}"] if extra else [])],
+            stdin=subprocess.DEVNULL,
+            stdout=descriptor,
+            stderr=descriptor,
+            start_new_session=True,
+            cwd="/",
+            env=clean_environment(),
+        )
+    except OSError as error:
+        raise SerfError(f"the Serf agent did not start: {error}") from error
+    finally:
+        os.close(descriptor)
+    # `_alive` waits for it when it has ended, and Popen must not complain that nobody has before.
+    process.returncode = 0
+    # Its command line is empty for a moment, and whoever looks for the agent then would start a second one.
+    while running(config_path) is None and _alive(process.pid):
+        time.sleep(POLL / 10)
+    return process.pid
+
+
+def clean_environment() -> dict[str, str]:
+    """Give the environment for what outlives a command: without meshd's settings, which may hold an invitation."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("MESHD_")}
+
+
+def running(config_path: Path) -> int | None:
+    """Give the process id of the agent that runs with this configuration file, None if there is none."""
+    wanted = f"-config-file={config_path}"
+    return next((pid for pid, arguments in agents() if arguments[:1] == [wanted] and _is_own(pid)), None)
+
+
+def agents() -> Iterator[tuple[int, list[str]]]:
+    """Find every `serf agent` that runs here, whoever started it: its process id and its arguments."""
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        with suppress(OSError):
+            words = (entry / "cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
+            if Path(words[0]).name == "serf" and words[1:2] == ["agent"]:
+                yield int(entry.name), words[2:]
+
+
+def _is_own(pid: int) -> bool:
+    """Tell whether a process is of this user and of this process namespace: anybody may have such a command line.
+
+    Containers and lab hosts show here too, and have more than one number. (A look at the namespace itself would take a
+    right that the unit does not leave to the daemon.)
+    """
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
+    except OSError:
+        return False
+    facts = {name: words.split() for name, _, words in (line.partition(":") for line in lines)}
+    return facts["Uid"][1] == str(os.geteuid()) and len(facts.get("NSpid", "1")) == 1
+
+
+def wait_ready(port: int, auth_key: str, pid: int, log_path: Path, timeout: float = 10.0) -> Serf:
+    """Give a connection as soon as the agent answers.
+
+    Raises ConflictError for a port that is taken, SerfError with what the log says when the agent has ended.
+    """
+    alive = retry_if_exception(lambda error: isinstance(error, SerfError) and _alive(pid))
+    try:
+        retrying = Retrying(retry=alive, stop=stop_after_delay(timeout), wait=wait_fixed(POLL), reraise=True)
+        client = retrying(Serf.connect, port, auth_key)
+    except SerfError:
+        if not _alive(pid):
+            raise _reason(log_path) from None
+        raise
+    if client.is_open and not _outlives(pid, IMPOSTOR):
+        client.close()
+        raise _reason(log_path)
+    return client
+
+
+def _outlives(pid: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while (lives := _alive(pid)) and time.monotonic() < deadline:
+        time.sleep(POLL)
+    return lives
+
+
+def stop(pid: int, timeout: float = 5.0) -> None:
+    """End the agent without its leave: SIGTERM, and SIGKILL when that does not help in time."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+        deadline = time.monotonic() + timeout
+        while _alive(pid) and time.monotonic() < deadline:
+            time.sleep(POLL)
+        if not _alive(pid):
+            return
+
+
+def name_conflict(log_path: Path) -> str | None:
+    """Give the address of another member with this agent's name, if the agent's log tells of one."""
+    text = log_path.read_text(errors="replace") if log_path.exists() else ""
+    found = re.search(r"Node name conflicts with another node at (\S+?)\.? ", text)
+    return found[1] if found else None
+
+
+def _alive(pid: int) -> bool:
+    """Tell whether a process runs; one that has ended but was not waited for does not."""
+    with suppress(ChildProcessError):
+        if os.waitpid(pid, os.WNOHANG)[0] == pid:
+            return False
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(") ")[2][:1]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def _reason(log_path: Path) -> ConflictError | SerfError:
+    lines = log_path.read_text(errors="replace").splitlines() if log_path.exists() else []
+    told = next((line for line in reversed(lines) if "rror" in line or "ailed" in line), "it wrote no reason")
+    if "address already in use" in told:
+        return ConflictError(f"the Serf agent did not start, a port is taken: {told.strip()}")
+    return SerfError(f"the Serf agent did not start: {told.strip()}")

@@ -1,0 +1,121 @@
+"""What must be so before `init` and `join` touch the host: each failure names what is in the way and what to do."""
+
+import os
+import shutil
+import socket
+
+from meshd.errors import ConflictError, InputError, MissingError
+from meshd.gossip import serf
+from meshd.mesh.model import Endpoint, IPAddress
+from meshd.net import links, routes, underlay, wireguard
+from meshd.net.docker import Bridge
+from meshd.state.settings import Settings
+
+PACKAGES = {"serf": "serf", "nft": "nftables"}
+
+
+def root() -> None:
+    """Require root: links, routes and rules are the kernel's."""
+    if os.geteuid() != 0:
+        raise InputError("meshd changes links, routes and firewall rules: run it as root (sudo meshd …)")
+
+
+def check(settings: Settings, private_key: bytes) -> None:
+    """Check the machine for what `settings` want. Nothing is changed. Raises MissingError or ConflictError."""
+    programs = PACKAGES | ({"iptables": "iptables"} if settings.docker else {})
+    for program, package in programs.items():
+        if shutil.which(program) is None:
+            raise MissingError(f"{program} is not installed: apt install {package}")
+    wireguard.find(settings.wireguard, private_key, settings.wireguard_backend)
+    _addresses(settings)
+    _names(settings)
+    _ports(settings)
+    docker = Bridge(settings.mesh, settings.bridge) if settings.docker else None
+    if docker is not None:
+        docker.engine()
+        if problem := docker.occupied(settings.overlay):
+            raise ConflictError(problem)
+        _networks(settings, docker)
+    _routes(settings)
+
+
+def reachable(member: Endpoint, timeout: float = 5.0) -> None:
+    """Require that something answers at a member's gossip address. Raises InputError."""
+    try:
+        socket.create_connection((str(member.address), member.port), timeout).close()
+    except OSError as error:
+        reason = "no answer" if isinstance(error, TimeoutError) else (error.strerror or str(error)).lower()
+        raise InputError(
+            f"{member} does not answer ({reason}): is it a member's underlay address, is meshd up there, "
+            f"and does its firewall admit TCP and UDP port {member.port}?"
+        ) from None
+
+
+def _addresses(settings: Settings) -> None:
+    if underlay.holder(settings.bind) is None:
+        raise InputError(f"this host has no address {settings.bind}: pass --bind with one of its underlay addresses")
+
+
+def _names(settings: Settings) -> None:
+    existing = links.link_names()
+    if settings.wireguard in existing:
+        raise ConflictError(
+            f"an interface {settings.wireguard} exists already and is not meshd's: pass --interface with another name"
+        )
+    if settings.docker and settings.bridge in existing:
+        raise ConflictError(
+            f"an interface {settings.bridge} exists already and is not meshd's: "
+            f"remove it (docker network rm {settings.bridge}) or pass --bridge with another name"
+        )
+
+
+def _ports(settings: Settings) -> None:
+    family = socket.AF_INET6 if settings.bind.version == 6 else socket.AF_INET
+    anywhere = "::" if settings.bind.version == 6 else "0.0.0.0"  # noqa: S104  WireGuard listens everywhere
+    wanted: tuple[tuple[str, int, socket.SocketKind, int, str, str], ...] = (
+        ("WireGuard's UDP", family, socket.SOCK_DGRAM, settings.wireguard_port, anywhere, "--wireguard-port"),
+        ("gossip's TCP", family, socket.SOCK_STREAM, settings.gossip_port, str(settings.bind), "--gossip-port"),
+        ("gossip's UDP", family, socket.SOCK_DGRAM, settings.gossip_port, str(settings.bind), "--gossip-port"),
+        ("Serf RPC's TCP", socket.AF_INET, socket.SOCK_STREAM, settings.rpc_port, "127.0.0.1", "--rpc-port"),
+    )
+    for what, domain, kind, port, address, option in wanted:
+        with socket.socket(domain, kind) as probe:
+            if kind == socket.SOCK_STREAM:
+                # As Go's listeners do: a connection that is merely closing does not occupy the port.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((address, port))
+            except OSError as error:
+                rival = "" if port == settings.wireguard_port else _rival()
+                raise ConflictError(
+                    f"{what} port {port} on {address} is not free ({(error.strerror or '').lower()}): "
+                    f"{rival}pass {option}"
+                ) from None
+
+
+def _rival() -> str:
+    """Name the usual reason for a taken port of Serf's: Debian's package starts an agent of its own."""
+    for pid, _ in serf.agents():
+        return f"another Serf agent runs here (pid {pid}), stop it (systemctl disable --now serf) or "
+    return ""
+
+
+def _networks(settings: Settings, docker: Bridge) -> None:
+    for name, subnet in docker.overlapping(settings.overlay):
+        raise ConflictError(
+            f"the overlay {settings.overlay} overlaps the Docker network {name} ({subnet}): "
+            f"remove that network, or choose another overlay (meshd init --overlay)"
+        )
+
+
+def _routes(settings: Settings) -> None:
+    for prefix, link in routes.overlapping(settings.overlay, ignore_links=()):
+        raise ConflictError(
+            f"the overlay {settings.overlay} overlaps the route {prefix} dev {link}: "
+            f"choose another overlay (meshd init --overlay)"
+        )
+
+
+def bind_address(chosen: IPAddress | None, towards: IPAddress | None) -> IPAddress:
+    """Give the underlay address: the chosen one, or the one that the kernel would use towards a member."""
+    return chosen if chosen is not None else underlay.source_address(towards)

@@ -1,0 +1,156 @@
+"""The firewall rules of a mesh, as data. Pure; `firewall.py` puts them into the kernel.
+
+The nftables table is meshd's own: no other program's flush of its own rules, and no rule that others insert later,
+undoes what it does. Docker's chains get only what nothing but a rule inside of them can say.
+"""
+
+import re
+from collections.abc import Collection
+from hashlib import sha256
+from ipaddress import IPv4Network
+
+from meshd.mesh.model import Chain, Engine, IptablesRule, Rule, Table
+
+# Just before where Docker masquerades (srcnat, 100): a packet that has got its source here keeps it.
+BEFORE_SRCNAT = 99
+# Before the filter chains of others, so that what is dropped here is not accepted there first.
+BEFORE_FILTER = -10
+
+
+def table_name(wireguard: str) -> str:
+    """Give the name of the mesh's nftables table."""
+    return "meshd_" + re.sub(r"[^A-Za-z0-9_]", "_", wireguard)
+
+
+def rule(text: str) -> Rule:
+    """Make a rule that is recognised by a digest of its text."""
+    return Rule(sha256(text.encode()).hexdigest()[:16], text)
+
+
+def table(
+    *,
+    wireguard: str,
+    port: int,
+    bridge: str | None,
+    overlay: IPv4Network,
+    subnet: IPv4Network,
+    allow: Collection[str] = (),
+) -> Table:
+    """Give the mesh's table: sources are kept, nothing leaves in clear, nothing but the overlay enters the bridge.
+
+    `port` is WireGuard's UDP port; `allow` what the overlay may reach on the host itself: `tcp/22`, `udp/5000-5010`,
+    `all`.
+    """
+    inside = _names(wireguard, bridge, "lo")
+    in_clear = f"ip daddr {overlay} oifname != {inside} drop"
+    # With the path's ICMP lost, only a segment size that fits gets large answers through (RFC 2923).
+    clamp = "tcp flags syn / syn,rst tcp option maxseg size set rt mtu"
+    # wireguard-go forbids routers to fragment, and then nothing large passes a narrow path whose ICMP is lost. The
+    # kernel's WireGuard allows it (send4 in drivers/net/wireguard/socket.c).
+    fragment = f"udp sport {port} ip frag-off set 0"
+    # Who is not on the bridge is not on the overlay: not Docker's other networks, and not those of another mesh here.
+    # They answer what has come to them by a published port.
+    unasked = f'oifname "{wireguard}" ct state != {{ established, related }} drop'
+    forward = [in_clear, unasked, *_inbound(wireguard, subnet)]
+    if bridge is not None:
+        forward = [
+            f'oifname "{wireguard}" {clamp}',
+            f'iifname "{wireguard}" {clamp}',
+            *_overlay(wireguard, bridge, subnet),
+            *forward,
+            *_guard(bridge),
+        ]
+    return Table(
+        table_name(wireguard),
+        (
+            # A plain accept would not stop a later MASQUERADE: each nat chain is asked until one has decided.
+            _chain("postrouting", "nat", BEFORE_SRCNAT, f'ip saddr {subnet} oifname "{wireguard}" snat to ip saddr'),
+            _chain("forward", "filter", BEFORE_FILTER, *forward),
+            _chain("output", "filter", BEFORE_FILTER, in_clear, fragment),
+            _chain("input", "filter", BEFORE_FILTER, *_input(_names(wireguard, bridge), allow)),
+        ),
+    )
+
+
+def _names(*links: str | None) -> str:
+    return "{ " + ", ".join(f'"{name}"' for name in links if name) + " }"
+
+
+def _overlay(wireguard: str, bridge: str, subnet: IPv4Network) -> list[str]:
+    """Let this host's containers and the overlay speak. Nearly every packet is one of theirs and is asked no more.
+
+    The others' WireGuard drops a source that is not in this host's subnet as well: no container speaks for another
+    host's.
+    """
+    return [
+        f'iifname "{bridge}" oifname "{wireguard}" ip saddr {subnet} accept',
+        f'iifname "{bridge}" oifname "{wireguard}" drop',
+        f'iifname "{wireguard}" oifname "{bridge}" ip daddr {subnet} accept',
+    ]
+
+
+def _inbound(wireguard: str, subnet: IPv4Network) -> list[str]:
+    """Let what comes through the tunnel go to this host's own subnet alone: it is no way to the networks behind it."""
+    return [
+        f'iifname "{wireguard}" ct state established,related accept',
+        f'iifname "{wireguard}" ct status dnat accept',
+        f'iifname "{wireguard}" ip daddr != {subnet} drop',
+    ]
+
+
+def _input(links: str, allow: Collection[str]) -> list[str]:
+    """Close the host itself to the overlay, its own containers included, but for what is allowed and for ICMP."""
+    if "all" in allow:
+        return []
+    ports = [entry.split("/") for entry in sorted(allow)]
+    return [
+        f"iifname != {links} accept",
+        "ct state established,related accept",
+        "ip protocol icmp accept",
+        *(f"{protocol} dport {port} accept" for protocol, port in ports),
+        "drop",
+    ]
+
+
+def _guard(bridge: str) -> list[str]:
+    """Keep everybody else away from containers, except through published ports and for replies.
+
+    Docker's own FORWARD policy does that only where forwarding was off when it started.
+    """
+    return [
+        f'oifname "{bridge}" iifname "{bridge}" accept',
+        f'oifname "{bridge}" ct state established,related accept',
+        f'oifname "{bridge}" ct status dnat accept',
+        f'oifname "{bridge}" drop',
+    ]
+
+
+def _chain(name: str, kind: str, priority: int, *texts: str) -> Chain:
+    return Chain(name, kind, name, priority, tuple(rule(text) for text in texts))
+
+
+def iptables(
+    *, wireguard: str, bridge: str, subnet: IPv4Network, engine: Engine, owner: str
+) -> tuple[IptablesRule, ...]:
+    """Give the rules inside of Docker's own chains that admit the overlay's packets to containers.
+
+    Docker's FORWARD policy is DROP; from version 28 on it also drops, in raw, what is routed to a container's address.
+    Its nftables backend has neither chain. With these the overlay survives an `iptables -F`, which leaves the policy,
+    and takes Docker's own rules away, the way back and the jump to DOCKER-USER among them.
+    """
+    if not engine.firewall.startswith("iptables"):
+        return ()
+    admitted = (
+        IptablesRule("filter", "DOCKER-USER", ("-i", bridge, "-o", wireguard, "-j", "ACCEPT"), owner),
+        IptablesRule("filter", "DOCKER-USER", ("-i", wireguard, "-o", bridge, "-j", "ACCEPT"), owner),
+        IptablesRule("filter", "FORWARD", ("-j", "DOCKER-USER"), owner),
+    )
+    if _major(engine.version) < 28:
+        return admitted
+    return *admitted, IptablesRule("raw", "PREROUTING", ("-d", str(subnet), "-i", wireguard, "-j", "ACCEPT"), owner)
+
+
+def _major(version: str) -> int:
+    """Read the major version; one that cannot be read is taken for a new one, whose rules do no harm on an old one."""
+    number = version.partition(".")[0]
+    return int(number) if number.isascii() and number.isdigit() else 9999

@@ -1,0 +1,253 @@
+"""What should be, and the way there: pure functions from the hosts to resources, and from resources to changes."""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+
+from meshd.mesh.model import (
+    Action,
+    Address,
+    Change,
+    Device,
+    Engine,
+    Host,
+    Link,
+    Network,
+    Peer,
+    Port,
+    Record,
+    Resource,
+    Route,
+    Sysctl,
+    Tags,
+)
+from meshd.mesh.records import encode
+from meshd.net import rules
+
+# An endpoint that WireGuard has learned from an authenticated packet is better than ours. WireGuard rekeys after
+# 120 s and gives a session up after 180 s (REJECT_AFTER_TIME), so a younger handshake proves the endpoint.
+FRESH = 180.0
+# Beyond any route that somebody would add, so that it only catches what nothing else does.
+LAST_METRIC = 4278198272
+IP_FORWARD = "net/ipv4/ip_forward"
+
+# Changes are made in this order, and removed in the reverse one: first what keeps overlay traffic from leaving in
+# clear, then links before addresses, peers before the routes that lead to them, and the tags that invite traffic last.
+ORDER = ("table", "sysctl", "device", "link", "port", "address", "iptables", "peer", "route", "network", "tags")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Local:
+    """This host, as far as the desired state depends on it. Without Docker there is no bridge and no engine."""
+
+    host: Host
+    overlay: IPv4Network
+    wireguard: str
+    port: int
+    mtu: int
+    keepalive: int
+    owner: str
+    bridge: str | None = None
+    engine: Engine | None = None
+    allow: tuple[str, ...] = ()
+    # The links of the containers that have lost the bridge.
+    loose: tuple[str, ...] = ()
+
+
+def desired(local: Local, hosts: Iterable[Host]) -> tuple[Resource, ...]:
+    """Give everything that should be on this host; `diff` puts it into the order in which it is made."""
+    record = local.host.record
+    resources: list[Resource] = [
+        rules.table(
+            wireguard=local.wireguard,
+            port=local.port,
+            bridge=local.bridge,
+            overlay=local.overlay,
+            subnet=record.subnet,
+            allow=local.allow,
+        ),
+        Device(local.wireguard, record.public_key, local.port),
+        Link(local.wireguard, "wireguard", local.mtu),
+        Address(local.wireguard, IPv4Interface((record.address, 32))),
+        Route(local.overlay, None, metric=LAST_METRIC),
+        Tags(tuple(sorted(encode(record).items()))),
+    ]
+    if local.bridge is not None:
+        resources += _bridge(local, local.bridge)
+    for host in hosts:
+        resources += _peer(local, host.record)
+    return tuple(resources)
+
+
+def _bridge(local: Local, bridge: str) -> list[Resource]:
+    record = local.host.record
+    resources: list[Resource] = [
+        Link(bridge, "bridge", local.mtu, mac=_mac(record.address)),
+        *(Port(link, bridge) for link in local.loose),
+        # The whole overlay is on-link here: Docker adopts the address, and no packet for an unknown subnet can
+        # leave by the default route.
+        Address(bridge, IPv4Interface((record.address, local.overlay.prefixlen))),
+        Sysctl(f"net/ipv4/conf/{bridge}/proxy_arp", "1"),
+        # The kernel's default of 0.8 s delays the first packet to each address.
+        Sysctl(f"net/ipv4/neigh/{bridge}/proxy_delay", "0"),
+    ]
+    if local.engine is not None:
+        # Not before the engine runs: Docker closes its FORWARD policy only when it turns forwarding on itself.
+        resources.append(Sysctl(IP_FORWARD, "1"))
+        resources += rules.iptables(
+            wireguard=local.wireguard,
+            bridge=bridge,
+            subnet=record.subnet,
+            engine=local.engine,
+            owner=local.owner,
+        )
+        resources.append(_network(local, bridge, record.address, local.engine))
+    return resources
+
+
+def _mac(address: IPv4Address) -> str:
+    """Give the bridge's MAC address, made as Docker makes those of containers.
+
+    A bridge without one of its own takes the lowest of its ports' and changes it as they come and go, and one that is
+    made anew takes another; containers would go on sending to the old one for half a minute.
+    """
+    return ":".join(f"{octet:02x}" for octet in (0x02, 0x42, *address.packed))
+
+
+def _network(local: Local, bridge: str, gateway: IPv4Address, engine: Engine) -> Network:
+    options = {"com.docker.network.bridge.trusted_host_interfaces": local.wireguard}
+    if engine.firewall == "nftables":
+        # On that backend nothing but this admits routed packets to containers (Docker 29); it is an error before 28.
+        options["com.docker.network.bridge.gateway_mode_ipv4"] = "nat-unprotected"
+    return Network(
+        name=bridge,
+        bridge=bridge,
+        subnet=local.overlay,
+        ip_range=local.host.record.subnet,
+        gateway=gateway,
+        mtu=local.mtu,
+        options=tuple(sorted(options.items())),
+    )
+
+
+def _peer(local: Local, record: Record) -> list[Resource]:
+    return [
+        Peer(record.public_key, record.endpoint, (record.subnet,), local.keepalive),
+        Route(record.subnet, local.wireguard, local.host.record.address),
+    ]
+
+
+def _rank(resource: Resource) -> tuple[int, int, str]:
+    # The unreachable route comes before the routes to peers; sysctls of a link come after that link.
+    within = {"route": int(getattr(resource, "link", None) is not None)}.get(resource.kind, 0)
+    place = ORDER.index(resource.kind)
+    if isinstance(resource, Sysctl) and resource.path != IP_FORWARD:
+        place = ORDER.index("link")
+        within = 1
+    return place, within, resource.key
+
+
+def diff(
+    wanted: Iterable[Resource],
+    observed: Iterable[Resource],
+    *,
+    now: float,
+    moved: Collection[str] = (),
+    patient: Collection[str] = (),
+    kinds: Collection[str] = ORDER,
+) -> tuple[Change, ...]:
+    """Give the changes from observed to wanted, additions first; equal input gives equal output.
+
+    `kinds` restricts it to what could be observed. `moved` names the public keys whose published endpoint has just
+    changed: only these override an endpoint that a fresh handshake proves. `patient` are the public keys of those who
+    are to speak first (see `speaks_first`).
+    """
+    there = {(r.kind, r.key): r for r in observed if r.kind in kinds}
+    want = {(r.kind, r.key): r for r in wanted if r.kind in kinds}
+    changes: list[Change] = []
+    for key, resource in want.items():
+        old = there.get(key)
+        target = _keep_quiet(resource, old, patient)
+        if old is None:
+            changes.append(Change(Action.ADD, target))
+            continue
+        target = _keep_roaming(target, old, now, moved)
+        if target != old:
+            changes.append(Change(Action.SET, target, old))
+    # A sysctl that is not wanted is not ours to remove: `down` puts the original value back instead. Nor is a port,
+    # which is Docker's.
+    extra = [r for key, r in there.items() if key not in want and r.kind not in {"sysctl", "port"}]
+    changes.sort(key=lambda change: _rank(change.resource))
+    return (*changes, *(Change(Action.REMOVE, r) for r in sorted(extra, key=_rank, reverse=True)))
+
+
+def speaks_first(own: Record, other: Record) -> bool:
+    """Tell which of two hosts begins the first handshake: the one with the newer record; the other waits for a moment.
+
+    A keepalive begins it at once. Two that cross are both lost, since each side then answers and forgets its own
+    question, and WireGuard asks again only after 5 s (REKEY_TIMEOUT). Two hosts that learn of each other at the same
+    time, as when one joins, would often do that. Who joins is mostly the last of the two to be ready.
+    """
+    return (own.seq, own.public_key) > (other.seq, other.public_key)
+
+
+def begin_anew(
+    wanted: Iterable[Resource], observed: Iterable[Resource], overdue: Collection[str]
+) -> tuple[Change, ...]:
+    """Give the changes that make WireGuard begin a handshake at once with these public keys, if there was none yet.
+
+    A peer that is made anew has forgotten its own first message, for which it would wait 5 s. Nothing is cut: without a
+    handshake no packet passes.
+    """
+    unmet = {r.public_key: r for r in observed if isinstance(r, Peer) and not r.handshake}
+    keys = unmet.keys() & set(overdue)
+    again = [(unmet[r.public_key], r) for r in wanted if isinstance(r, Peer) and r.public_key in keys]
+    return tuple(change for old, new in again for change in (Change(Action.REMOVE, old), Change(Action.ADD, new)))
+
+
+def _keep_quiet(wanted: Resource, old: Resource | None, patient: Collection[str]) -> Resource:
+    if not isinstance(wanted, Peer) or wanted.public_key not in patient:
+        return wanted
+    is_quiet = not isinstance(old, Peer) or (not old.keepalive and not old.handshake)
+    return replace(wanted, keepalive=0) if is_quiet else wanted
+
+
+def _keep_roaming(wanted: Resource, old: Resource, now: float, moved: Collection[str]) -> Resource:
+    if not isinstance(wanted, Peer) or not isinstance(old, Peer) or wanted.public_key in moved:
+        return wanted
+    if old.endpoint is not None and 0 <= now - old.handshake < FRESH:
+        return replace(wanted, endpoint=old.endpoint)
+    return wanted
+
+
+def guard(
+    changes: Iterable[Change], observed: Iterable[Resource], departed: Collection[str]
+) -> tuple[tuple[Change, ...], tuple[Change, ...]]:
+    """Split the changes into those to make and those to withhold.
+
+    Removing peers is withheld, with the routes to them, when more than half of the peers would go without evidence:
+    `departed` are the public keys that said goodbye, were forgotten, or were replaced by a newer key.
+    """
+    changes = tuple(changes)
+    peers = [r for r in observed if isinstance(r, Peer)]
+    doubtful = [
+        c.resource
+        for c in changes
+        if c.action is Action.REMOVE and isinstance(c.resource, Peer) and c.resource.public_key not in departed
+    ]
+    if len(doubtful) * 2 <= len(peers):
+        return changes, ()
+    prefixes = {prefix for peer in doubtful for prefix in peer.allowed_ips}
+
+    def withheld(change: Change) -> bool:
+        if change.action is not Action.REMOVE:
+            return False
+        resource = change.resource
+        return resource in doubtful or (isinstance(resource, Route) and resource.prefix in prefixes)
+
+    return tuple(c for c in changes if not withheld(c)), tuple(c for c in changes if withheld(c))
+
+
+def restored(originals: Mapping[str, str]) -> tuple[Sysctl, ...]:
+    """Give the sysctls as they were before meshd."""
+    return tuple(Sysctl(path, value) for path, value in sorted(originals.items()))

@@ -1,0 +1,236 @@
+"""What only the holder of the authority's key can do: invite, confirm, forget and revoke, and hand the key on.
+
+`issued.json` keeps what was signed, so that it can be revoked before it was ever used.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from ipaddress import IPv4Network
+from typing import Any
+
+from meshd.errors import InputError
+from meshd.mesh import certificates
+from meshd.mesh.invitations import Invitation
+from meshd.mesh.model import Certificate, Delegation, Endpoint, Goodbye, Record, Revocation, is_name
+from meshd.mesh.records import MAX_PREFIX
+from meshd.mesh.tombstones import forgotten
+from meshd.state.directory import State
+
+EXPORT = "meshd-authority 1"
+_FOREVER = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What an invitation allows: until when (Unix seconds, 0 for ever), and which subnets if not all."""
+
+    expires: int = _FOREVER
+    subnets: tuple[IPv4Network, ...] = ()
+
+
+def key(state: State) -> bytes:
+    """Give the authority's seed. Raises InputError on a host that does not hold it."""
+    seed = state.authority_key
+    if seed is None:
+        raise InputError(
+            f"this host does not hold the authority of the mesh {state.settings.mesh!r}: run this on the host where "
+            "'meshd init' ran, or bring the authority here ('meshd authority export' there, 'import' here)"
+        )
+    return seed
+
+
+def found(state: State, mesh: str, name: str) -> None:
+    """Make the authority of a new mesh, and the first certificate, which is this host's."""
+    seed, own = certificates.new_seed(), certificates.new_seed()
+    state.save_authority_key(seed)
+    state.save_authority(certificates.public(seed))
+    certificate = Certificate(certificates.new_serial(), _FOREVER, certificates.public(own))
+    state.save_certificate(certificates.certify(seed, mesh, name, certificate), own)
+    _note(state, certificate.serial, name, _FOREVER, certificate.identity)
+
+
+def invite(state: State, name: str, terms: Terms) -> Invitation:
+    """Give an invitation for one host: its name, its identity, and the certificate of both."""
+    seed, own = key(state), certificates.new_seed()
+    if not is_name(name):
+        raise InputError(f"the host name {name!r} is not 1 to 63 letters, digits, dots and dashes")
+    _check(state, terms)
+    certificate = Certificate(certificates.new_serial(), terms.expires, certificates.public(own), terms.subnets)
+    certificate = certificates.certify(seed, state.settings.mesh, name, certificate)
+    _note(state, certificate.serial, name, terms.expires, certificate.identity)
+    return _invitation(state, own, name=name, certificate=certificate)
+
+
+def invite_many(state: State, prefix: str, terms: Terms) -> Invitation:
+    """Give an invitation for as many hosts as come before it expires, whose names begin with `prefix`."""
+    seed, own = key(state), certificates.new_seed()
+    if len(prefix) > MAX_PREFIX or (prefix and not is_name(prefix.rstrip("-.") or "-")):
+        raise InputError(f"the prefix {prefix!r} is not at most {MAX_PREFIX} letters, digits, dots and dashes")
+    if not terms.expires:
+        raise InputError("a reusable invitation needs an end: --ttl")
+    _check(state, terms)
+    serial = certificates.new_serial()
+    delegation = Delegation(serial, terms.expires, certificates.public(own), prefix, terms.subnets)
+    delegation = certificates.delegate(seed, state.settings.mesh, delegation)
+    _note(state, serial, label(serial), terms.expires, None)
+    return _invitation(state, own, delegation=delegation)
+
+
+def label(serial: int) -> str:
+    """Give the name by which a reusable invitation is revoked."""
+    return f"invitation-{serial:x}"
+
+
+def _check(state: State, terms: Terms) -> None:
+    settings = state.settings
+    for subnet in terms.subnets:
+        if not subnet.subnet_of(settings.overlay) or subnet.prefixlen > settings.subnet_length:
+            raise InputError(
+                f"{subnet} has no room for a /{settings.subnet_length} of the overlay {settings.overlay}: "
+                "no host could have a subnet there"
+            )
+
+
+def _invitation(
+    state: State,
+    seed: bytes,
+    *,
+    name: str | None = None,
+    certificate: Certificate | None = None,
+    delegation: Delegation | None = None,
+) -> Invitation:
+    settings = state.settings
+    return Invitation(
+        settings.mesh,
+        settings.overlay,
+        settings.subnet_length,
+        state.gossip_key,
+        settings.gossip_port,
+        state.mesh.trust.authority,
+        seed,
+        name,
+        certificate,
+        delegation,
+        (Endpoint(settings.advertised, settings.gossip_port),),
+    )
+
+
+def _note(state: State, serial: int, name: str, expires: int, identity: bytes | None, *, by: str | None = None) -> None:
+    entry = {"name": name, "expires": expires, "identity": identity.hex() if identity else None, "by": by}
+    with state.lock():
+        state.save_issued({**state.issued(), str(serial): entry})
+
+
+def confirm(state: State, name: str, record: Record) -> Certificate | None:
+    """Give the authority's own certificate for a host that joined by a reusable invitation; None without the key.
+
+    What the invitation allowed stays, its end does not. Asked again it gives the same one.
+    """
+    seed, delegation, identity = state.authority_key, record.certificate.delegation, record.certificate.identity
+    if seed is None or delegation is None:
+        return None
+    known = {entry.get("identity"): int(serial) for serial, entry in state.issued().items() if entry["name"] == name}
+    serial = known.get(identity.hex())
+    if serial is None:
+        serial = certificates.new_serial()
+        _note(state, serial, name, _FOREVER, identity, by=label(delegation.serial))
+    certificate = Certificate(serial, _FOREVER, identity, delegation.subnets)
+    return certificates.certify(seed, state.settings.mesh, name, certificate)
+
+
+def forget(state: State, name: str, record: Record) -> Goodbye:
+    """Sign that a host is dead."""
+    return forgotten(record, certificates.forget(key(state), state.settings.mesh, name, record.seq, record.public_key))
+
+
+def revoke(state: State, name: str) -> dict[int, Revocation]:
+    """Sign the revocation of all that was signed for a name, or of a reusable invitation. Raises InputError.
+
+    A reusable invitation by which the host came goes with it: who holds it can come again under any other name.
+    """
+    seed, mesh, roster, issued = key(state), state.settings.mesh, state.roster(), state.issued()
+    wanted: dict[int, str] = {}
+    for serial, entry in issued.items():
+        if entry["name"] == name:
+            wanted[int(serial)] = name
+            wanted |= _came_by(issued, entry.get("by"))
+            if entry["identity"]:
+                wanted[certificates.delegated_serial(bytes.fromhex(entry["identity"]))] = name
+    if name in roster.hosts:
+        certificate = roster.hosts[name].certificate
+        wanted |= dict.fromkeys(certificate.serials, name)
+        if certificate.delegation is not None:
+            wanted |= _came_by(issued, label(certificate.delegation.serial))
+    wanted = {serial: whose for serial, whose in wanted.items() if serial not in roster.revoked}
+    if not wanted:
+        known = sorted({entry["name"] for entry in issued.values()} | roster.hosts.keys())
+        raise InputError(f"nothing is left to be revoked of {name!r}; known: {', '.join(known)}")
+    return {serial: certificates.revoke(seed, mesh, serial, whose) for serial, whose in sorted(wanted.items())}
+
+
+def _came_by(issued: Mapping[str, Mapping[str, Any]], invitation: str | None) -> dict[int, str]:
+    return {
+        int(serial): entry["name"] for serial, entry in issued.items() if invitation and entry["name"] == invitation
+    }
+
+
+# --- the key on its way to another host ----------------------------------------------------------------------------
+
+
+def export(state: State, passphrase: str) -> str:
+    """Give the authority's key and what it has signed, encrypted (Argon2id, XSalsa20-Poly1305)."""
+    from nacl import pwhash, secret, utils  # noqa: PLC0415  libsodium takes 30 ms to load
+
+    content = {"mesh": state.settings.mesh, "key": key(state).hex(), "issued": state.issued()}
+    salt = utils.random(pwhash.argon2id.SALTBYTES)
+    box = secret.SecretBox(_stretched(passphrase, salt))
+    sealed = box.encrypt(json.dumps(content).encode())
+    state.mark_exported()
+    return json.dumps({"format": EXPORT, "salt": salt.hex(), "sealed": sealed.hex()}) + "\n"
+
+
+def restore(state: State, text: str, passphrase: str) -> None:
+    """Take over an exported authority. Raises InputError if it is damaged, another mesh's, or the passphrase wrong."""
+    content = _unsealed(text, passphrase)
+    seed = bytes.fromhex(content["key"])
+    if certificates.public(seed) != state.mesh.trust.authority:
+        raise InputError(
+            f"this is the authority of another mesh ({content['mesh']!r}), this host is in {state.settings.mesh!r}"
+        )
+    state.save_issued({**content["issued"], **state.issued()})
+    state.save_authority_key(seed)
+    state.mark_exported()
+
+
+def _unsealed(text: str, passphrase: str) -> Mapping[str, Any]:
+    from nacl.exceptions import CryptoError  # noqa: PLC0415  as above
+    from nacl.secret import SecretBox  # noqa: PLC0415
+
+    try:
+        outer = json.loads(text)
+        if outer["format"] != EXPORT:
+            raise InputError(f"the export is of another version ({str(outer['format'])[:32]!r})")
+        salt, sealed = bytes.fromhex(outer["salt"]), bytes.fromhex(outer["sealed"])
+        box = SecretBox(_stretched(passphrase, salt))
+    except (KeyError, TypeError, ValueError, RecursionError, CryptoError):
+        raise InputError("this is not what 'meshd authority export' wrote, or it is damaged") from None
+    try:
+        content = json.loads(box.decrypt(sealed))
+    except (CryptoError, ValueError):
+        raise InputError("the passphrase is wrong, or the export is damaged") from None
+    if not isinstance(content, dict):
+        raise InputError("the export does not hold what it should")
+    return content
+
+
+def _stretched(passphrase: str, salt: bytes) -> bytes:
+    from nacl.pwhash import argon2id  # noqa: PLC0415  as above
+
+    return bytes(argon2id.kdf(32, passphrase.encode(), salt, argon2id.OPSLIMIT_MODERATE, argon2id.MEMLIMIT_MODERATE))
+
+
+def expiry(ttl: float) -> int:
+    """Give the Unix time at which something ends that lasts `ttl` seconds from now."""
+    return int(time.time() + ttl)

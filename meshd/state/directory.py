@@ -1,0 +1,366 @@
+"""The state directory: one place, mode 0700, that holds all that a host must remember."""
+
+import base64
+import errno
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from ipaddress import IPv4Network
+from pathlib import Path
+from typing import Any, TypeVar
+
+from meshd import files
+from meshd.errors import InputError, MeshdError
+from meshd.mesh import certificates, invitations
+from meshd.mesh.certificates import Trust
+from meshd.mesh.membership import Mesh, Roster
+from meshd.mesh.model import Certificate, Endpoint, Goodbye, Record, Revocation
+from meshd.mesh.records import MAX_SEQ, RecordError, from_wire, pack_certificate, read_certificate, to_wire
+from meshd.state import settings as config
+from meshd.state.settings import Settings
+
+DEFAULT = Path("/var/lib/meshd")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The own record as it was last published. `settled` says that the mesh has no other claim on the subnet."""
+
+    record: Record
+    settled: bool = False
+
+
+class State:
+    """The files of one mesh on one host. Reading raises InputError for what is damaged, and names the file."""
+
+    def __init__(self, directory: Path = DEFAULT) -> None:
+        self.directory = directory.absolute()
+        self.serf_config = self.directory / "serf.json"
+        # A place for a person's own Serf configuration (log_level, statsite_addr, …): *.json, read after serf.json.
+        self.serf_extra = self.directory / "serf.d"
+        self.serf_log = self.directory / "serf.log"
+        self.agent_log = self.directory / "agent.log"
+        self.socket = self.directory / "agent.sock"
+
+    @property
+    def exists(self) -> bool:
+        """Whether a host was set up here."""
+        return (self.directory / "settings.json").exists()
+
+    @cached_property
+    def settings(self) -> Settings:
+        path = self.directory / "settings.json"
+        values = files.read_json(path)
+        if values is None:
+            raise InputError(f"no mesh is set up in {self.directory}: run 'meshd init' or 'meshd join ADDRESS' first")
+        try:
+            return config.from_json(values)
+        except InputError as error:
+            raise InputError(f"{path} is damaged: {error}") from None
+
+    @property
+    def is_down(self) -> bool:
+        """Whether a person took the mesh down here: nobody but `meshd up` brings it back, no event and no boot."""
+        return (self.directory / "down").exists()
+
+    def mark_down(self) -> None:
+        files.write(self.directory / "down", b"'meshd up' starts it\n")
+
+    def mark_up(self) -> None:
+        (self.directory / "down").unlink(missing_ok=True)
+
+    def reload_settings(self) -> None:
+        """Read the settings again when they are asked for: a command may have changed them."""
+        self.__dict__.pop("settings", None)
+
+    def save_settings(self, settings: Settings) -> None:
+        files.write_json(self.directory / "settings.json", config.to_json(settings))
+        self.__dict__.pop("settings", None)
+
+    @cached_property
+    def wireguard_key(self) -> bytes:
+        """The private key; it is made on first use."""
+        return invitations.key(self.directory / "wireguard.key")
+
+    @cached_property
+    def gossip_key(self) -> bytes:
+        return invitations.key(self.directory / "gossip.key")
+
+    def save_gossip_key(self, key: bytes) -> None:
+        invitations.save_key(self.directory / "gossip.key", key)
+        self.__dict__.pop("gossip_key", None)
+
+    @cached_property
+    def rpc_key(self) -> str:
+        """What authenticates meshd to its own Serf agent."""
+        return invitations.key(self.directory / "rpc.key").hex()
+
+    @cached_property
+    def mesh(self) -> Mesh:
+        """What this host knows of its mesh. Raises InputError if the authority's public key is not there."""
+        settings, path = self.settings, self.directory / "authority.pub"
+        authority = invitations.saved_key(path)
+        if authority is None:
+            raise InputError(f"{path} is missing: it is the mesh's authority, the same on every host")
+        return Mesh(settings.overlay, settings.subnet_length, Trust(settings.mesh, authority))
+
+    def save_authority(self, public_key: bytes) -> None:
+        invitations.save_key(self.directory / "authority.pub", public_key)
+        self.__dict__.pop("mesh", None)
+
+    @property
+    def authority_key(self) -> bytes | None:
+        """The authority's seed, on the host that holds it."""
+        return invitations.saved_key(self.directory / "authority.key")
+
+    @property
+    def authority_exported(self) -> bool:
+        """Whether somebody has a copy of the authority besides this host."""
+        return (self.directory / "authority.exported").exists()
+
+    def mark_exported(self) -> None:
+        files.write(self.directory / "authority.exported", b"")
+
+    def save_authority_key(self, seed: bytes) -> None:
+        invitations.save_key(self.directory / "authority.key", seed)
+
+    @property
+    def identity_key(self) -> bytes:
+        """The seed of this host's identity. Raises InputError if it is not there."""
+        path = self.directory / "identity.key"
+        seed = invitations.saved_key(path)
+        if seed is None:
+            raise InputError(f"{path} is missing: run 'meshd leave --force', and join with a new invitation")
+        return seed
+
+    @property
+    def certificate(self) -> Certificate:
+        """This host's certificate. Raises InputError if it is not there or damaged."""
+        values = self._json("certificate.json")
+        if values is None:
+            raise InputError(f"{self.directory / 'certificate.json'} is missing: join with a new invitation")
+        return self._guard(
+            "certificate.json",
+            lambda: read_certificate(_bytes(values["certificate"]), is_delegated=bool(values["delegated"])),
+        )
+
+    def save_certificate(self, certificate: Certificate, seed: bytes | None = None) -> None:
+        """Keep a certificate, and the seed of its identity if that is a new one."""
+        if seed is not None:
+            invitations.save_key(self.directory / "identity.key", seed)
+        packed = {"certificate": _text(pack_certificate(certificate)), "delegated": certificate.delegation is not None}
+        files.write_json(self.directory / "certificate.json", packed)
+
+    def issued(self) -> dict[str, dict[str, Any]]:
+        """Give what the authority on this host has signed: serial -> name, expiry, and the identity if it is known."""
+        values = self._json("issued.json") or {}
+        return self._guard("issued.json", lambda: {str(serial): dict(entry) for serial, entry in values.items()})
+
+    def save_issued(self, issued: Mapping[str, Mapping[str, Any]]) -> None:
+        files.write_json(self.directory / "issued.json", issued)
+
+    def claim(self) -> Claim | None:
+        values = self._json("claim.json")
+        if values is None:
+            return None
+        return self._guard("claim.json", lambda: Claim(self._record(values["record"]), bool(values["settled"])))
+
+    def save_claim(self, claim: Claim) -> None:
+        files.write_json(
+            self.directory / "claim.json", {"record": _text(to_wire(claim.record)), "settled": claim.settled}
+        )
+
+    def publish(
+        self, *, subnet: IPv4Network, endpoint: Endpoint, settled: bool, leaving: bool = False, beyond: int = 0
+    ) -> Claim:
+        """Give the claim to publish, kept on disk first. Its sequence number grows exactly when the record changes.
+
+        A number never goes back: it survives reboots in the file, and where the file was lost it starts from the
+        clock, which is beyond what one record a second ever reached. `beyond` is the number of a goodbye of this name:
+        an earlier host may have said it by a clock that was wrong.
+        """
+        last = self.claim()
+        seq = last.record.seq if last else 0
+        public_key = invitations.public_key(self.wireguard_key)
+        record = Record(public_key, subnet, endpoint, seq, self.certificate, leaving)
+        beyond = min(beyond, MAX_SEQ - 2)  # who said the greatest number keeps it
+        if last is not None and record == replace(last.record, signature=b"") and seq > beyond:
+            claim = Claim(last.record, settled)
+        else:
+            record = replace(record, seq=max(seq + 1, beyond + 1, int(time.time())))
+            settings = self.settings
+            claim = Claim(certificates.sign(self.identity_key, settings.mesh, settings.name, record), settled)
+        if claim != last:
+            self.save_claim(claim)
+        return claim
+
+    def roster(self) -> Roster:
+        """Give the hosts and tombstones that this host knows of."""
+        values = self._json("hosts.json") or {"hosts": {}, "gone": {}, "revoked": {}}
+        return self._guard("hosts.json", lambda: self._roster(values))
+
+    def _roster(self, values: dict[str, Any]) -> Roster:
+        return Roster(
+            {str(name): self._record(text) for name, text in values["hosts"].items()},
+            {
+                str(name): Goodbye(int(g["seq"]), str(g["public_key"]), _bytes(g["proof"]))
+                for name, g in values["gone"].items()
+            },
+            revoked={
+                int(serial): Revocation(int(serial), str(r["name"]), _bytes(r["signature"]))
+                for serial, r in values["revoked"].items()
+            },
+        )
+
+    def _record(self, text: str) -> Record:
+        return from_wire(_bytes(text), self.settings.overlay, self.settings.subnet_length)
+
+    def save_roster(self, roster: Roster) -> None:
+        files.write_json(
+            self.directory / "hosts.json",
+            {
+                "hosts": {name: _text(to_wire(record)) for name, record in roster.hosts.items()},
+                "gone": {
+                    name: {"seq": g.seq, "public_key": g.public_key, "proof": _text(g.proof)}
+                    for name, g in roster.gone.items()
+                },
+                "revoked": {
+                    str(serial): {"name": r.name, "signature": _text(r.signature)}
+                    for serial, r in roster.revoked.items()
+                },
+            },
+        )
+
+    def contacts(self) -> dict[str, Endpoint]:
+        """Give the gossip addresses of the hosts that this one knew: name -> address, to find them again."""
+        values = self._json("contacts.json") or {}
+        return self._guard("contacts.json", lambda: {str(n): Endpoint.parse(e) for n, e in values.items()})
+
+    def save_contacts(self, contacts: Mapping[str, Endpoint]) -> None:
+        files.write_json(self.directory / "contacts.json", {name: str(e) for name, e in contacts.items()})
+
+    def originals(self) -> dict[str, str]:
+        """Give the sysctls as they were before meshd changed them: path below /proc/sys -> value."""
+        values = self._json("originals.json") or {}
+        return self._guard("originals.json", lambda: {path: str.strip(value) for path, value in values.items()})
+
+    def save_originals(self, originals: dict[str, str]) -> None:
+        files.write_json(self.directory / "originals.json", originals)
+
+    @contextmanager
+    def lock(self, timeout: float = 60) -> Iterator[None]:
+        """Hold the lock that every pass takes, whoever runs it. Raises MeshdError after `timeout` seconds."""
+        with self._locked("lock", timeout, "another meshd is changing this host for more than a minute"):
+            yield
+
+    @contextmanager
+    def serf_lock(self) -> Iterator[None]:
+        """Hold the lock of whoever starts Serf, so that daemon and command never start two."""
+        with self._locked("serf.lock", 20, "another meshd is starting the Serf agent for more than 20 s"):
+            yield
+
+    @contextmanager
+    def agent_lock(self) -> Iterator[None]:
+        """Hold the lock of the one daemon, its process id inside of the file. Raises MeshdError if one runs."""
+        # Not at once: whoever asks for the process id holds the lock for a moment too, and the start is watched so.
+        with self._locked("agent.pid", 0.5, "meshd agent is already running for this state directory") as descriptor:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            yield
+
+    def agent_pid(self) -> int | None:
+        """Give the running daemon's process id: the file counts only while its lock is held."""
+        try:
+            with (self.directory / "agent.pid").open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            content = (files.read(self.directory / "agent.pid") or b"").strip()
+            return int(content) if content.isdigit() else None
+        except OSError:
+            return None
+        return None
+
+    def hint(self, text: str) -> bool:
+        """Wake the daemon; False if none listens."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as client:
+            client.setblocking(False)
+            try:
+                client.sendto(text.encode()[:512], str(self.socket))
+            except BlockingIOError:
+                return True  # its queue is full of hints already
+            except OSError:
+                return False
+        return True
+
+    def forget_everything(self) -> None:
+        """Remove meshd's files, and the directory if nothing else is in it."""
+        # The settings last: until they go, a command that was interrupted can be run again.
+        for path in sorted(self.directory.glob("*"), key=lambda path: path.name == "settings.json"):
+            if path.name in _OURS or path.name.startswith("."):
+                path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.directory.rmdir()
+
+    @contextmanager
+    def _locked(self, name: str, timeout: float, otherwise: str) -> Iterator[int]:
+        path = self.directory / name
+        try:
+            descriptor = _open(path)
+        except OSError as error:
+            raise MeshdError(f"opening {path}: {error.strerror}") from error
+        try:
+            deadline = time.monotonic() + timeout
+            while True:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= deadline:
+                        raise MeshdError(otherwise) from None
+                    time.sleep(0.01)
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _json(self, name: str) -> dict[str, Any] | None:
+        return files.read_json(self.directory / name)
+
+    def _guard(self, name: str, reader: Callable[[], T]) -> T:
+        try:
+            return reader()
+        except (KeyError, TypeError, ValueError, AttributeError, RecordError) as error:
+            raise InputError(f"{self.directory / name} is damaged: {error!r}; remove it or restore it") from None
+
+
+# Every file that this class, or what it starts, writes here.
+_OURS = {
+    *("settings.json", "claim.json", "contacts.json", "hosts.json", "originals.json", "serf.json"),
+    *("authority.pub", "authority.key", "authority.exported", "identity.key", "certificate.json"),
+    "issued.json",
+    *("wireguard.key", "gossip.key", "rpc.key", "serf.log", "agent.log"),
+    *("agent.pid", "agent.sock", "lock", "serf.lock", "down"),
+}
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        # What went read-only, as ext4 does after an error of the disk, can be locked all the same.
+        if error.errno != errno.EROFS:
+            raise
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _text(raw: bytes) -> str:
+    return base64.b64encode(raw).decode()
+
+
+def _bytes(text: str) -> bytes:
+    return base64.b64decode(text, validate=True)
