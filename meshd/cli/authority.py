@@ -10,7 +10,7 @@ from meshd.errors import InputError
 from meshd.state.directory import State
 
 if TYPE_CHECKING:
-    from meshd.lifecycle.join import Readiness
+    from meshd.gossip.delivery import Readiness
 
 # How long a reusable invitation holds, in seconds, unless somebody says otherwise.
 REUSABLE = 86400
@@ -79,9 +79,9 @@ def forget(state: State, name: str) -> None:
     Example:
       meshd forget barge3
     """
-    from meshd.lifecycle import join as lifecycle  # noqa: PLC0415  as above
+    from meshd.lifecycle import revoke  # noqa: PLC0415  as above
 
-    heard = lifecycle.forget(state, name)
+    heard = revoke.forget(state, name)
     click.echo(f"{name} is forgotten.")
     _say_who_has_heard(heard)
 
@@ -100,9 +100,9 @@ def revoke(state: State, name: str) -> None:
       meshd revoke web3
       meshd revoke invitation-1f2e3d4c5b6a7988
     """
-    from meshd.lifecycle import join as lifecycle  # noqa: PLC0415  as above
+    from meshd.lifecycle import revoke  # noqa: PLC0415  as above
 
-    names, heard = lifecycle.revoke(state, name)
+    names, heard = revoke.revoke(state, name)
     for revoked in names:
         click.echo(f"{revoked} is revoked.")
     _say_who_has_heard(heard)

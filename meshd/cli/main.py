@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,8 +13,8 @@ import click
 from meshd import __version__
 from meshd.cli import authority
 from meshd.cli.types import Address, Prefix
+from meshd.endpoint import Endpoint, IPAddress
 from meshd.errors import InputError, MeshdError
-from meshd.mesh.model import Endpoint, IPAddress
 from meshd.state.directory import DEFAULT, State
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -189,7 +190,7 @@ def join(
     else:
         invitation = invitations.decode(text or _prompt())
         member = _endpoint(address, invitation.gossip_port)
-        admission = invitation.admits(options["name"], os.uname().nodename)
+        admission = invitation.redeem(options["name"], os.uname().nodename, time.time())
         options["name"] = admission.name
         options["gossip_port"] = options["gossip_port"] or invitation.gossip_port
         settings = _settings(
@@ -284,11 +285,11 @@ def up(state: State, allow: tuple[str, ...], timeout: float, strict: bool) -> No
       meshd up
       meshd up --allow tcp/22 --allow tcp/9100
     """
-    from meshd.lifecycle import join as lifecycle  # noqa: PLC0415
+    from meshd.lifecycle import up  # noqa: PLC0415
 
     if allow:
-        lifecycle.allow(state, () if allow == ("none",) else allow)
-    lifecycle.up(state)
+        up.allow(state, () if allow == ("none",) else allow)
+    up.up(state)
     _wait(state, timeout, strict=strict)
 
 
@@ -307,9 +308,9 @@ def down(state: State, force: bool) -> None:
     Example:
       meshd down
     """
-    from meshd.lifecycle import join as lifecycle  # noqa: PLC0415
+    from meshd.lifecycle import up  # noqa: PLC0415
 
-    _finish(lifecycle.down(state, force=force))
+    _finish(up.down(state, force=force))
     click.echo("meshd is down on this host; 'meshd up' brings it back.")
 
 
@@ -330,9 +331,9 @@ def renumber(state: State, subnet: Any, force: bool) -> None:
       meshd renumber --force
       meshd renumber --subnet 172.20.7.0/24
     """
-    from meshd.lifecycle import join as lifecycle  # noqa: PLC0415
+    from meshd.lifecycle import renumber  # noqa: PLC0415
 
-    lifecycle.renumber(state, subnet, force=force, say=click.echo)
+    renumber.renumber(state, subnet, force=force, say=click.echo)
 
 
 @main.command()
@@ -347,10 +348,10 @@ def leave(state: State, force: bool) -> None:
     Example:
       meshd leave
     """
-    from meshd.lifecycle import join as lifecycle  # noqa: PLC0415
+    from meshd.lifecycle import leave  # noqa: PLC0415
 
     mesh = state.settings.mesh
-    _finish(lifecycle.leave(state, force=force, say=lambda text: click.echo(f"Warning: {text}", err=True)))
+    _finish(leave.leave(state, force=force, say=lambda text: click.echo(f"Warning: {text}", err=True)))
     click.echo(f"This host has left the mesh {mesh}.")
 
 
@@ -395,6 +396,7 @@ def _prompt() -> str:
 def _again(state: State, text: str | None) -> None:
     """Join once more: harmless, renews the certificate with a new invitation, and an error only for another mesh."""
     from meshd.lifecycle import join as lifecycle  # noqa: PLC0415
+    from meshd.lifecycle import up  # noqa: PLC0415
     from meshd.mesh import invitations  # noqa: PLC0415
 
     if text is not None:
@@ -409,8 +411,8 @@ def _again(state: State, text: str | None) -> None:
             # Nobody takes another identity for this host's while it is one; a revoked one is nobody's any more.
             keeps = invitation.certificate is None and state.certificate.serial not in state.roster().revoked
             name, identity_key = state.settings.name, state.identity_key if keeps else None
-            lifecycle.renew(state, invitation.admits(name, name, identity_key))
-    lifecycle.up(state)
+            lifecycle.renew(state, invitation.redeem(name, name, time.time(), identity_key))
+    up.up(state)
 
 
 def _wait(state: State, timeout: float, *, strict: bool, is_new: bool = False) -> None:
@@ -419,7 +421,9 @@ def _wait(state: State, timeout: float, *, strict: bool, is_new: bool = False) -
     A host that `is_new` and hears that its invitation was revoked is as it was before.
     """
     from meshd.cli import views  # noqa: PLC0415
-    from meshd.lifecycle import join as lifecycle  # noqa: PLC0415
+    from meshd.gossip import delivery  # noqa: PLC0415
+    from meshd.lifecycle import leave  # noqa: PLC0415
+    from meshd.state.claim import ended  # noqa: PLC0415
 
     if not state.settings.daemon:
         _print_no_daemon(state)
@@ -432,12 +436,12 @@ def _wait(state: State, timeout: float, *, strict: bool, is_new: bool = False) -
         if terminal:
             click.echo(f"\r{ready}/{total} hosts ready", nl=False, err=True)
 
-    readiness = lifecycle.wait_ready(state, claim.record.seq if claim else 0, timeout, progress)
+    readiness = delivery.wait_ready(state, claim.record.seq if claim else 0, timeout, progress)
     total = len(readiness.ready) + len(readiness.missing) + 1
     click.echo(f"{chr(13) if terminal else ''}{len(readiness.ready) + 1}/{total} hosts ready", err=True)
-    if reason := lifecycle.ended(state):
+    if reason := ended(state):
         if is_new:
-            lifecycle.leave(state, force=True)
+            leave.leave(state, force=True)
         raise InputError(reason)
     click.echo(views.members_text(views.members(state, views.gather(state))))
     _warn_of_firewalls(state)
@@ -479,13 +483,13 @@ def _finish(report: Any) -> None:
 
 
 def _print_no_daemon(state: State) -> None:
-    from meshd.gossip import calls  # noqa: PLC0415
+    from meshd.gossip import serf_agent  # noqa: PLC0415
 
     click.echo(
         "Without a daemon, you start the Serf agent yourself; its handlers do the rest:\n\n"
-        f"    serf agent -config-file={calls.configure(state)}\n\n"
+        f"    serf agent -config-file={serf_agent.configure(state)}\n\n"
         "A Serf agent of your own does as well, with the same name, key and RPC port, and with\n\n"
-        + "".join(f"    -event-handler '{handler}'\n" for handler in calls.event_handlers(state))
+        + "".join(f"    -event-handler '{handler}'\n" for handler in serf_agent.event_handlers(state))
     )
 
 

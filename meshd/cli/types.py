@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from meshd.mesh.model import IPAddress
+from meshd.endpoint import IPAddress
 
 _UNITS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 

@@ -8,10 +8,12 @@ from typing import Any
 from meshd.audit import openings
 from meshd.errors import MeshdError
 from meshd.mesh import membership
-from meshd.mesh.model import Change, Host, Member, Peer, Record, Status
+from meshd.mesh.model import Host, Member, Record, Status
 from meshd.net import firewall, underlay
+from meshd.net.resources import Change, Peer
 from meshd.reconcile import plan
-from meshd.reconcile.run import Machine, Report, reconcile
+from meshd.reconcile.machine import Machine
+from meshd.reconcile.run import Report, reconcile
 from meshd.state.directory import Claim, State
 from meshd.state.settings import Settings
 

@@ -13,17 +13,20 @@ import socket
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from threading import Event, Thread
 
 from meshd import files
 from meshd.daemon.exchange import ASKED, PATIENCE, Exchange
 from meshd.errors import InputError, MeshdError
-from meshd.gossip import calls, serf
-from meshd.mesh.model import Engine
-from meshd.net import docker, firewall, links, routes, rules
+from meshd.gossip import calls, serf, serf_agent
+from meshd.gossip.serf_agent import stop
+from meshd.net import docker, firewall, links, routes, rules, underlay
+from meshd.net.resources import Engine
 from meshd.reconcile import plan
-from meshd.reconcile.run import MEMBERSHIP, WITHOUT_DOCKER, Report, reconcile, renumber
+from meshd.reconcile.renumber import renumber
+from meshd.reconcile.run import MEMBERSHIP, WITHOUT_DOCKER, Report, reconcile
 from meshd.state.directory import State
 
 log = logging.getLogger("meshd")
@@ -195,7 +198,7 @@ class Agent:
     def _follow_underlay(self) -> bool:
         """Move to the address that this host has now; False while it has none: the next one may come at any time."""
         try:
-            if calls.follow_underlay(self.state):
+            if follow_underlay(self.state):
                 log.warning("this host's underlay address is now %s", self.state.settings.bind)
         except MeshdError as error:
             log.debug("underlay: %s", error)
@@ -207,7 +210,7 @@ class Agent:
         if serf.running(self.state.serf_config) is not None:
             return ""
         try:
-            with calls.start(self.state):
+            with serf_agent.start(self.state):
                 log.info("serf started")
         except MeshdError as error:
             return f"serf: {error}"
@@ -299,7 +302,7 @@ class Agent:
 
     def _watch_log(self) -> None:
         """Hint at member events as Serf logs them: 1 to 3 s before its handlers and streams hear of them."""
-        with calls.rpc(self.state) as client:
+        with serf_agent.rpc(self.state) as client:
             self.hint("serf: connected")
             try:
                 for line in client.monitor("INFO"):
@@ -379,3 +382,18 @@ def _trim(state: State) -> None:
                 with path.open("r+b") as file:
                     file.write(content[-LOG_LIMIT // 4 :])
                     file.truncate()
+
+
+def follow_underlay(state: State) -> bool:
+    """Move to the address that this host has now, unless one was chosen for good; True if it is another one.
+
+    Serf, which is bound to the old one, is ended; whoever starts it next starts it on the new one.
+    """
+    settings = state.settings
+    if settings.bind_chosen or underlay.holder(settings.bind) is not None:
+        return False
+    contact = next(iter(state.contacts().values()), None)
+    bind = underlay.source_address(contact.address if contact else None)
+    state.save_settings(replace(settings, bind=bind))
+    stop(state)
+    return True

@@ -13,14 +13,15 @@ from functools import partial
 from threading import Event, Lock
 
 from meshd.errors import MeshdError, SerfError
-from meshd.gossip import calls, responder
+from meshd.gossip import calls, responder, serf_agent
 from meshd.gossip.messages import APPLIED, BURY, GONE, RECORD, YES, GoneQuestion, Question, read_announcement
+from meshd.gossip.responder import bury
 from meshd.mesh.certificates import CredentialError
 from meshd.mesh.membership import Roster
 from meshd.mesh.model import Record, Status
 from meshd.mesh.records import RecordError
 from meshd.mesh.tombstones import Graves
-from meshd.reconcile.run import Report, bury
+from meshd.reconcile.run import Report
 from meshd.state.directory import State
 
 log = logging.getLogger("meshd")
@@ -179,7 +180,7 @@ class Exchange:
 
     def watch(self) -> None:
         """Hear the others' questions and news until the connection breaks. Raises SerfError."""
-        with calls.rpc(self.state) as client:
+        with serf_agent.rpc(self.state) as client:
             for event in client.stream(f"query,user:{GONE},user:{RECORD}"):
                 name, payload, identity = event["Name"], event.get("Payload"), event.get("ID")
                 if not isinstance(payload, bytes):

@@ -41,7 +41,8 @@ def handle(state: State, environment: "os._Environ[str]", payload: bytes) -> Non
         return
     # Imports that the cases above do without.
     from meshd.gossip import calls  # noqa: PLC0415
-    from meshd.reconcile.run import WITHOUT_DOCKER, bury, reconcile  # noqa: PLC0415
+    from meshd.gossip.responder import bury  # noqa: PLC0415
+    from meshd.reconcile.run import WITHOUT_DOCKER, reconcile  # noqa: PLC0415
 
     if is_tombstones:
         is_news = bury(state, Graves.read(payload))

@@ -2,25 +2,20 @@
 
 import math
 import random
-import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import replace
-from pathlib import Path
 
-from tenacity import Retrying, stop_after_delay, wait_fixed
-
-from meshd import files
-from meshd.errors import InputError, SerfError
-from meshd.gossip import messages, serf
-from meshd.gossip.messages import APPLIED, BURY, CONFIRM, EVENT_LIMIT, GONE, RECORD, YES, GoneQuestion
+from meshd.endpoint import Endpoint
+from meshd.errors import SerfError
+from meshd.gossip import messages
+from meshd.gossip.messages import BURY, CONFIRM, EVENT_LIMIT, GONE, RECORD, YES, GoneQuestion
+from meshd.gossip.serf_agent import rpc
 from meshd.mesh.certificates import CredentialError
 from meshd.mesh.membership import Mesh
-from meshd.mesh.model import Certificate, Endpoint, Record
+from meshd.mesh.model import Certificate, Record
 from meshd.mesh.records import RecordError, encode, from_wire, read_certificate, to_wire
 from meshd.mesh.tombstones import Graves
-from meshd.net import underlay
 from meshd.state.directory import State
 
 # The names of those who are asked travel in the query; one of them would do.
@@ -32,90 +27,6 @@ ASK_FOR = 30.0
 TELL = 3.0
 # Longer than Serf tries one address, and waits for one that it tries already.
 JOIN = 30.0
-MEMBER_EVENTS = "member-join,member-leave,member-failed,member-update,member-reap"
-
-
-def handler_command(state: State) -> str:
-    """Give the shell command by which Serf runs the handler: isolated and without site-packages, so it starts fast."""
-    return f"{sys.executable} -I -S {handlers() / 'meshd_event.py'} {state.directory}"
-
-
-def event_handlers(state: State) -> list[str]:
-    """Give what Serf's `-event-handler` takes. With a daemon, that answers the queries itself."""
-    command = handler_command(state)
-    alone = [f"query:{name}={command}" for name in (APPLIED, GONE, BURY, RECORD, CONFIRM)] + [f"user:{GONE}={command}"]
-    return [f"{MEMBER_EVENTS}={command}", *([] if state.settings.daemon else alone)]
-
-
-def handlers() -> Path:
-    """Give the folder of the handler scripts: inside of the installed package, or beside it in a checkout."""
-    package = Path(__file__).parent.parent
-    inside = package / "handlers"
-    return inside if inside.is_dir() else package.parent / "handlers"
-
-
-def configure(state: State) -> Path:
-    """Write the Serf agent's configuration (it holds the gossip key: 0600) and give its path.
-
-    With a daemon the claim is among the tags from the first packet on, since setting tags later costs 0.5 s. Without
-    one, the handler publishes them at the agent's first event.
-    """
-    settings, claim = state.settings, state.claim()
-    config = serf.agent_config(
-        name=settings.name,
-        bind=Endpoint(settings.bind, settings.gossip_port),
-        advertise=Endpoint(settings.advertised, settings.gossip_port),
-        encrypt_key=state.gossip_key,
-        rpc_port=settings.rpc_port,
-        rpc_auth=state.rpc_key,
-        tags=encode(claim.record) if claim is not None and settings.daemon else {},
-        event_handlers=event_handlers(state),
-        retry_join=[] if settings.daemon else sorted(map(str, state.contacts().values())),
-    )
-    # On a full disk Serf starts with the file that is there.
-    with suppress(InputError):
-        if files.read_json(state.serf_config) == config:
-            return state.serf_config
-    files.write_json(state.serf_config, config)
-    return state.serf_config
-
-
-def start(state: State) -> serf.Serf:
-    """Start the Serf agent, or adopt the one that runs; give a connection to it.
-
-    Raises ConflictError for a taken port, MissingError without Serf, SerfError with what the agent's log says.
-    """
-    with state.serf_lock():
-        pid = serf.running(state.serf_config)
-        if pid is None:
-            extra = state.serf_extra if state.serf_extra.is_dir() else None
-            pid = serf.start(configure(state), state.serf_log, extra)
-    return serf.wait_ready(state.settings.rpc_port, state.rpc_key, pid, state.serf_log)
-
-
-def rpc(state: State, timeout: float = 5.0) -> serf.Serf:
-    """Give a connection to the Serf agent that runs now, whoever started it. Raises SerfError."""
-    return serf.Serf.connect(state.settings.rpc_port, state.rpc_key, timeout)
-
-
-def connect(state: State, timeout: float = 10.0) -> serf.Serf:
-    """Give a connection to the Serf agent that the daemon is starting. Raises SerfError when there is none in time."""
-
-    def find() -> int:
-        pid = serf.running(state.serf_config)
-        if pid is None:
-            raise SerfError(f"the Serf agent does not start; its log is {state.serf_log}")
-        return pid
-
-    pid = Retrying(stop=stop_after_delay(timeout), wait=wait_fixed(0.02), reraise=True)(find)
-    return serf.wait_ready(state.settings.rpc_port, state.rpc_key, pid, state.serf_log)
-
-
-def stop(state: State) -> None:
-    """End the Serf agent without a goodbye: the others keep this host's peer."""
-    pid = serf.running(state.serf_config)
-    if pid is not None:
-        serf.stop(pid)
 
 
 def rejoin(state: State, endpoints: Collection[Endpoint], seconds: float = math.inf, *, replay: bool = False) -> int:
@@ -274,18 +185,3 @@ def _ask(
             heard.add(sender)
             if nodes and heard >= set(nodes):
                 return
-
-
-def follow_underlay(state: State) -> bool:
-    """Move to the address that this host has now, unless one was chosen for good; True if it is another one.
-
-    Serf, which is bound to the old one, is ended; whoever starts it next starts it on the new one.
-    """
-    settings = state.settings
-    if settings.bind_chosen or underlay.holder(settings.bind) is not None:
-        return False
-    contact = next(iter(state.contacts().values()), None)
-    bind = underlay.source_address(contact.address if contact else None)
-    state.save_settings(replace(settings, bind=bind))
-    stop(state)
-    return True

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from meshd.endpoint import IPAddress
 from meshd.errors import InputError, MeshdError, MissingError
 from meshd.lab import docker, network
-from meshd.mesh.model import IPAddress
 
 DEFAULT = Path("/var/lib/meshd-lab")
 HOLDER = Path(__file__).with_name("holder.py")

@@ -10,8 +10,8 @@ from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Any
 
+from meshd.endpoint import IPAddress
 from meshd.errors import InputError, MeshdError
-from meshd.mesh.model import IPAddress
 
 BRIDGE = "underlay"
 GATEWAY = IPv4Address("10.10.10.1")

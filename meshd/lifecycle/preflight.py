@@ -4,9 +4,9 @@ import os
 import shutil
 import socket
 
+from meshd.endpoint import Endpoint, IPAddress
 from meshd.errors import ConflictError, InputError, MissingError
 from meshd.gossip import serf
-from meshd.mesh.model import Endpoint, IPAddress
 from meshd.net import links, routes, underlay, wireguard
 from meshd.net.docker import Bridge
 from meshd.state.settings import Settings

@@ -4,8 +4,8 @@ from collections.abc import Collection, Iterator
 from hashlib import sha256
 from ipaddress import IPv4Network
 
+from meshd.endpoint import IPAddress
 from meshd.errors import ConflictError, InputError
-from meshd.mesh.model import IPAddress
 
 
 def check_overlay(overlay: IPv4Network, length: int) -> None:

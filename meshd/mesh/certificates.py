@@ -8,13 +8,12 @@ mesh. Numbers are big-endian.
 """
 
 import secrets
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import lru_cache
 from hashlib import blake2b
 from ipaddress import IPv4Network
-from time import gmtime, strftime
 
 from meshd.errors import InputError
 from meshd.mesh.addressing import is_allowed
@@ -35,9 +34,9 @@ def new_seed() -> bytes:
     return secrets.token_bytes(SEED)
 
 
-def new_serial() -> int:
-    """Make a serial, below 2⁶³: milliseconds and 20 random bits, so that who was certified earlier comes first."""
-    return (time.time_ns() // 10**6 << 20) | secrets.randbits(20)
+def new_serial(now: float) -> int:
+    """Return a new serial, below 2⁶³: the time in milliseconds and 20 random bits, so that an earlier one is lower."""
+    return (int(now * 1000) << 20) | secrets.randbits(20)
 
 
 def public(seed: bytes) -> bytes:
@@ -202,4 +201,4 @@ def check_time(certificate: Certificate, now: float) -> None:
 
 def date(seconds: int) -> str:
     """Give a time for people: UTC, to the minute."""
-    return strftime("%Y-%m-%d %H:%M UTC", gmtime(seconds))
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -1,60 +1,22 @@
-"""Keys and invitations."""
+"""Invitations: what a new host needs besides the address of a member, and what it makes of it."""
 
 import base64
 import binascii
-import time
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from ipaddress import IPv4Network
-from pathlib import Path
 
 import msgpack
 
-from meshd import files
+from meshd.endpoint import Endpoint
 from meshd.errors import InputError
 from meshd.mesh import certificates
 from meshd.mesh.certificates import CredentialError, Trust
-from meshd.mesh.model import Certificate, Delegation, Endpoint, is_name
+from meshd.mesh.model import Certificate, Delegation, is_name
 from meshd.mesh.records import RecordError, pack_certificate, pack_delegation, read_certificate, read_delegation
 
-KEY_LENGTH = 32
 PREFIX = "meshd2."
 _CHECKSUM = 8
-
-
-def key(path: Path) -> bytes:
-    """Give the 32-byte key in a file, made at random if there is none. Raises InputError if it is damaged."""
-    raw = saved_key(path)
-    if raw is None:
-        raw = certificates.new_seed()
-        save_key(path, raw)
-    return raw
-
-
-def saved_key(path: Path) -> bytes | None:
-    """Give the 32-byte key in a file, None if there is none. Raises InputError if it is damaged."""
-    content = files.read(path)
-    if content is None:
-        return None
-    try:
-        raw = base64.b64decode(content.strip(), validate=True)
-    except (binascii.Error, ValueError):
-        raw = b""
-    if len(raw) != KEY_LENGTH:
-        raise InputError(f"{path} is damaged: it does not hold a {KEY_LENGTH}-byte key in base64")
-    return raw
-
-
-def save_key(path: Path, raw: bytes) -> None:
-    """Keep a key: base64, mode 0600."""
-    files.write(path, base64.b64encode(raw) + b"\n")
-
-
-def public_key(private: bytes) -> str:
-    """Give the WireGuard public key (base64) of a private key (32 bytes): X25519 with the base point (RFC 7748)."""
-    from nacl.bindings import crypto_scalarmult_base  # noqa: PLC0415  as above
-
-    return base64.b64encode(crypto_scalarmult_base(private)).decode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +46,7 @@ class Invitation:
     def trust(self) -> Trust:
         return Trust(self.mesh, self.authority)
 
-    def admits(self, name: str | None, fallback: str, identity: bytes | None = None) -> "Admission":
+    def redeem(self, name: str | None, fallback: str, now: float, identity: bytes | None = None) -> "Admission":
         """Give what makes a host a member; `name` is what was asked for.
 
         A reusable invitation certifies the host's `identity` (its seed) if it has one: with another one it would be
@@ -95,7 +57,7 @@ class Invitation:
         if self.certificate is not None and self.name is not None:
             if name not in {None, self.name}:
                 raise InputError(f"the invitation is for the host {self.name!r}, not for {name!r}")
-            return self._checked(self.name, self.certificate, self.seed)
+            return self._checked(self.name, self.certificate, self.seed, now)
         delegation = self.delegation
         if delegation is None:
             raise InputError("the invitation holds no certificate")
@@ -107,10 +69,10 @@ class Invitation:
                 f"the invitation is for names that begin with {delegation.prefix!r}, not for {own!r}: pass --name"
             )
         certificate = certificates.certify_by(self.seed, self.mesh, own, certificates.public(seed), delegation)
-        return self._checked(own, certificate, seed)
+        return self._checked(own, certificate, seed, now)
 
-    def _checked(self, name: str, certificate: Certificate, seed: bytes) -> "Admission":
-        if certificate.expires and time.time() >= certificate.expires:
+    def _checked(self, name: str, certificate: Certificate, seed: bytes, now: float) -> "Admission":
+        if certificate.expires and now >= certificate.expires:
             raise InputError(f"the invitation expired on {certificates.date(certificate.expires)}: ask for another one")
         try:
             self.trust.check_certificate(name, certificate)
@@ -197,7 +159,7 @@ def _from_fields(fields: dict[str, object]) -> Invitation:
 
 
 def _key(value: object) -> bytes:
-    if not (isinstance(value, bytes) and len(value) == KEY_LENGTH):
+    if not (isinstance(value, bytes) and len(value) == certificates.SEED):
         raise ValueError
     return value
 

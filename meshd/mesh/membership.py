@@ -11,9 +11,10 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from ipaddress import IPv4Network
 
+from meshd.endpoint import Endpoint
 from meshd.mesh import tombstones
 from meshd.mesh.certificates import CredentialError, Trust, check_time
-from meshd.mesh.model import Certificate, Endpoint, Goodbye, Host, Member, Record, Revocation, Status, is_name
+from meshd.mesh.model import Certificate, Goodbye, Host, Member, Record, Revocation, Status, is_name
 from meshd.mesh.records import RecordError, decode
 
 # Goodbyes by reusable invitations that are kept of names that this host has never met: anybody who ever had such an

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address
 
+from meshd.endpoint import Endpoint, IPAddress
 from meshd.errors import InputError
 from meshd.mesh.addressing import is_usable
 from meshd.mesh.certificates import SIGNATURE, delegated, pack_subnets
-from meshd.mesh.model import Certificate, Delegation, Endpoint, IPAddress, Record
+from meshd.mesh.model import Certificate, Delegation, Record
 
 NAMES = ("meshd", "subnet", "wg")
 VERSION = "2"

@@ -13,7 +13,7 @@ from threading import Event
 from typing import Any, ClassVar
 
 from meshd.errors import ApplyError, ConflictError, MeshdError, MissingError
-from meshd.mesh.model import Action, Change, Engine, Network, Resource
+from meshd.net.resources import Action, Change, Engine, Network, Resource
 
 LABEL = "meshd.mesh"
 # Making or removing a network takes Docker seconds on a busy host; an answer to a question does not. A pass waits for

@@ -11,8 +11,8 @@ from threading import Event
 from typing import Any, ClassVar
 
 from meshd.errors import ApplyError, MissingError
-from meshd.mesh.model import Action, Chain, Change, IptablesRule, Resource, Rule, Table
 from meshd.net.netlink import notifications, subscribe
+from meshd.net.resources import Action, Chain, Change, IptablesRule, Resource, Rule, Table
 
 PACKAGES = {"nft": "nftables", "iptables": "iptables", "iptables-save": "iptables", "ip6tables-save": "iptables"}
 MARK = "meshd:"

@@ -16,8 +16,8 @@ from pyroute2.netlink.exceptions import NetlinkError
 from pyroute2.netlink.rtnl.marshal import MarshalRtnl
 
 from meshd.errors import ApplyError, ConflictError
-from meshd.mesh.model import Action, Address, Change, Link, Resource, Route, Sysctl
 from meshd.net.netlink import RT_TABLE_MAIN, link_kind, notifications, rtnetlink, subscribe, tolerating
+from meshd.net.resources import Action, Address, Change, Link, Resource, Route, Sysctl
 
 PROC_SYS = Path("/proc/sys")
 IFF_UP = 1

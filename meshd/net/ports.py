@@ -10,8 +10,8 @@ from ipaddress import IPv4Address, IPv4Network
 from typing import Any, ClassVar
 
 from meshd.errors import ApplyError
-from meshd.mesh.model import Action, Change, Port, Resource
 from meshd.net.netlink import rtnetlink, tolerating
+from meshd.net.resources import Action, Change, Port, Resource
 
 
 class Ports:

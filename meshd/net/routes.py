@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 from pyroute2.netlink.exceptions import NetlinkError
 
 from meshd.errors import ApplyError, ConflictError
-from meshd.mesh.model import Action, Change, Resource, Route
 from meshd.net.netlink import (
     RT_TABLE_MAIN,
     RTN_UNICAST,
@@ -21,6 +20,7 @@ from meshd.net.netlink import (
     rtnetlink,
     tolerating,
 )
+from meshd.net.resources import Action, Change, Resource, Route
 
 PROTOCOL = 77
 """The rtm_protocol of meshd's routes. iproute2's rt_protos and the kernel's rtnetlink.h give no name to 77."""

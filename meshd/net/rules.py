@@ -9,7 +9,7 @@ from collections.abc import Collection
 from hashlib import sha256
 from ipaddress import IPv4Network
 
-from meshd.mesh.model import Chain, Engine, IptablesRule, Rule, Table
+from meshd.net.resources import Chain, Engine, IptablesRule, Rule, Table
 
 # Just before where Docker masquerades (srcnat, 100): a packet that has got its source here keeps it.
 BEFORE_SRCNAT = 99

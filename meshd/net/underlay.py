@@ -8,8 +8,8 @@ from typing import Any
 
 from pyroute2.netlink.exceptions import NetlinkError
 
+from meshd.endpoint import IPAddress
 from meshd.errors import InputError
-from meshd.mesh.model import IPAddress
 from meshd.net.netlink import RT_TABLE_MAIN, RTN_UNICAST, rtnetlink
 
 

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from meshd.gossip.serf.client import BROADCAST_TIMEOUT, Serf
-from meshd.mesh.model import Action, Change, Member, Resource, Tags
+from meshd.mesh.model import Member
+from meshd.net.resources import Action, Change, Resource, Tags
 
 
 class SerfTags:

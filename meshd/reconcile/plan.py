@@ -4,25 +4,25 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 
-from meshd.mesh.model import (
+from meshd.mesh.model import Host, Record
+from meshd.mesh.records import encode
+from meshd.net import rules
+from meshd.net.resources import (
     Action,
     Address,
     Change,
     Device,
     Engine,
-    Host,
     Link,
     Network,
     Peer,
     Port,
-    Record,
     Resource,
     Route,
     Sysctl,
     Tags,
 )
-from meshd.mesh.records import encode
-from meshd.net import rules
+from meshd.reconcile.handshakes import keep_quiet
 
 # An endpoint that WireGuard has learned from an authenticated packet is better than ours. WireGuard rekeys after
 # 120 s and gives a session up after 180 s (REJECT_AFTER_TIME), so a younger handshake proves the endpoint.
@@ -167,7 +167,7 @@ def diff(
     changes: list[Change] = []
     for key, resource in want.items():
         old = there.get(key)
-        target = _keep_quiet(resource, old, patient)
+        target = keep_quiet(resource, old, patient)
         if old is None:
             changes.append(Change(Action.ADD, target))
             continue
@@ -179,37 +179,6 @@ def diff(
     extra = [r for key, r in there.items() if key not in want and r.kind not in {"sysctl", "port"}]
     changes.sort(key=lambda change: _rank(change.resource))
     return (*changes, *(Change(Action.REMOVE, r) for r in sorted(extra, key=_rank, reverse=True)))
-
-
-def speaks_first(own: Record, other: Record) -> bool:
-    """Tell which of two hosts begins the first handshake: the one with the newer record; the other waits for a moment.
-
-    A keepalive begins it at once. Two that cross are both lost, since each side then answers and forgets its own
-    question, and WireGuard asks again only after 5 s (REKEY_TIMEOUT). Two hosts that learn of each other at the same
-    time, as when one joins, would often do that. Who joins is mostly the last of the two to be ready.
-    """
-    return (own.seq, own.public_key) > (other.seq, other.public_key)
-
-
-def begin_anew(
-    wanted: Iterable[Resource], observed: Iterable[Resource], overdue: Collection[str]
-) -> tuple[Change, ...]:
-    """Give the changes that make WireGuard begin a handshake at once with these public keys, if there was none yet.
-
-    A peer that is made anew has forgotten its own first message, for which it would wait 5 s. Nothing is cut: without a
-    handshake no packet passes.
-    """
-    unmet = {r.public_key: r for r in observed if isinstance(r, Peer) and not r.handshake}
-    keys = unmet.keys() & set(overdue)
-    again = [(unmet[r.public_key], r) for r in wanted if isinstance(r, Peer) and r.public_key in keys]
-    return tuple(change for old, new in again for change in (Change(Action.REMOVE, old), Change(Action.ADD, new)))
-
-
-def _keep_quiet(wanted: Resource, old: Resource | None, patient: Collection[str]) -> Resource:
-    if not isinstance(wanted, Peer) or wanted.public_key not in patient:
-        return wanted
-    is_quiet = not isinstance(old, Peer) or (not old.keepalive and not old.handshake)
-    return replace(wanted, keepalive=0) if is_quiet else wanted
 
 
 def _keep_roaming(wanted: Resource, old: Resource, now: float, moved: Collection[str]) -> Resource:

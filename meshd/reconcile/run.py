@@ -3,71 +3,33 @@
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
-from ipaddress import IPv4Network
-from typing import ClassVar
+from functools import partial
 
 from meshd import files
+from meshd.endpoint import Endpoint
 from meshd.errors import ApplyError, ConflictError, InputError, MeshdError, SerfError
-from meshd.gossip.serf import Serf
-from meshd.mesh import addressing, membership
+from meshd.mesh import membership
 from meshd.mesh.membership import Roster
-from meshd.mesh.model import (
-    Action,
-    Adapter,
-    Change,
-    Endpoint,
-    Engine,
-    Host,
-    Member,
-    Peer,
-    Port,
-    Record,
-    Resource,
-    Route,
-    Status,
-    Sysctl,
-)
-from meshd.mesh.records import NAMES
-from meshd.mesh.tombstones import Graves
-from meshd.net import links, underlay
-from meshd.net.docker import Bridge
-from meshd.net.firewall import Iptables, Nftables
+from meshd.mesh.model import Host, Member, Record
+from meshd.net import underlay
 from meshd.net.netlink import one_socket
-from meshd.net.ports import Ports
-from meshd.net.routes import Routes
-from meshd.net.rules import table_name
-from meshd.net.wireguard import WireGuard, find
-from meshd.reconcile import plan
-from meshd.reconcile.own_tags import SerfTags
-from meshd.state.directory import Claim, State
+from meshd.net.resources import Action, Change, Engine, Peer, Port, Resource, Route, Sysctl
+from meshd.reconcile import handshakes, plan
+from meshd.reconcile.handshakes import patient_keys
+from meshd.reconcile.machine import Failure, Machine
+from meshd.state.claim import membership_ended, renewed
+from meshd.state.directory import State
 from meshd.state.settings import Settings
 
 # WireGuard's own overhead over IPv6: 40 bytes of IP, 8 of UDP, 32 of its own. Over IPv4 it is 20 less.
 OVERHEAD = 80
 # What a change of members alone can change; a pass after Serf's hint reads nothing else.
 MEMBERSHIP = frozenset({"device", "peer", "route", "tags"})
-ENDED = {
-    membership.REVOKED: "the authority has revoked this host, or the invitation by which it came",
-    membership.BURIED: "the mesh has forgotten this host: run 'meshd leave --force' here, then 'meshd join' again",
-}
-EXPIRED = "this host is a member no more, {reason}: 'meshd join' with a new invitation for its name renews it"
 MUST_MOVE = (
     "the subnet {subnet} is also claimed by {rival}, which keeps it: 'meshd renumber' gives this host another one"
 )
 # All that does not ask Docker, which takes longer than everything else together.
 WITHOUT_DOCKER = frozenset(plan.ORDER) - {"network", "iptables"}
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Something that could not be read or done; the pass went on without it."""
-
-    what: str
-    error: MeshdError
-
-    def __str__(self) -> str:
-        return f"{self.what}: {self.error}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,89 +68,6 @@ class Report:
         if "hosts" in failed:
             return hosts  # those that are gone wait for the disk (see _needs_memory)
         return hosts | {n: g.seq for n, g in self.roster.gone.items() if g.public_key not in broken}
-
-
-class Machine:
-    """All adapters of one mesh on this host, for one pass: Serf is asked for its members once."""
-
-    def __init__(self, state: State) -> None:
-        settings = state.settings
-        self.settings = settings
-        self.members = cache(partial(members, state))
-        self.wireguard = _wireguard(settings, state.wireguard_key)
-        names = (settings.wireguard, settings.bridge) if settings.docker else (settings.wireguard,)
-        bridge = settings.bridge
-        sysctls = (plan.IP_FORWARD, f"net/ipv4/conf/{bridge}/proxy_arp", f"net/ipv4/neigh/{bridge}/proxy_delay")
-        self.bridge = Bridge(settings.mesh, bridge) if settings.docker else None
-        self.adapters: list[Adapter] = [
-            links.Links(names, sysctls if settings.docker else ()),
-            Routes(settings.wireguard, settings.overlay),
-            Nftables(table_name(settings.wireguard)),
-            self.wireguard,
-            SerfTags(settings.rpc_port, state.rpc_key, settings.name, NAMES, self.members),
-        ]
-        if self.bridge is not None:
-            self.adapters += [Ports(settings.overlay), Iptables(settings.owner), self.bridge]
-
-    def observe(self, kinds: Collection[str]) -> tuple[list[Resource], set[str], list[Failure]]:
-        """Read every adapter that knows one of `kinds`: the resources, the kinds that were read, the failures."""
-        resources: list[Resource] = []
-        read: set[str] = set()
-        failures: list[Failure] = []
-        for adapter in self.adapters:
-            if adapter.kinds.isdisjoint(kinds):
-                continue
-            try:
-                resources += adapter.read()
-                read |= adapter.kinds
-            except Exception as error:
-                # Others' things may be beyond what an adapter foresees; that must not keep the rest where it is.
-                told = error if isinstance(error, MeshdError) else ApplyError(f"reading failed: {error!r}")
-                failures += [Failure(kind, told) for kind in sorted(adapter.kinds)]
-        return resources, read, failures
-
-    def apply(self, changes: Iterable[Change]) -> list[Failure]:
-        """Make the changes one by one; one that fails is reported and does not stop the others."""
-        by_kind = {kind: adapter for adapter in self.adapters for kind in adapter.kinds}
-        failures = []
-        for change in changes:
-            try:
-                by_kind[change.resource.kind].apply(change)
-            except MeshdError as error:
-                failures.append(Failure(str(change), error))
-        return failures
-
-    def engine(self) -> Engine | None:
-        return self.bridge.engine() if self.bridge is not None else None
-
-
-class NoWireGuard:
-    """The adapter of a host without any WireGuard: the rest of a pass goes on."""
-
-    kinds: ClassVar[frozenset[str]] = frozenset({"device", "peer"})
-    backend = "none"
-
-    def __init__(self, reason: MeshdError) -> None:
-        self.reason = reason
-
-    def read(self) -> list[Resource]:
-        raise self.reason
-
-    def apply(self, change: Change) -> None:
-        raise ApplyError(f"{change}: {self.reason}")
-
-
-def _wireguard(settings: Settings, key: bytes) -> WireGuard:
-    try:
-        return find(settings.wireguard, key, settings.wireguard_backend)
-    except MeshdError as error:
-        return NoWireGuard(error)
-
-
-def members(state: State) -> list[Member]:
-    """Ask this host's own Serf for all members. Raises SerfError."""
-    with Serf.connect(state.settings.rpc_port, state.rpc_key) as serf:
-        return serf.members()
 
 
 def reconcile(
@@ -240,10 +119,10 @@ def reconcile(
         moved = {
             r.public_key for n, r in roster.hosts.items() if n in known.hosts and r.endpoint != known.hosts[n].endpoint
         }
-        patient = _patient(settings, own.record, roster, listed)
+        patient = patient_keys(settings, own.record, roster, listed)
         changes = plan.diff(wanted, observed, now=now, moved=moved, patient=patient, kinds=readable & set(kinds))
         changes, withheld = (changes, ()) if force else plan.guard(changes, observed, _departed(known, roster))
-        changes += plan.begin_anew(wanted, observed, patient.intersection(overdue))
+        changes += handshakes.begin_anew(wanted, observed, patient.intersection(overdue))
         before = state.contacts()
         contacts = membership.contacts(before, listed, roster)
         if dry:
@@ -268,74 +147,6 @@ def reconcile(
             docker,
             membership.lost(contacts, listed) if listed else {},
         )
-
-
-def _patient(settings: Settings, own: Record, roster: Roster, listed: Iterable[Member]) -> set[str]:
-    """Give the public keys of those who begin the handshake with this host, of the hosts that are alive.
-
-    Without a daemon nobody would follow up.
-    """
-    if not settings.daemon or not settings.keepalive:
-        return set()
-    alive = (roster.hosts[m.name] for m in listed if m.status is Status.ALIVE and m.name in roster.hosts)
-    return {other.public_key for other in alive if not plan.speaks_first(own, other)}
-
-
-def bury(state: State, graves: Graves) -> bool:
-    """Keep tombstones that others told of, for the next pass to act on; True if there was one that is news."""
-    with state.lock():
-        known, claim = state.roster(), state.claim()
-        own = state.settings.name
-        # What was said of an earlier host of this name is over, and what this host says itself as it leaves is no news;
-        # but that it has been forgotten must be known (see ENDED).
-        staying = claim.record if claim is not None and not claim.record.leaving else None
-        current = {n: g for n, g in graves.gone.items() if n != own or (staying is not None and g.voids(staying))}
-        host = Host(own, claim.record) if claim is not None else None
-        roster = membership.bury(known, state.mesh, Graves(current, graves.revoked), host, time.time())
-        if roster.graves == known.graves:
-            return False
-        state.save_roster(roster)
-        return True
-
-
-def renumber(state: State, subnet: IPv4Network | None = None) -> Record:
-    """Let go of the subnet and claim another one: this one, or one that is free. The next full pass builds it.
-
-    Raises ConflictError for a subnet that is taken or while containers are attached, ApplyError.
-    """
-    settings = state.settings
-    overlay, length = settings.overlay, settings.subnet_length
-    with state.lock():
-        machine, claim = Machine(state), state.claim()
-        if claim is None or not claim.settled:
-            raise InputError("this host has not claimed its subnet yet: 'meshd join' has not finished")
-        if claim.record.leaving:
-            raise InputError(f"this host has begun to leave {settings.mesh!r}: run 'meshd leave' again to finish that")
-        if machine.bridge is not None and (attached := machine.bridge.containers()):
-            raise ConflictError(f"containers are attached to {settings.bridge}: {', '.join(attached)}")
-        known, allowed = state.roster(), claim.record.certificate.subnets
-        taken = membership.claimed(settings.name, machine.members(), state.mesh, known, time.time())
-        taken |= {record.subnet for record in known.hosts.values()}
-        if subnet is not None and subnet in taken:
-            raise ConflictError(f"the subnet {subnet} is taken by another host: 'meshd members' shows who has which")
-        new = subnet or addressing.choose(
-            overlay, length, taken | {claim.record.subnet}, settings.advertised, settings.name, allowed=allowed
-        )
-        # Docker refuses a bridge whose address is not the network's gateway: the network goes before the address does.
-        observed, _, failures = machine.observe({"network", "address"})
-        old = [r for kind in ("network", "address") for r in observed if r.kind == kind]
-        failures += machine.apply(Change(Action.REMOVE, resource) for resource in old)
-        if failures:
-            raise failures[0].error
-        return state.publish(subnet=new, endpoint=endpoint(settings), settled=True).record
-
-
-def membership_ended(own: Host, known: Roster, now: float) -> str:
-    """Say why this host is no member any more, and what to do; the empty string while it is one."""
-    reason = known.ended(own.name, own.record, now)
-    if reason == membership.BURIED and known.gone[own.name].public_key != own.record.public_key:
-        return ""  # it was an earlier host of this name, and this one goes beyond it: see `renewed`
-    return ENDED.get(reason, EXPIRED.format(reason=reason)) if reason else ""
 
 
 def _admit(
@@ -416,21 +227,6 @@ def _tried(what: str, write: Callable[[], None]) -> list[Failure]:
     except MeshdError as error:
         return [Failure(what, error)]
     return []
-
-
-def renewed(state: State, claim: Claim, known: Roster) -> Claim:
-    """Give the claim with today's key and endpoint; a changed one gets a new sequence number and is kept first."""
-    goodbye = known.gone.get(state.settings.name)
-    # That of another key is of an earlier host of this name.
-    beyond = goodbye.seq if goodbye is not None and goodbye.public_key != claim.record.public_key else 0
-    return state.publish(
-        subnet=claim.record.subnet, endpoint=endpoint(state.settings), settled=claim.settled, beyond=beyond
-    )
-
-
-def endpoint(settings: Settings) -> Endpoint:
-    """Where the others' WireGuard reaches this host."""
-    return Endpoint(settings.advertised, settings.wireguard_port)
 
 
 def _mtu(settings: Settings, kinds: Collection[str], readable: set[str], failures: list[Failure]) -> int:

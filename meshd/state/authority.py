@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network
 from typing import Any
 
+from meshd.endpoint import Endpoint
 from meshd.errors import InputError
 from meshd.mesh import certificates
 from meshd.mesh.invitations import Invitation
-from meshd.mesh.model import Certificate, Delegation, Endpoint, Goodbye, Record, Revocation, is_name
+from meshd.mesh.model import Certificate, Delegation, Goodbye, Record, Revocation, is_name
 from meshd.mesh.records import MAX_PREFIX
 from meshd.mesh.tombstones import forgotten
 from meshd.state.directory import State
@@ -46,7 +47,7 @@ def found(state: State, mesh: str, name: str) -> None:
     seed, own = certificates.new_seed(), certificates.new_seed()
     state.save_authority_key(seed)
     state.save_authority(certificates.public(seed))
-    certificate = Certificate(certificates.new_serial(), _FOREVER, certificates.public(own))
+    certificate = Certificate(certificates.new_serial(time.time()), _FOREVER, certificates.public(own))
     state.save_certificate(certificates.certify(seed, mesh, name, certificate), own)
     _note(state, certificate.serial, name, _FOREVER, certificate.identity)
 
@@ -57,7 +58,9 @@ def invite(state: State, name: str, terms: Terms) -> Invitation:
     if not is_name(name):
         raise InputError(f"the host name {name!r} is not 1 to 63 letters, digits, dots and dashes")
     _check(state, terms)
-    certificate = Certificate(certificates.new_serial(), terms.expires, certificates.public(own), terms.subnets)
+    certificate = Certificate(
+        certificates.new_serial(time.time()), terms.expires, certificates.public(own), terms.subnets
+    )
     certificate = certificates.certify(seed, state.settings.mesh, name, certificate)
     _note(state, certificate.serial, name, terms.expires, certificate.identity)
     return _invitation(state, own, name=name, certificate=certificate)
@@ -71,7 +74,7 @@ def invite_many(state: State, prefix: str, terms: Terms) -> Invitation:
     if not terms.expires:
         raise InputError("a reusable invitation needs an end: --ttl")
     _check(state, terms)
-    serial = certificates.new_serial()
+    serial = certificates.new_serial(time.time())
     delegation = Delegation(serial, terms.expires, certificates.public(own), prefix, terms.subnets)
     delegation = certificates.delegate(seed, state.settings.mesh, delegation)
     _note(state, serial, label(serial), terms.expires, None)
@@ -134,7 +137,7 @@ def confirm(state: State, name: str, record: Record) -> Certificate | None:
     known = {entry.get("identity"): int(serial) for serial, entry in state.issued().items() if entry["name"] == name}
     serial = known.get(identity.hex())
     if serial is None:
-        serial = certificates.new_serial()
+        serial = certificates.new_serial(time.time())
         _note(state, serial, name, _FOREVER, identity, by=label(delegation.serial))
     certificate = Certificate(serial, _FOREVER, identity, delegation.subnets)
     return certificates.certify(seed, state.settings.mesh, name, certificate)

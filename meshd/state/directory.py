@@ -14,12 +14,13 @@ from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any, TypeVar
 
-from meshd import files
+from meshd import files, keys
+from meshd.endpoint import Endpoint
 from meshd.errors import InputError, MeshdError
-from meshd.mesh import certificates, invitations
+from meshd.mesh import certificates
 from meshd.mesh.certificates import Trust
 from meshd.mesh.membership import Mesh, Roster
-from meshd.mesh.model import Certificate, Endpoint, Goodbye, Record, Revocation
+from meshd.mesh.model import Certificate, Goodbye, Record, Revocation
 from meshd.mesh.records import MAX_SEQ, RecordError, from_wire, pack_certificate, read_certificate, to_wire
 from meshd.state import settings as config
 from meshd.state.settings import Settings
@@ -86,38 +87,38 @@ class State:
     @cached_property
     def wireguard_key(self) -> bytes:
         """The private key; it is made on first use."""
-        return invitations.key(self.directory / "wireguard.key")
+        return keys.key(self.directory / "wireguard.key")
 
     @cached_property
     def gossip_key(self) -> bytes:
-        return invitations.key(self.directory / "gossip.key")
+        return keys.key(self.directory / "gossip.key")
 
     def save_gossip_key(self, key: bytes) -> None:
-        invitations.save_key(self.directory / "gossip.key", key)
+        keys.save_key(self.directory / "gossip.key", key)
         self.__dict__.pop("gossip_key", None)
 
     @cached_property
     def rpc_key(self) -> str:
         """What authenticates meshd to its own Serf agent."""
-        return invitations.key(self.directory / "rpc.key").hex()
+        return keys.key(self.directory / "rpc.key").hex()
 
     @cached_property
     def mesh(self) -> Mesh:
         """What this host knows of its mesh. Raises InputError if the authority's public key is not there."""
         settings, path = self.settings, self.directory / "authority.pub"
-        authority = invitations.saved_key(path)
+        authority = keys.saved_key(path)
         if authority is None:
             raise InputError(f"{path} is missing: it is the mesh's authority, the same on every host")
         return Mesh(settings.overlay, settings.subnet_length, Trust(settings.mesh, authority))
 
     def save_authority(self, public_key: bytes) -> None:
-        invitations.save_key(self.directory / "authority.pub", public_key)
+        keys.save_key(self.directory / "authority.pub", public_key)
         self.__dict__.pop("mesh", None)
 
     @property
     def authority_key(self) -> bytes | None:
         """The authority's seed, on the host that holds it."""
-        return invitations.saved_key(self.directory / "authority.key")
+        return keys.saved_key(self.directory / "authority.key")
 
     @property
     def authority_exported(self) -> bool:
@@ -128,13 +129,13 @@ class State:
         files.write(self.directory / "authority.exported", b"")
 
     def save_authority_key(self, seed: bytes) -> None:
-        invitations.save_key(self.directory / "authority.key", seed)
+        keys.save_key(self.directory / "authority.key", seed)
 
     @property
     def identity_key(self) -> bytes:
         """The seed of this host's identity. Raises InputError if it is not there."""
         path = self.directory / "identity.key"
-        seed = invitations.saved_key(path)
+        seed = keys.saved_key(path)
         if seed is None:
             raise InputError(f"{path} is missing: run 'meshd leave --force', and join with a new invitation")
         return seed
@@ -153,7 +154,7 @@ class State:
     def save_certificate(self, certificate: Certificate, seed: bytes | None = None) -> None:
         """Keep a certificate, and the seed of its identity if that is a new one."""
         if seed is not None:
-            invitations.save_key(self.directory / "identity.key", seed)
+            keys.save_key(self.directory / "identity.key", seed)
         packed = {"certificate": _text(pack_certificate(certificate)), "delegated": certificate.delegation is not None}
         files.write_json(self.directory / "certificate.json", packed)
 
@@ -187,7 +188,7 @@ class State:
         """
         last = self.claim()
         seq = last.record.seq if last else 0
-        public_key = invitations.public_key(self.wireguard_key)
+        public_key = keys.public_key(self.wireguard_key)
         record = Record(public_key, subnet, endpoint, seq, self.certificate, leaving)
         beyond = min(beyond, MAX_SEQ - 2)  # who said the greatest number keeps it
         if last is not None and record == replace(last.record, signature=b"") and seq > beyond:

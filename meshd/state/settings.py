@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass, fields
 from ipaddress import IPv4Network, ip_address
 from typing import Any
 
+from meshd.endpoint import IPAddress
 from meshd.errors import InputError
 from meshd.mesh.addressing import check_overlay, is_usable
-from meshd.mesh.model import IPAddress, is_name
+from meshd.mesh.model import is_name
 
 VERSION = 1
 # IFNAMSIZ is 16 with the final NUL; the alphabet keeps it safe in nft rules and /proc paths.

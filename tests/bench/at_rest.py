@@ -18,9 +18,9 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
+from meshd.endpoint import Endpoint
 from meshd.gossip import serf
 from meshd.lab.hosts import Lab, LabHost
-from meshd.mesh.model import Endpoint
 from tests.bench import members as simulated
 from tests.bench import pretend
 from tests.bench.report import Result, Target

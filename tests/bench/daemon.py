@@ -15,8 +15,10 @@ from pathlib import Path
 
 from meshd.daemon.agent import GARBAGE, Agent
 from meshd.errors import MeshdError
+from meshd.gossip.serf_agent import members
 from meshd.reconcile import plan
-from meshd.reconcile.run import MEMBERSHIP, Machine, members, reconcile
+from meshd.reconcile.machine import Machine
+from meshd.reconcile.run import MEMBERSHIP, reconcile
 from meshd.state.directory import State
 
 # The kinds of a pass by its hint: the timer's looks at all, Serf's at what a member can change.

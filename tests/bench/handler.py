@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from meshd.gossip import calls
+from meshd.gossip import serf_agent
 from meshd.state.directory import State
 from tests.bench import members as simulated
 from tests.bench.report import Result, Target
@@ -27,7 +27,7 @@ def run(*, quick: bool) -> Result:
     with tempfile.TemporaryDirectory(prefix="meshd-bench-") as directory:
         state = State(Path(directory))
         simulated.fill(state, 7373, "wg0")
-        handler = shlex.split(calls.handler_command(state))
+        handler = shlex.split(serf_agent.handler_command(state))
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server:
             server.bind(str(state.socket))
             reader = Thread(target=_drain, args=(server,))

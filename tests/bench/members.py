@@ -2,7 +2,8 @@
 
 from ipaddress import IPv4Address, IPv4Network
 
-from meshd.mesh.model import Endpoint, Member, Record, Status
+from meshd.endpoint import Endpoint
+from meshd.mesh.model import Member, Record, Status
 from meshd.mesh.records import encode
 from meshd.state.directory import State
 from meshd.state.settings import Settings

@@ -4,10 +4,12 @@ from ipaddress import IPv4Network
 
 import pytest
 
-from meshd.mesh.invitations import public_key
-from meshd.mesh.model import Action, Change, Device, Endpoint, Peer
+from meshd.endpoint import Endpoint
+from meshd.keys import public_key
 from meshd.net import wireguard
-from meshd.net.wireguard import encode_key, kernel
+from meshd.net.resources import Action, Change, Device, Peer
+from meshd.net.wireguard import contract, kernel
+from meshd.net.wireguard.contract import encode_key
 from tests.netns.conftest import Namespace
 
 pytestmark = [pytest.mark.root, pytest.mark.kernel]
@@ -19,7 +21,7 @@ MANY = tuple(IPv4Network("172.21.0.0/16").subnets(new_prefix=27))
 
 
 @pytest.fixture
-def device(netns: Namespace) -> wireguard.WireGuard:
+def device(netns: Namespace) -> contract.WireGuard:
     """A device `wg0` of the kernel without peers."""
     assert netns
     adapter = wireguard.find("wg0", KEY, prefer="kernel")
@@ -33,16 +35,16 @@ def peer(number: int, *networks: IPv4Network, port: int = 51820) -> Peer:
     return Peer(key, Endpoint.parse(f"192.0.2.1:{port}"), networks or (own,), 25)
 
 
-def change(device: wireguard.WireGuard, action: Action, *peers: Peer) -> None:
+def change(device: contract.WireGuard, action: Action, *peers: Peer) -> None:
     for one in peers:
         device.apply(Change(action, one))
 
 
-def read(device: wireguard.WireGuard) -> list[Peer]:
+def read(device: contract.WireGuard) -> list[Peer]:
     return [resource for resource in device.read() if isinstance(resource, Peer)]
 
 
-def test_three_hundred_peers_are_read_changed_and_removed(device: wireguard.WireGuard) -> None:
+def test_three_hundred_peers_are_read_changed_and_removed(device: contract.WireGuard) -> None:
     peers = sorted((peer(number) for number in range(COUNT)), key=lambda one: one.key)
     change(device, Action.ADD, *peers)
     assert isinstance(device, kernel.Kernel)
@@ -58,7 +60,7 @@ def test_three_hundred_peers_are_read_changed_and_removed(device: wireguard.Wire
     assert read(device) == [wanted[one.key] for one in peers[COUNT // 2 :]]
 
 
-def test_a_peer_with_more_allowed_ips_than_a_message_holds_is_read_whole(device: wireguard.WireGuard) -> None:
+def test_a_peer_with_more_allowed_ips_than_a_message_holds_is_read_whole(device: contract.WireGuard) -> None:
     peers = [peer(1), peer(2, *MANY), peer(3)]  # AAE…, AAI…, AAM…: in the order of their keys
     change(device, Action.ADD, *peers)
     assert isinstance(device, kernel.Kernel)

@@ -19,10 +19,11 @@ from typing import Any
 
 import pytest
 
+from meshd.endpoint import Endpoint
 from meshd.gossip.messages import EVENT_LIMIT, GONE, RECORD, announcement
 from meshd.lab.hosts import Lab, LabHost
 from meshd.mesh import certificates, tombstones
-from meshd.mesh.model import Certificate, Delegation, Endpoint, Record
+from meshd.mesh.model import Certificate, Delegation, Record
 from meshd.mesh.records import encode, to_wire
 from meshd.mesh.tombstones import Graves
 from meshd.state.directory import State

@@ -27,19 +27,22 @@ import os
 from ipaddress import IPv4Address
 from pathlib import Path
 from meshd.state import authority
-from meshd.lifecycle import join as lifecycle
+from meshd.lifecycle.join import _settle_in
+from meshd.lifecycle.rollback import all_or_nothing
+from meshd.lifecycle.up import begin
+from meshd.mesh import addressing
 from meshd.state.settings import Settings
-from meshd.reconcile.run import endpoint
+from meshd.state.claim import endpoint
 from meshd.state.directory import State
 
 state = State()
 settings = Settings(name="barge2", bind=IPv4Address("10.10.10.102"), docker=False)
-with lifecycle._all_or_nothing(state):
-    lifecycle._settle_in(state, settings)
+with all_or_nothing(state):
+    _settle_in(state, settings)
     authority.found(state, settings.mesh, settings.name)
-    subnet = lifecycle.addressing.choose(settings.overlay, 24, (), settings.bind, settings.name)
+    subnet = addressing.choose(settings.overlay, 24, (), settings.bind, settings.name)
     state.publish(subnet=subnet, endpoint=endpoint(settings), settled=True)
-    lifecycle._begin(state)
+    begin(state)
     with Path("/var/lib/meshd/full").open("wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))

@@ -9,9 +9,9 @@ from ipaddress import IPv4Network
 import pytest
 
 from meshd.errors import ApplyError
-from meshd.mesh.model import Action, Change, Engine, IptablesRule, Table
 from meshd.net import firewall, rules
 from meshd.net.firewall import Iptables, Nftables, render
+from meshd.net.resources import Action, Change, Engine, IptablesRule, Table
 from tests.conftest import OVERLAY
 from tests.netns.conftest import Namespace
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from meshd.mesh.model import Route, Table
-from meshd.reconcile.run import dismantle, endpoint, reconcile
+from meshd.net.resources import Route, Table
+from meshd.reconcile.run import dismantle, reconcile
+from meshd.state.claim import endpoint
 from meshd.state.directory import State
 from tests.netns.conftest import Namespace
 

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from meshd.errors import ApplyError, ConflictError, InputError
-from meshd.mesh.model import Action, Address, Change, Link, Route, Sysctl
 from meshd.net import links, netlink, underlay
+from meshd.net.resources import Action, Address, Change, Link, Route, Sysctl
 from meshd.net.routes import Routes
 from tests.netns.conftest import Namespace
 

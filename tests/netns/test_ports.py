@@ -6,8 +6,8 @@ from ipaddress import IPv4Network
 import pytest
 
 from meshd.errors import ApplyError
-from meshd.mesh.model import Action, Change, Port
 from meshd.net.ports import Ports
+from meshd.net.resources import Action, Change, Port
 from tests.netns.conftest import Namespace
 
 pytestmark = pytest.mark.root

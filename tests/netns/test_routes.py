@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from meshd.errors import ApplyError, ConflictError
-from meshd.mesh.model import Action, Change, Route
+from meshd.net.resources import Action, Change, Route
 from meshd.net.routes import PROTOCOL, Routes, overlapping
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("sockets")]

@@ -14,10 +14,11 @@ from threading import Thread
 
 import pytest
 
+from meshd.endpoint import Endpoint
 from meshd.errors import ConflictError, SerfError
 from meshd.gossip import serf
 from meshd.gossip.serf import Serf
-from meshd.mesh.model import Endpoint, Status
+from meshd.mesh.model import Status
 from tests.conftest import eventually
 
 pytestmark = [pytest.mark.root]

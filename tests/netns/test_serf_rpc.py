@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from meshd.endpoint import Endpoint
 from meshd.errors import SerfError
 from meshd.gossip import serf
 from meshd.gossip.serf import Serf
-from meshd.mesh.model import Action, Change, Endpoint, Member, Status, Tags
+from meshd.mesh.model import Member, Status
 from meshd.mesh.records import LIMIT, size
+from meshd.net.resources import Action, Change, Tags
 from meshd.reconcile.own_tags import SerfTags
 from tests.bench.stand_in import serving
 

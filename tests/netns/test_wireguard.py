@@ -17,13 +17,15 @@ import pytest
 from pyroute2 import IPRoute
 from pyroute2.netlink.generic.wireguard import wgmsg
 
+from meshd.endpoint import Endpoint
 from meshd.errors import ApplyError, ConflictError, InputError, MissingError
-from meshd.mesh.invitations import public_key
-from meshd.mesh.model import Action, Address, Change, Device, Endpoint, Link, Peer, Route
+from meshd.keys import public_key
 from meshd.net import wireguard
 from meshd.net.links import Links, link_names
+from meshd.net.resources import Action, Address, Change, Device, Link, Peer, Route
 from meshd.net.routes import Routes
-from meshd.net.wireguard import encode_key, kernel, userspace
+from meshd.net.wireguard import contract, kernel, userspace
+from meshd.net.wireguard.contract import encode_key
 from tests.netns.conftest import Namespace
 
 pytestmark = pytest.mark.root
@@ -48,17 +50,17 @@ def peer(number: int, endpoint: str | None = None, block: str | None = None, kee
     return Peer(encode_key(number.to_bytes(2, "big") + b"p" * 30), where, (network,), keepalive)
 
 
-def add(adapter: wireguard.WireGuard, *resources: Any) -> None:
+def add(adapter: contract.WireGuard, *resources: Any) -> None:
     for resource in resources:
         adapter.apply(Change(Action.ADD, resource))
 
 
-def remove(adapter: wireguard.WireGuard, *resources: Any) -> None:
+def remove(adapter: contract.WireGuard, *resources: Any) -> None:
     for resource in resources:
         adapter.apply(Change(Action.REMOVE, resource))
 
 
-def peers(adapter: wireguard.WireGuard) -> dict[str, Peer]:
+def peers(adapter: contract.WireGuard) -> dict[str, Peer]:
     return {r.key: r for r in adapter.read() if isinstance(r, Peer)}
 
 
@@ -73,7 +75,7 @@ def name(netns: Namespace) -> str:
 
 
 @pytest.fixture
-def adapter(name: str, backend: str) -> wireguard.WireGuard:
+def adapter(name: str, backend: str) -> contract.WireGuard:
     found = wireguard.find(name, KEYS[0], prefer=backend)
     assert found.backend == backend
     return found
@@ -82,7 +84,7 @@ def adapter(name: str, backend: str) -> wireguard.WireGuard:
 # --- one device ----------------------------------------------------------------------------------------------------
 
 
-def test_a_device_is_made_read_and_removed(adapter: wireguard.WireGuard, name: str) -> None:
+def test_a_device_is_made_read_and_removed(adapter: contract.WireGuard, name: str) -> None:
     assert adapter.read() == []
     add(adapter, device(name))
     assert adapter.read() == [device(name)]
@@ -95,7 +97,7 @@ def test_a_device_is_made_read_and_removed(adapter: wireguard.WireGuard, name: s
         wg("show", name)
 
 
-def test_everything_twice_is_harmless(adapter: wireguard.WireGuard, name: str) -> None:
+def test_everything_twice_is_harmless(adapter: contract.WireGuard, name: str) -> None:
     wanted = [device(name), peer(1, "192.0.2.1:51820", keepalive=25), peer(2)]
     for _ in range(2):
         add(adapter, *wanted)
@@ -105,28 +107,28 @@ def test_everything_twice_is_harmless(adapter: wireguard.WireGuard, name: str) -
     assert adapter.read() == []
 
 
-def test_removing_from_an_absent_device_is_harmless(adapter: wireguard.WireGuard, name: str) -> None:
+def test_removing_from_an_absent_device_is_harmless(adapter: contract.WireGuard, name: str) -> None:
     remove(adapter, peer(1), device(name))
 
 
-def test_setting_a_peer_on_an_absent_device_is_an_error_that_names_it(adapter: wireguard.WireGuard) -> None:
+def test_setting_a_peer_on_an_absent_device_is_an_error_that_names_it(adapter: contract.WireGuard) -> None:
     with pytest.raises(ApplyError, match=r"add peer .*172\.20\.1\.0/24.*: "):
         add(adapter, peer(1))
 
 
-def test_a_device_of_another_key_is_refused(adapter: wireguard.WireGuard, name: str) -> None:
+def test_a_device_of_another_key_is_refused(adapter: contract.WireGuard, name: str) -> None:
     with pytest.raises(ApplyError, match="belongs to"):
         add(adapter, device(name, number=1))
     assert adapter.read() == []
 
 
-def test_a_port_is_changed_and_peers_stay(adapter: wireguard.WireGuard, name: str) -> None:
+def test_a_port_is_changed_and_peers_stay(adapter: contract.WireGuard, name: str) -> None:
     add(adapter, device(name), peer(1))
     adapter.apply(Change(Action.SET, device(name, port=51999), device(name)))
     assert adapter.read() == [device(name, port=51999), peer(1)]
 
 
-def test_a_changed_peer_leaves_the_others_alone(adapter: wireguard.WireGuard, name: str) -> None:
+def test_a_changed_peer_leaves_the_others_alone(adapter: contract.WireGuard, name: str) -> None:
     first, second = peer(1, "192.0.2.1:1"), peer(2, "[2001:db8::2]:2", keepalive=5)
     add(adapter, device(name), first, second)
     changed = peer(1, "192.0.2.9:9", "172.20.91.0/24", keepalive=7)
@@ -136,14 +138,14 @@ def test_a_changed_peer_leaves_the_others_alone(adapter: wireguard.WireGuard, na
     assert adapter.read() == [device(name), second]
 
 
-def test_an_endpoint_of_none_leaves_it_as_it_is(adapter: wireguard.WireGuard, name: str) -> None:
+def test_an_endpoint_of_none_leaves_it_as_it_is(adapter: contract.WireGuard, name: str) -> None:
     first = peer(1, "192.0.2.1:1")
     add(adapter, device(name), first)
     adapter.apply(Change(Action.SET, peer(1, None, keepalive=3), first))
     assert adapter.read()[1] == peer(1, "192.0.2.1:1", keepalive=3)
 
 
-def test_set_does_not_send_an_endpoint_that_stays(adapter: wireguard.WireGuard, name: str) -> None:
+def test_set_does_not_send_an_endpoint_that_stays(adapter: contract.WireGuard, name: str) -> None:
     """The peer roams between read and apply: its new endpoint must not be taken back."""
     first = peer(1, "192.0.2.1:1")
     add(adapter, device(name), first)
@@ -152,13 +154,13 @@ def test_set_does_not_send_an_endpoint_that_stays(adapter: wireguard.WireGuard, 
     assert adapter.read()[1] == peer(1, "192.0.2.77:77", keepalive=3)
 
 
-def test_set_does_not_bring_back_half_a_peer(adapter: wireguard.WireGuard, name: str) -> None:
+def test_set_does_not_bring_back_half_a_peer(adapter: contract.WireGuard, name: str) -> None:
     add(adapter, device(name))
     adapter.apply(Change(Action.SET, peer(1, keepalive=3), peer(1)))
     assert adapter.read() == [device(name)]
 
 
-def test_many_peers_and_many_blocks_are_read_back_exactly(adapter: wireguard.WireGuard, name: str) -> None:
+def test_many_peers_and_many_blocks_are_read_back_exactly(adapter: contract.WireGuard, name: str) -> None:
     many = [peer(n, f"192.0.2.{n % 250 + 1}:{1000 + n}", f"10.{n // 200}.{n % 200}.0/24", n) for n in range(1, 301)]
     blocks = tuple(IPv4Network(f"10.{100 + n // 250}.{n % 250}.0/24") for n in range(900))
     wide = Peer(encode_key(b"w" * 32), None, blocks)
@@ -167,7 +169,7 @@ def test_many_peers_and_many_blocks_are_read_back_exactly(adapter: wireguard.Wir
 
 
 def test_the_key_is_neither_printed_nor_in_the_process(
-    adapter: wireguard.WireGuard, name: str, monkeypatch: pytest.MonkeyPatch
+    adapter: contract.WireGuard, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MESHD_INVITE", "a-secret")
     add(adapter, device(name))
@@ -179,7 +181,7 @@ def test_the_key_is_neither_printed_nor_in_the_process(
 
 
 def test_an_existing_device_is_adopted_by_its_backend(
-    adapter: wireguard.WireGuard, name: str, backend: str, monkeypatch: pytest.MonkeyPatch
+    adapter: contract.WireGuard, name: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add(adapter, device(name), peer(1))
     monkeypatch.setenv("PATH", "/nonexistent")
@@ -189,7 +191,7 @@ def test_an_existing_device_is_adopted_by_its_backend(
         assert again.read() == [device(name), peer(1)]
 
 
-def test_no_descriptor_is_left_open(adapter: wireguard.WireGuard, name: str) -> None:
+def test_no_descriptor_is_left_open(adapter: contract.WireGuard, name: str) -> None:
     add(adapter, device(name))
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208  # each entry only counts
     for _ in range(10):
@@ -301,7 +303,7 @@ def test_a_removed_peer_is_cut_off_and_comes_back(nodes: tuple[Node, Node]) -> N
     assert one.ping(two) == 1
 
 
-def test_a_peer_that_is_made_anew_begins_a_handshake_at_once(adapter: wireguard.WireGuard, name: str) -> None:
+def test_a_peer_that_is_made_anew_begins_a_handshake_at_once(adapter: contract.WireGuard, name: str) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
         other.bind(("127.0.0.1", 0))
         other.settimeout(2)  # WireGuard repeats its first message after 5 s
@@ -342,7 +344,7 @@ def daemons(name: str) -> Iterator[Path]:
 
 
 @pytest.fixture
-def go(name: str) -> wireguard.WireGuard:
+def go(name: str) -> contract.WireGuard:
     return userspace.Userspace(name, KEYS[0])
 
 
@@ -360,7 +362,7 @@ def kill(name: str) -> None:
     assert eventually(lambda: not userspace.is_running(name))
 
 
-def test_a_killed_daemon_reads_as_absent_and_is_started_again(go: wireguard.WireGuard, name: str) -> None:
+def test_a_killed_daemon_reads_as_absent_and_is_started_again(go: contract.WireGuard, name: str) -> None:
     add(go, device(name), peer(1))
     kill(name)
     assert go.read() == []
@@ -369,7 +371,7 @@ def test_a_killed_daemon_reads_as_absent_and_is_started_again(go: wireguard.Wire
     assert go.read() == [device(name), peer(1)]
 
 
-def test_removing_cleans_up_after_a_killed_daemon(go: wireguard.WireGuard, name: str) -> None:
+def test_removing_cleans_up_after_a_killed_daemon(go: contract.WireGuard, name: str) -> None:
     add(go, device(name))
     kill(name)
     assert go.read() == []
@@ -377,21 +379,21 @@ def test_removing_cleans_up_after_a_killed_daemon(go: wireguard.WireGuard, name:
     assert not Path(f"/var/run/wireguard/{name}.sock").exists()
 
 
-def test_removing_ends_the_daemon(go: wireguard.WireGuard, name: str) -> None:
+def test_removing_ends_the_daemon(go: contract.WireGuard, name: str) -> None:
     add(go, device(name))
     assert [*daemons(name)]
     remove(go, device(name))
     assert eventually(lambda: not [*daemons(name)])
 
 
-def test_a_tun_link_without_a_daemon_reads_as_absent(go: wireguard.WireGuard, name: str) -> None:
+def test_a_tun_link_without_a_daemon_reads_as_absent(go: contract.WireGuard, name: str) -> None:
     with IPRoute(groups=0) as ipr:
         ipr.link("add", ifname=name, kind="tuntap", mode="tun")
     assert go.read() == []
 
 
 def test_the_daemon_of_another_namespace_is_not_ours(
-    go: wireguard.WireGuard, name: str, netns_pair: tuple[Namespace, Namespace]
+    go: contract.WireGuard, name: str, netns_pair: tuple[Namespace, Namespace]
 ) -> None:
     add(go, device(name))
     with netns_pair[0].entered():
@@ -403,7 +405,7 @@ def test_the_daemon_of_another_namespace_is_not_ours(
 
 
 def test_a_missing_program_says_what_to_install(
-    go: wireguard.WireGuard, name: str, monkeypatch: pytest.MonkeyPatch
+    go: contract.WireGuard, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(MissingError, match="apt install wireguard-go"):
@@ -449,7 +451,7 @@ def test_auto_prefers_the_kernel_and_leaves_no_link(name: str) -> None:
     assert link_names() == before
 
 
-def test_a_link_of_another_kind_is_left_alone(adapter: wireguard.WireGuard, name: str) -> None:
+def test_a_link_of_another_kind_is_left_alone(adapter: contract.WireGuard, name: str) -> None:
     with IPRoute(groups=0) as ipr:
         ipr.link("add", ifname=name, kind="bridge")
     assert adapter.read() == []

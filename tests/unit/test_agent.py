@@ -13,9 +13,11 @@ from meshd.daemon.exchange import ASKED
 from meshd.errors import MeshdError
 from meshd.gossip.messages import APPLIED, YES, Question
 from meshd.mesh.membership import Roster
-from meshd.mesh.model import Action, Change, Goodbye, Route
+from meshd.mesh.model import Goodbye
 from meshd.net import links
-from meshd.reconcile.run import Failure, Report
+from meshd.net.resources import Action, Change, Route
+from meshd.reconcile.machine import Failure
+from meshd.reconcile.run import Report
 from meshd.state.directory import State
 from tests.conftest import record
 

@@ -4,9 +4,9 @@ import pytest
 
 from meshd.gossip import responder
 from meshd.gossip.messages import BURY, EVENT_LIMIT, YES
+from meshd.gossip.responder import bury
 from meshd.mesh import certificates
 from meshd.mesh.tombstones import Graves
-from meshd.reconcile.run import bury
 from meshd.state.directory import State
 from tests.conftest import AUTHORITY
 

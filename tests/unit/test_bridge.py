@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from meshd.errors import MissingError
-from meshd.mesh.model import Network
 from meshd.net.docker import Bridge, _differences, _network, _subnets
+from meshd.net.resources import Network
 
 INSPECTED: dict[str, Any] = {
     "Name": "ovl0",

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from meshd.endpoint import Endpoint
 from meshd.mesh import certificates, tombstones
 from meshd.mesh.certificates import CredentialError, Trust
-from meshd.mesh.model import Endpoint, Record
+from meshd.mesh.model import Record
 from meshd.mesh.records import encode, pack_certificate, pack_delegation, to_wire
 from tests.conftest import AUTHORITY, MESH, certificate, delegated, delegation, public_key, record, seed
 

@@ -10,11 +10,11 @@ from ipaddress import IPv4Address
 from threading import Event
 
 from meshd.daemon.exchange import ASK_AGAIN, MOST_HEARD, MOST_JOBS, Exchange
+from meshd.endpoint import Endpoint
 from meshd.gossip.calls import gather
 from meshd.gossip.messages import ANSWER_LIMIT, GoneQuestion, answer_gone
 from meshd.mesh import certificates
 from meshd.mesh.membership import Roster
-from meshd.mesh.model import Endpoint
 from meshd.mesh.tombstones import Graves
 from meshd.reconcile.run import Report
 from meshd.state.directory import State

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from meshd.gossip import calls
+from meshd.gossip import serf_agent
 from meshd.state.directory import State
 from meshd.state.settings import Settings
 
-SCRIPT = calls.handlers() / "meshd_event.py"
+SCRIPT = serf_agent.handlers() / "meshd_event.py"
 
 
 def run(state: State, event: str, payload: str = "", **environment: str) -> "subprocess.CompletedProcess[str]":
     """As Serf does: by /bin/sh, the event in the environment, the members on stdin."""
     return subprocess.run(
-        ["/bin/sh", "-c", calls.handler_command(state)],
+        ["/bin/sh", "-c", serf_agent.handler_command(state)],
         env={"PATH": os.environ["PATH"], "SERF_EVENT": event, **environment},
         input=payload,
         capture_output=True,

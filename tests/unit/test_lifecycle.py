@@ -3,10 +3,10 @@
 import pytest
 
 from meshd.daemon.exchange import PATIENCE
-from meshd.lifecycle import join as lifecycle
+from meshd.gossip import delivery
 
 
 @pytest.mark.parametrize(("hosts", "seconds"), [(1, 1.0), (4, 1.0), (50, 2.5), (100, 3.0)])
 def test_a_question_has_the_longer_the_more_hosts_it_goes_to(hosts: int, seconds: float) -> None:
-    assert lifecycle._ask_timeout(hosts) == pytest.approx(seconds, abs=0.1)
-    assert lifecycle._ask_timeout(hosts) < PATIENCE, "who is asked keeps the question for longer"
+    assert delivery._ask_timeout(hosts) == pytest.approx(seconds, abs=0.1)
+    assert delivery._ask_timeout(hosts) < PATIENCE, "who is asked keeps the question for longer"

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from meshd.endpoint import Endpoint
 from meshd.mesh import certificates, membership, tombstones
 from meshd.mesh.membership import (
     BURIED,
@@ -22,7 +23,7 @@ from meshd.mesh.membership import (
     subnet_rivals,
     superseded_by,
 )
-from meshd.mesh.model import Certificate, Endpoint, Goodbye, Host, Member, Record, Status
+from meshd.mesh.model import Certificate, Goodbye, Host, Member, Record, Status
 from meshd.mesh.tombstones import Graves
 from tests.conftest import (
     AUTHORITY,

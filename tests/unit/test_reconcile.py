@@ -5,9 +5,10 @@ from typing import ClassVar
 import pytest
 
 from meshd.errors import InputError
-from meshd.mesh.model import Change, Link, Resource
 from meshd.net.links import Links
-from meshd.reconcile.run import Machine, renumber
+from meshd.net.resources import Change, Link, Resource
+from meshd.reconcile.machine import Machine
+from meshd.reconcile.renumber import renumber
 from meshd.state.directory import State
 from tests.conftest import record
 

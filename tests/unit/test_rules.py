@@ -5,9 +5,9 @@ from ipaddress import IPv4Network
 
 import pytest
 
-from meshd.mesh.model import Engine, IptablesRule
 from meshd.net import rules
 from meshd.net.firewall import parse, parse_saved, render
+from meshd.net.resources import Engine, IptablesRule
 from tests.conftest import OVERLAY
 
 SUBNET = IPv4Network("172.20.101.0/24")

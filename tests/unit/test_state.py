@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 
 from meshd import files
+from meshd.endpoint import Endpoint
 from meshd.errors import InputError, MeshdError
+from meshd.gossip.responder import bury
 from meshd.mesh.membership import Roster
-from meshd.mesh.model import Endpoint, Goodbye, Host, Revocation
+from meshd.mesh.model import Goodbye, Host, Revocation
 from meshd.mesh.records import MAX_SEQ
 from meshd.mesh.tombstones import Graves, said
-from meshd.reconcile.run import bury, endpoint, membership_ended, renewed
+from meshd.state.claim import endpoint, membership_ended, renewed
 from meshd.state.directory import _OURS, Claim, State
 from tests.conftest import MESH, certificate, delegated, delegation, public_key, record
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from meshd.mesh.model import Endpoint, Record
+from meshd.endpoint import Endpoint
+from meshd.mesh.model import Record
 from meshd.mesh.records import LIMIT, MAX_PREFIX, RecordError, decode, encode, from_wire, size, to_wire
 from tests.conftest import OVERLAY, certificate, delegated, delegation, public_key, record
 

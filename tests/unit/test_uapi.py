@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from meshd.endpoint import Endpoint
 from meshd.errors import ApplyError
-from meshd.mesh.invitations import public_key
-from meshd.mesh.model import Action, Change, Endpoint, Peer
-from meshd.net.wireguard import PeerUpdate, decode_key, encode_key, peer_update, uapi, userspace
+from meshd.keys import public_key
+from meshd.net.resources import Action, Change, Peer
+from meshd.net.wireguard import uapi, userspace
+from meshd.net.wireguard.contract import PeerUpdate, decode_key, encode_key, peer_update
 
 ONE, TWO = bytes(range(32)), bytes(range(32, 64))
 

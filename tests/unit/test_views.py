@@ -6,8 +6,10 @@ from ipaddress import IPv4Address
 import pytest
 
 from meshd.cli import views
+from meshd.endpoint import Endpoint
 from meshd.mesh.membership import Roster
-from meshd.mesh.model import Action, Change, Endpoint, Goodbye, Member, Peer, Record, Route, Status
+from meshd.mesh.model import Goodbye, Member, Record, Status
+from meshd.net.resources import Action, Change, Peer, Route
 from meshd.reconcile.run import Report
 from meshd.state.directory import Claim, State
 from tests.conftest import member, public_key, record

@@ -16,8 +16,9 @@ from typing import Any, Self
 import msgpack
 from tenacity import Retrying, retry_if_exception, stop_after_attempt
 
+from meshd.endpoint import IPAddress
 from meshd.errors import SerfError
-from meshd.mesh.model import IPAddress, Member, Status
+from meshd.mesh.model import Member, Status
 
 # 10,000 members with 512 bytes of tags each are 10 MB.
 LIMIT = 64 * 2**20

@@ -14,9 +14,9 @@ from typing import Any
 
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
+from meshd.endpoint import Endpoint
 from meshd.errors import ConflictError, MissingError, SerfError
 from meshd.gossip.serf.client import Serf
-from meshd.mesh.model import Endpoint
 
 POLL = 0.02
 # Who answers without a key may be somebody else's agent, as that of Debian's package; ours then ends within this time.

@@ -13,10 +13,11 @@ from pyroute2.netlink.exceptions import NetlinkError
 from pyroute2.netlink.generic import GenericNetlinkSocket
 from pyroute2.netlink.generic import wireguard as wg
 
+from meshd.endpoint import Endpoint
 from meshd.errors import ApplyError, ConflictError, MissingError
-from meshd.mesh.model import Action, Change, Device, Endpoint, Peer, Resource
 from meshd.net.netlink import link_kind, tolerating
-from meshd.net.wireguard import PeerUpdate, check_key, decode_key, encode_key, peer_update
+from meshd.net.resources import Action, Change, Device, Peer, Resource
+from meshd.net.wireguard.contract import PeerUpdate, check_key, decode_key, encode_key, peer_update
 
 
 def is_available() -> bool:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from ipaddress import IPv4Network, ip_network
 
+from meshd.endpoint import Endpoint
 from meshd.errors import ApplyError
-from meshd.mesh.model import Endpoint, Peer
-from meshd.net.wireguard import PeerUpdate, decode_key, encode_key
+from meshd.net.resources import Peer
+from meshd.net.wireguard.contract import PeerUpdate, decode_key, encode_key
 
 MAX_LINE = 4096  # characters
 _KEY = re.compile(r"[0-9a-f]{64}")

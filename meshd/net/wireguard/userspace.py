@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from meshd.errors import ApplyError, MissingError
-from meshd.mesh.invitations import public_key
-from meshd.mesh.model import Action, Change, Device, Peer, Resource
-from meshd.net.wireguard import PROGRAM, check_key, peer_update
+from meshd.keys import public_key
+from meshd.net.resources import Action, Change, Device, Peer, Resource
+from meshd.net.wireguard.contract import PROGRAM, check_key, peer_update
 from meshd.net.wireguard.uapi import State, format_device, format_peer, format_removal, not_understood, parse
 
 SOCKETS = Path("/var/run/wireguard")  # compiled into wireguard-go

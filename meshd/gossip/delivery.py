@@ -1,0 +1,99 @@
+"""Ask and tell the other hosts until all of them have confirmed, or time is over."""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from meshd.errors import SerfError
+from meshd.gossip import calls, serf_agent
+from meshd.gossip.messages import APPLIED, YES, Question
+from meshd.gossip.serf_agent import members
+from meshd.mesh.model import Status
+from meshd.mesh.tombstones import Graves
+from meshd.state.claim import ended
+from meshd.state.directory import State
+
+# An asker hears within this time from everybody who is ready; who is not is asked again. Gossip takes as long as the
+# logarithm of the mesh: of 50 hosts the last hear a question after 0.7 s, and Serf drops what is answered later.
+ASK, ASK_TENFOLD = 1.0, 1.5
+# How often everybody alive is told of a tombstone: by gossip, and then those who have not said that they have it.
+TELLINGS = 4
+# Who has not said after so many questions that it is ready may not have heard them.
+PATIENCE = 2
+# Seconds for meeting who has not said that it has a tombstone.
+MEETING = 10.0
+
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """The outcome of waiting for the others: those who have done what was asked, and those who did not say so."""
+
+    ready: frozenset[str]
+    missing: frozenset[str]
+
+
+def tell_tombstones(state: State, graves: Graves) -> Readiness:
+    """Tell of tombstones until all alive, admitted hosts say that they have them; who does not asks for them later."""
+    having: set[str] = set()
+    missing = set(state.roster().hosts)
+    with suppress(SerfError):
+        for telling in range(TELLINGS):
+            missing = expected_hosts(state) - having
+            if not missing:
+                break
+            if telling:
+                calls.meet(state, missing, MEETING)
+            having |= calls.bury(state, graves, missing)
+            missing -= having
+    return Readiness(frozenset(having), frozenset(missing))
+
+
+def wait_ready(
+    state: State, seq: int, timeout: float, progress: Progress = lambda *_: None, *, meeting: bool = True
+) -> Readiness:
+    """Ask the others until all alive, admitted hosts have applied this host's record `seq`, or time is over.
+
+    `progress` gets the number that is ready and the number of all, this host included. With `meeting` those who do not
+    answer are met in person.
+    """
+    settings = state.settings
+    question = Question(settings.name, seq)
+    ready: set[str] = set()
+    deadline = time.monotonic() + timeout
+    asked = 0
+
+    while True:
+        expected = expected_hosts(state)
+        progress(len(ready & expected) + 1, len(expected) + 1)
+        missing = expected - ready
+        if not missing or time.monotonic() >= deadline or ended(state):
+            return Readiness(frozenset(ready & expected), frozenset(missing))
+        if asked:
+            calls.spread(state, ASK)
+        if meeting and asked >= PATIENCE:
+            calls.meet(state, missing, ASK)
+        nodes = calls.named(missing)
+        wait = min(_ask_timeout(len(expected)), max(ASK, deadline - time.monotonic()))
+        with serf_agent.rpc(state) as client:
+            for name, answer in client.query(APPLIED, question.payload(), timeout=wait, nodes=nodes):
+                if answer == YES and name in expected:
+                    ready.add(name)
+                    progress(len(ready & expected) + 1, len(expected) + 1)
+                if expected <= ready:
+                    break
+        asked += 1
+
+
+def _ask_timeout(hosts: int) -> float:
+    """Give the seconds that a question has for its way to so many hosts, and their answers for theirs."""
+    return max(ASK, ASK_TENFOLD * math.log10(hosts))
+
+
+def expected_hosts(state: State) -> set[str]:
+    admitted = state.roster().hosts
+    return {m.name for m in members(state) if m.status is Status.ALIVE and m.name in admitted}

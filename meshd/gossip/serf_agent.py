@@ -1,0 +1,108 @@
+"""This host's own Serf agent: its configuration from the state directory, its start, its end, and its members."""
+
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from tenacity import Retrying, stop_after_delay, wait_fixed
+
+from meshd import files
+from meshd.endpoint import Endpoint
+from meshd.errors import InputError, SerfError
+from meshd.gossip import serf
+from meshd.gossip.messages import APPLIED, BURY, CONFIRM, GONE, RECORD
+from meshd.gossip.serf import Serf
+from meshd.mesh.model import Member
+from meshd.mesh.records import encode
+from meshd.state.directory import State
+
+MEMBER_EVENTS = "member-join,member-leave,member-failed,member-update,member-reap"
+
+
+def handler_command(state: State) -> str:
+    """Give the shell command by which Serf runs the handler: isolated and without site-packages, so it starts fast."""
+    return f"{sys.executable} -I -S {handlers() / 'meshd_event.py'} {state.directory}"
+
+
+def event_handlers(state: State) -> list[str]:
+    """Give what Serf's `-event-handler` takes. With a daemon, that answers the queries itself."""
+    command = handler_command(state)
+    alone = [f"query:{name}={command}" for name in (APPLIED, GONE, BURY, RECORD, CONFIRM)] + [f"user:{GONE}={command}"]
+    return [f"{MEMBER_EVENTS}={command}", *([] if state.settings.daemon else alone)]
+
+
+def handlers() -> Path:
+    """Give the folder of the handler scripts: inside of the installed package, or beside it in a checkout."""
+    package = Path(__file__).parent.parent
+    inside = package / "handlers"
+    return inside if inside.is_dir() else package.parent / "handlers"
+
+
+def configure(state: State) -> Path:
+    """Write the Serf agent's configuration (it holds the gossip key: 0600) and give its path.
+
+    With a daemon the claim is among the tags from the first packet on, since setting tags later costs 0.5 s. Without
+    one, the handler publishes them at the agent's first event.
+    """
+    settings, claim = state.settings, state.claim()
+    config = serf.agent_config(
+        name=settings.name,
+        bind=Endpoint(settings.bind, settings.gossip_port),
+        advertise=Endpoint(settings.advertised, settings.gossip_port),
+        encrypt_key=state.gossip_key,
+        rpc_port=settings.rpc_port,
+        rpc_auth=state.rpc_key,
+        tags=encode(claim.record) if claim is not None and settings.daemon else {},
+        event_handlers=event_handlers(state),
+        retry_join=[] if settings.daemon else sorted(map(str, state.contacts().values())),
+    )
+    # On a full disk Serf starts with the file that is there.
+    with suppress(InputError):
+        if files.read_json(state.serf_config) == config:
+            return state.serf_config
+    files.write_json(state.serf_config, config)
+    return state.serf_config
+
+
+def start(state: State) -> serf.Serf:
+    """Start the Serf agent, or adopt the one that runs; give a connection to it.
+
+    Raises ConflictError for a taken port, MissingError without Serf, SerfError with what the agent's log says.
+    """
+    with state.serf_lock():
+        pid = serf.running(state.serf_config)
+        if pid is None:
+            extra = state.serf_extra if state.serf_extra.is_dir() else None
+            pid = serf.start(configure(state), state.serf_log, extra)
+    return serf.wait_ready(state.settings.rpc_port, state.rpc_key, pid, state.serf_log)
+
+
+def rpc(state: State, timeout: float = 5.0) -> serf.Serf:
+    """Give a connection to the Serf agent that runs now, whoever started it. Raises SerfError."""
+    return serf.Serf.connect(state.settings.rpc_port, state.rpc_key, timeout)
+
+
+def connect(state: State, timeout: float = 10.0) -> serf.Serf:
+    """Give a connection to the Serf agent that the daemon is starting. Raises SerfError when there is none in time."""
+
+    def find() -> int:
+        pid = serf.running(state.serf_config)
+        if pid is None:
+            raise SerfError(f"the Serf agent does not start; its log is {state.serf_log}")
+        return pid
+
+    pid = Retrying(stop=stop_after_delay(timeout), wait=wait_fixed(0.02), reraise=True)(find)
+    return serf.wait_ready(state.settings.rpc_port, state.rpc_key, pid, state.serf_log)
+
+
+def stop(state: State) -> None:
+    """End the Serf agent without a goodbye: the others keep this host's peer."""
+    pid = serf.running(state.serf_config)
+    if pid is not None:
+        serf.stop(pid)
+
+
+def members(state: State) -> list[Member]:
+    """Ask this host's own Serf for all members. Raises SerfError."""
+    with Serf.connect(state.settings.rpc_port, state.rpc_key) as serf:
+        return serf.members()

@@ -1,0 +1,105 @@
+"""Leave the mesh: tell the others, then take everything away."""
+
+from collections.abc import Callable, Collection
+from contextlib import suppress
+
+from meshd.daemon import service
+from meshd.errors import ConflictError, InputError, MeshdError, SerfError
+from meshd.gossip import calls, serf, serf_agent
+from meshd.gossip.delivery import ASK, MEETING, wait_ready
+from meshd.lifecycle import preflight
+from meshd.lifecycle.containers import attached_containers
+from meshd.lifecycle.up import take_down
+from meshd.mesh import membership, tombstones
+from meshd.mesh.model import Record
+from meshd.mesh.tombstones import Graves
+from meshd.reconcile.run import Report
+from meshd.state.claim import ended
+from meshd.state.directory import State
+
+GOODBYE_TIMEOUT = 5.0
+
+
+def leave(state: State, *, force: bool = False, say: Callable[[str], None] = lambda _: None) -> Report:
+    """Say goodbye, so that the others remove this host and free its subnet; then remove everything here.
+
+    Where no goodbye can be said, raises MeshdError and changes nothing; with `force` it goes on, and `say` is told.
+    """
+    preflight.root()
+    settings = state.settings
+    if not force and state.authority_key is not None and not state.authority_exported and state.roster().hosts:
+        raise ConflictError(
+            f"this host holds the authority of the mesh {settings.mesh!r}: hand it on first ('meshd authority export' "
+            "here, 'import' on another host), or pass --force, and nobody can be invited or revoked any more"
+        )
+    containers, others = attached_containers(settings, force=force), _others(state)
+    forget = f"run 'meshd forget {settings.name}' on the host that holds the authority, or {others} will keep this host"
+    try:
+        unheard = say_goodbye(state)
+    except MeshdError as error:
+        unheard = str(error)
+        # An agent that somebody runs by hand may have left by itself, and that is a goodbye too.
+        if others and not force and (settings.daemon or not isinstance(error, SerfError)):
+            raise MeshdError(
+                f"the goodbye to {others} cannot be said: {error}\nPut that right; or pass --force, and then {forget}"
+            ) from error
+    if others and unheard:
+        say(f"nobody has heard the goodbye ({unheard}): {forget}")
+    with suppress(MeshdError):
+        state.mark_down()  # a claim that is leaving keeps others from bringing it back as well
+    report = take_down(state, containers)
+    if not report.failures or force:
+        state.forget_everything()
+    return report
+
+
+def _others(state: State) -> str:
+    try:
+        return ", ".join(sorted(state.roster().hosts))
+    except InputError:
+        return "the others"
+
+
+def say_goodbye(state: State) -> str:
+    """Publish the record once more as leaving, wait until the others have applied that, then leave Serf.
+
+    Say why nobody has heard it, the empty string if somebody has or need not. Raises MeshdError before it has begun.
+    """
+    claim = state.claim()
+    if claim is None:
+        return ""
+    adopted = serf.running(state.serf_config) is not None or not state.settings.daemon
+    # An agent that somebody runs by hand is not ours to start; without one there is nobody to tell.
+    connect = serf_agent.start if state.settings.daemon else serf_agent.rpc
+    with connect(state) as client:
+        # A pass that is under way publishes what it has read: it would take the goodbye back.
+        with state.lock():
+            record = claim.record
+            claim = state.publish(subnet=record.subnet, endpoint=record.endpoint, settled=True, leaving=True)
+        service.stop(state)
+        # The others must all have heard it before Serf's own leave: what Serf says of a left member is no evidence.
+        try:
+            calls.spread(state, ASK)
+            if not adopted:
+                calls.rejoin(state, membership.lost(state.contacts(), client.members()).values())
+            told = wait_ready(state, claim.record.seq, GOODBYE_TIMEOUT, meeting=False)
+            over = bool(ended(state))
+            met = _tell_in_person(state, claim.record, told.missing) if told.missing and not over else 0
+        except MeshdError as error:
+            return str(error)
+        # Among many that swallow it Serf may not see its leave go out in time. What counts has been said.
+        with suppress(SerfError):
+            client.leave()
+    return "" if told.ready or met or over else "no other host has confirmed it"
+
+
+def _tell_in_person(state: State, record: Record, missing: Collection[str]) -> int:
+    """Bring the goodbye to those who have not said that they heard it; give the number of those who were met.
+
+    As an event, too, which they go on telling each other when this host is no longer there.
+    """
+    try:
+        calls.tell_gone(state, Graves({state.settings.name: tombstones.said(record)}))
+        return calls.meet(state, missing, MEETING)
+    except MeshdError:
+        return 0

@@ -1,0 +1,41 @@
+"""Give this host another subnet, and its containers other addresses."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from ipaddress import IPv4Network
+
+from meshd.errors import InputError, MeshdError
+from meshd.lifecycle import preflight
+from meshd.lifecycle.containers import attach, attached_containers, disconnect
+from meshd.lifecycle.interrupts import interruptible
+from meshd.net.docker import Bridge
+from meshd.reconcile.renumber import renumber as move
+from meshd.reconcile.run import reconcile
+from meshd.state.directory import State
+
+
+def renumber(state: State, subnet: IPv4Network | None, *, force: bool, say: Callable[[str], None]) -> None:
+    """Give this host another subnet, and with `force` its containers other addresses. `say` is told of each step."""
+    preflight.root()
+    settings, claim = state.settings, state.claim()
+    if subnet is not None:
+        replace(settings, subnet=subnet)  # its checks
+    if claim is not None and claim.record.subnet == subnet:
+        raise InputError(f"this host has the subnet {subnet} already")
+    containers = attached_containers(settings, force=force)
+    with interruptible() as ignore:
+        try:
+            disconnect(settings, containers)
+            record = move(state, subnet)
+            say(f"the subnet of {settings.name} is {record.subnet}")
+        finally:
+            ignore()
+            try:
+                report = reconcile(state)
+            finally:
+                off = attach(Bridge(settings.mesh, settings.bridge), containers, say)
+    if report.failures:
+        raise report.failures[0].error
+    state.hint("cli: renumbered")
+    if off:
+        raise MeshdError(f"containers are off the overlay: {', '.join(off)}")

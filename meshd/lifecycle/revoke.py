@@ -1,0 +1,61 @@
+"""What the authority's host ends: a dead host, a host's membership, an invitation."""
+
+from contextlib import suppress
+
+from meshd.errors import ConflictError, InputError, SerfError
+from meshd.gossip import calls, serf_agent
+from meshd.gossip.delivery import Readiness, tell_tombstones
+from meshd.gossip.responder import bury
+from meshd.lifecycle import preflight
+from meshd.mesh.model import Status
+from meshd.mesh.tombstones import Graves
+from meshd.reconcile.run import reconcile
+from meshd.state import authority
+from meshd.state.directory import State
+
+
+def forget(state: State, name: str) -> Readiness:
+    """Bury a host that will not come back: all others drop it, and its subnet is free. Give who has heard of it.
+
+    Raises InputError for a name that is not known or without the authority, ConflictError for a host that is alive.
+    """
+    preflight.root()
+    settings, roster = state.settings, state.roster()
+    if name == settings.name:
+        raise InputError(f"{name} is this host: 'meshd leave' says its goodbye")
+    record = roster.hosts.get(name)
+    if record is None:
+        known = ", ".join(sorted(roster.hosts)) or "none"
+        raise InputError(f"no host {name!r} is known to this mesh; known: {known}")
+    goodbye = authority.forget(state, name, record)
+    with serf_agent.rpc(state) as client:
+        member = next((m for m in client.members() if m.name == name), None)
+        if member is not None and member.status is Status.ALIVE:
+            raise ConflictError(f"{name} is alive: run 'meshd leave' there, or stop it first")
+    return _end(state, name, Graves({name: goodbye}))
+
+
+def revoke(state: State, name: str) -> tuple[list[str], Readiness]:
+    """Cut a host off everywhere, or end a reusable invitation.
+
+    Give the names of all that is revoked with it, and who has heard of it.
+    """
+    preflight.root()
+    if name == state.settings.name:
+        raise InputError(f"{name} is this host: bring the authority to another one and revoke it from there")
+    revoked = authority.revoke(state, name)
+    told = _end(state, name, Graves(revoked=revoked))
+    return sorted({revocation.name for revocation in revoked.values()}), told
+
+
+def _end(state: State, name: str, graves: Graves) -> Readiness:
+    bury(state, graves)
+    with suppress(SerfError), serf_agent.rpc(state) as client:
+        member = next((m for m in client.members() if m.name == name), None)
+        if member is not None and member.status in {Status.FAILED, Status.LEFT}:
+            client.force_leave(name, prune=True)
+    with suppress(SerfError):
+        calls.tell_gone(state, graves)
+    reconcile(state)
+    state.hint("cli: tombstones")
+    return tell_tombstones(state, graves)

@@ -1,0 +1,100 @@
+"""Start and stop the mesh on this host, which stays a member."""
+
+import time
+from contextlib import suppress
+from dataclasses import replace
+
+from meshd.daemon import service
+from meshd.errors import InputError, MeshdError
+from meshd.gossip import serf, serf_agent
+from meshd.gossip.delivery import ASK
+from meshd.lifecycle import preflight
+from meshd.lifecycle.containers import attached_containers, disconnect
+from meshd.net import links
+from meshd.net.docker import Attachment
+from meshd.net.resources import Action
+from meshd.reconcile.run import Report, dismantle, reconcile
+from meshd.state.directory import State
+
+
+def up(state: State) -> Report:
+    """Start what `down` stopped: the same keys, the same subnet."""
+    preflight.root()
+    settings, claim = state.settings, state.claim()
+    if claim is None or not claim.settled:
+        raise InputError(
+            f"this host has not finished joining {settings.mesh!r}: run 'meshd leave --force', then 'meshd join' again"
+        )
+    if claim.record.leaving:
+        raise InputError(f"this host has begun to leave {settings.mesh!r}: run 'meshd leave' again to finish that")
+    state.mark_up()
+    return begin(state)
+
+
+def allow(state: State, entries: tuple[str, ...]) -> None:
+    """Set what the overlay may reach on this host itself, from the next pass on. Raises InputError."""
+    preflight.root()
+    with state.lock():
+        state.save_settings(replace(state.settings, allow=entries))
+    state.hint("cli: settings")
+
+
+def down(state: State, *, force: bool = False) -> Report:
+    """Stop everything and leave the host as it was found; keep the identity and the subnet; say no goodbye."""
+    preflight.root()
+    settings, was_up = state.settings, _is_up(state)
+    containers = attached_containers(settings, force=force)
+    # Before anything else: a disk that is full stops it here, and from here on nobody brings back what is taken down.
+    state.mark_down()
+    report = take_down(state, containers)
+    # What an earlier `down` could not take away, as from an engine that hung, is no tunnel and no process.
+    if not was_up and not report.failures and all(change.action is not Action.REMOVE for change in report.changes):
+        raise InputError(f"the mesh {settings.mesh} is not up on this host")
+    return report
+
+
+def begin(state: State) -> Report:
+    """Start the daemon and make the first pass here, so that what fails is said to the person who asked."""
+    if state.settings.daemon:
+        service.start(state)
+        serf_agent.connect(state).close()
+        _let_the_daemon_begin(state)
+    report = reconcile(state)
+    # Without a daemon there is no agent yet to list members and to take the tags; the handler publishes them. A rival
+    # for the subnet, one that joins just now, is the daemon's to settle.
+    others = {"subnet"} if state.settings.daemon else {"members", "tags"}
+    failures = [f for f in report.failures if f.what not in others]
+    if failures:
+        raise failures[0].error if len(failures) == 1 else MeshdError("\n".join(map(str, failures)))
+    state.hint("cli: configured")
+    return report
+
+
+def _let_the_daemon_begin(state: State) -> None:
+    """Where systemd confines the daemon, have it start wireguard-go, which is then confined as well."""
+    deadline = time.monotonic() + ASK
+    state.hint("cli: begin")
+    while service.has_systemd() and state.settings.wireguard not in links.link_names() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def take_down(state: State, containers: list[Attachment]) -> Report:
+    service.stop(state)
+    stop_serf(state)
+    # Who stays attached is named when the network is to go.
+    with suppress(MeshdError):
+        disconnect(state.settings, containers)
+    return dismantle(state)
+
+
+def stop_serf(state: State) -> None:
+    if state.settings.daemon:
+        serf_agent.stop(state)
+
+
+def _is_up(state: State) -> bool:
+    return (
+        state.agent_pid() is not None
+        or serf.running(state.serf_config) is not None
+        or state.settings.wireguard in links.link_names()
+    )

@@ -1,0 +1,279 @@
+"""What a machine has, as frozen dataclasses, and the changes between what should be and what is."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import lru_cache
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+from typing import ClassVar, Protocol
+
+from meshd.endpoint import Endpoint
+
+# A pass asks each route for its key three times.
+_text = lru_cache(32768)(str)
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """The Docker engine: its version, and what it writes its firewall rules with."""
+
+    version: str
+    firewall: str = "iptables"
+
+
+class Resource(Protocol):
+    """One thing on the machine. Equal resources need no change; equal keys with other fields are set."""
+
+    kind: ClassVar[str]
+
+    @property
+    def key(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Sysctl:
+    """A kernel parameter: its path below /proc/sys and its value."""
+
+    kind: ClassVar[str] = "sysctl"
+    path: str
+    value: str
+
+    @property
+    def key(self) -> str:
+        return self.path
+
+    def __str__(self) -> str:
+        return f"sysctl {self.path} = {self.value}"
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A network interface: `bridge` is made by `links`, `wireguard` by the WireGuard adapter, which has no `mac`."""
+
+    kind: ClassVar[str] = "link"
+    name: str
+    type: str
+    mtu: int
+    up: bool = True
+    mac: str | None = None
+
+    @property
+    def key(self) -> str:
+        return self.name
+
+    def __str__(self) -> str:
+        mac = f" {self.mac}" if self.mac else ""
+        return f"link {self.name} ({self.type}{mac}, mtu {self.mtu}, {'up' if self.up else 'down'})"
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """A container's link, and the bridge that it is on or should be on; None for one that has lost its bridge."""
+
+    kind: ClassVar[str] = "port"
+    link: str
+    bridge: str | None
+
+    @property
+    def key(self) -> str:
+        return self.link
+
+    def __str__(self) -> str:
+        return f"port {self.link} of {self.bridge}"
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """An IPv4 address with its prefix length on a link."""
+
+    kind: ClassVar[str] = "address"
+    link: str
+    interface: IPv4Interface
+
+    @property
+    def key(self) -> str:
+        return f"{self.interface} dev {self.link}"
+
+    def __str__(self) -> str:
+        return f"address {self.key}"
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A WireGuard device. The private key stays with the adapter: resources are printed and logged."""
+
+    kind: ClassVar[str] = "device"
+    name: str
+    public_key: str
+    port: int
+
+    @property
+    def key(self) -> str:
+        return self.name
+
+    def __str__(self) -> str:
+        return f"wireguard {self.name} (key {self.public_key}, port {self.port})"
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A WireGuard peer. `handshake` (Unix seconds, 0 = never) and the byte counters are only observed."""
+
+    kind: ClassVar[str] = "peer"
+    public_key: str
+    endpoint: Endpoint | None
+    allowed_ips: tuple[IPv4Network, ...]
+    keepalive: int = 0
+    handshake: float = field(default=0.0, compare=False)
+    received: int = field(default=0, compare=False)
+    sent: int = field(default=0, compare=False)
+
+    @property
+    def key(self) -> str:
+        return self.public_key
+
+    def __str__(self) -> str:
+        prefixes = ", ".join(map(str, self.allowed_ips))
+        return f"peer {self.public_key} (endpoint {self.endpoint}, allowed ips {prefixes})"
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """An IPv4 route in the main table with meshd's protocol number. `link` None means `unreachable`."""
+
+    kind: ClassVar[str] = "route"
+    prefix: IPv4Network
+    link: str | None
+    source: IPv4Address | None = None
+    metric: int = 0
+
+    @property
+    def key(self) -> str:
+        return f"{_text(self.prefix)} metric {self.metric}"
+
+    def __str__(self) -> str:
+        if self.link is None:
+            return f"route unreachable {self.key}"
+        return f"route {self.prefix} via {self.link}" + (f" from {self.source}" if self.source else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One nftables rule. It is compared by the digest that its comment carries in the kernel: what nft lists
+    back differs from what it was given, the comment does not."""
+
+    digest: str
+    text: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A base chain of an nftables table."""
+
+    name: str
+    type: str
+    hook: str
+    priority: int
+    rules: tuple[Rule, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """meshd's own nftables table (family ip), replaced as a whole and atomically."""
+
+    kind: ClassVar[str] = "table"
+    name: str
+    chains: tuple[Chain, ...]
+
+    @property
+    def key(self) -> str:
+        return self.name
+
+    def __str__(self) -> str:
+        return f"nftables table {self.name} ({sum(len(c.rules) for c in self.chains)} rules)"
+
+
+@dataclass(frozen=True, slots=True)
+class IptablesRule:
+    """A rule at the top of a chain that Docker reads (DOCKER-USER, raw PREROUTING), marked by `owner`."""
+
+    kind: ClassVar[str] = "iptables"
+    table: str
+    chain: str
+    match: tuple[str, ...]
+    owner: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.table} {self.chain} {' '.join(self.match)}"
+
+    def __str__(self) -> str:
+        return f"iptables rule {self.key}"
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """The Docker network on the bridge."""
+
+    kind: ClassVar[str] = "network"
+    name: str
+    bridge: str
+    subnet: IPv4Network
+    ip_range: IPv4Network
+    gateway: IPv4Address
+    mtu: int
+    options: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def key(self) -> str:
+        return self.name
+
+    def __str__(self) -> str:
+        return f"docker network {self.name} ({self.subnet}, range {self.ip_range}, gateway {self.gateway})"
+
+
+@dataclass(frozen=True, slots=True)
+class Tags:
+    """This host's own Serf tags (those that meshd publishes)."""
+
+    kind: ClassVar[str] = "tags"
+    tags: tuple[tuple[str, str], ...]
+
+    @property
+    def key(self) -> str:
+        return "own"
+
+    def __str__(self) -> str:
+        return "tags " + " ".join(f"{name}={value}" for name, value in self.tags)
+
+
+class Action(StrEnum):
+    """What a change does to its resource."""
+
+    ADD = "add"
+    SET = "set"
+    REMOVE = "remove"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One idempotent step: `resource` is what should be (for REMOVE, what is), `old` what SET replaces."""
+
+    action: Action
+    resource: Resource
+    old: Resource | None = None
+
+    def __str__(self) -> str:
+        return f"{self.action} {self.resource}"
+
+
+class Adapter(Protocol):
+    """One outside system. `read` lists what is there of meshd's own; `apply` makes one change.
+
+    Both raise ApplyError, MissingError or SerfError; applying a change twice is harmless.
+    """
+
+    kinds: ClassVar[frozenset[str]]
+
+    def read(self) -> list[Resource]: ...
+
+    def apply(self, change: Change) -> None: ...
