@@ -16,9 +16,9 @@ import pytest
 from meshd.endpoint import Endpoint
 from meshd.mesh import certificates
 from meshd.mesh.certificates import Trust
-from meshd.mesh.membership import Mesh
 from meshd.mesh.model import Certificate, Delegation, Host, Member, Record, Status
 from meshd.mesh.records import encode
+from meshd.mesh.terms import Mesh
 from meshd.state.directory import State
 from meshd.state.settings import Settings
 

@@ -423,7 +423,7 @@ def _wait(state: State, timeout: float, *, strict: bool, is_new: bool = False) -
     from meshd.cli import views  # noqa: PLC0415
     from meshd.gossip import delivery  # noqa: PLC0415
     from meshd.lifecycle import leave  # noqa: PLC0415
-    from meshd.state.claim import ended  # noqa: PLC0415
+    from meshd.state.claim import has_ended  # noqa: PLC0415
 
     if not state.settings.daemon:
         _print_no_daemon(state)
@@ -439,7 +439,7 @@ def _wait(state: State, timeout: float, *, strict: bool, is_new: bool = False) -
     readiness = delivery.wait_ready(state, claim.record.seq if claim else 0, timeout, progress)
     total = len(readiness.ready) + len(readiness.missing) + 1
     click.echo(f"{chr(13) if terminal else ''}{len(readiness.ready) + 1}/{total} hosts ready", err=True)
-    if reason := ended(state):
+    if reason := has_ended(state):
         if is_new:
             leave.leave(state, force=True)
         raise InputError(reason)
@@ -466,10 +466,10 @@ def _warn_of_firewalls(state: State) -> None:
 def _pass(state: State, *, as_json: bool, dry: bool, force: bool) -> None:
     from meshd.cli import views  # noqa: PLC0415
     from meshd.lifecycle import preflight  # noqa: PLC0415
-    from meshd.reconcile.run import reconcile  # noqa: PLC0415
+    from meshd.reconcile.run import Options, sync  # noqa: PLC0415
 
     preflight.root()
-    report = reconcile(state, dry=dry, force=force)
+    report = sync(state, Options(dry=dry, force=force))
     click.echo(_json(views.changes_json(report)) if as_json else views.changes_text(report.changes, report.withheld))
     _finish(report)
 

@@ -12,8 +12,8 @@ from meshd.mesh.model import Host, Member, Record, Status
 from meshd.net import firewall, underlay
 from meshd.net.resources import Change, Peer
 from meshd.reconcile import plan
-from meshd.reconcile.machine import Machine
-from meshd.reconcile.run import Report, reconcile
+from meshd.reconcile.machine import Area, wireguard
+from meshd.reconcile.run import Options, Report, sync
 from meshd.state.directory import Claim, State
 from meshd.state.settings import Settings
 
@@ -32,7 +32,7 @@ class Row:
 
 def gather(state: State) -> Report:
     """Look at members, peers and routes, and change nothing."""
-    return reconcile(state, dry=True, kinds=frozenset({"device", "peer", "route"}))
+    return sync(state, Options(dry=True, kinds=frozenset({"device", "peer", "route"})))
 
 
 def members(state: State, report: Report) -> list[Row]:
@@ -130,16 +130,13 @@ def changes_json(report: Report) -> dict[str, Any]:
 
 def status(state: State) -> dict[str, Any]:
     """Give the facts of `meshd status`: strings, numbers and lists only."""
-    settings, report = state.settings, reconcile(state, dry=True, kinds=plan.ORDER)
-    machine = Machine(state)
+    settings, report = state.settings, sync(state, Options(dry=True))
     claim = state.claim()
     pid = state.agent_pid()
     present = [member for member in report.members if member.status is not Status.LEFT]
     alive = sum(member.status is Status.ALIVE for member in present)
-    engine = next((f"not answering ({f.error})" for f in report.failures if f.what in {"network", "docker"}), "")
-    if machine.bridge is not None and not engine:
-        docker = machine.bridge.engine()
-        engine = f"{docker.version} ({docker.firewall})"
+    unread = [f for f in report.failures if f.area is Area.DOCKER or f.subject == "network"]
+    docker = f"{report.engine.version} ({report.engine.firewall})" if report.engine else ""
     return {
         "mesh": settings.mesh,
         "host": settings.name,
@@ -149,8 +146,8 @@ def status(state: State) -> dict[str, Any]:
         "endpoint": str(claim.record.endpoint) if claim else None,
         "daemon": (f"running (pid {pid})" if pid else "not running") if settings.daemon else "none (Serf's handlers)",
         "serf": f"{alive} of {len(present)} members alive" if report.members else "not answering",
-        "wireguard": f"{settings.wireguard} ({machine.wireguard.backend}), udp port {settings.wireguard_port}",
-        "docker": engine if settings.docker else "not used",
+        "wireguard": f"{settings.wireguard} ({wireguard(state).backend}), udp port {settings.wireguard_port}",
+        "docker": (f"not answering ({unread[0].error})" if unread else docker) if settings.docker else "not used",
         "reachable by the overlay": "ICMP" + "".join(f", {entry}" for entry in settings.allow),
         "peers": f"{len(report.peers)}, {_fresh(report.peers)} with a handshake in the last 3 minutes",
         "pending": [str(change) for change in report.changes],

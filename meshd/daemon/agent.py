@@ -18,7 +18,9 @@ from functools import partial
 from threading import Event, Thread
 
 from meshd import files
-from meshd.daemon.exchange import ASKED, PATIENCE, Exchange
+from meshd.daemon import hints
+from meshd.daemon.exchange import PATIENCE, Exchange
+from meshd.daemon.hints import ABOUT_MEMBERS, READINESS, Echoes, Hint, Source
 from meshd.errors import InputError, MeshdError
 from meshd.gossip import calls, serf, serf_agent
 from meshd.gossip.serf_agent import stop
@@ -26,7 +28,8 @@ from meshd.net import docker, firewall, links, routes, rules, underlay
 from meshd.net.resources import Engine
 from meshd.reconcile import plan
 from meshd.reconcile.renumber import renumber
-from meshd.reconcile.run import MEMBERSHIP, WITHOUT_DOCKER, Report, reconcile
+from meshd.reconcile.run import MEMBERSHIP, WITHOUT_DOCKER, Options, Report, sync
+from meshd.state.claim import UnfinishedError
 from meshd.state.directory import State
 
 log = logging.getLogger("meshd")
@@ -50,9 +53,6 @@ LOG_LIMIT = 4 * 2**20
 # New objects after which Python's collector looks for cycles. All that a pass makes for a host, some 20 of them, lives
 # until its end: by Python's default, 700, a quarter of a pass with 10,000 hosts is the collector's, in vain.
 GARBAGE = 20_000
-# Serf's handlers hear of an event at most this much later than its log tells: it holds them back for up to 3 s, and
-# with each repeats the last update of every member.
-HELD_BACK = 5.0
 # Anybody with the gossip key can make any number of members that are refused.
 MOST_REFUSED = 20
 # Serf takes some 45 s to believe a known name at a new address; until then its tags lag behind what was announced.
@@ -64,20 +64,30 @@ class Agent:
 
     def __init__(self, state: State) -> None:
         self.state = state
-        self.hints: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.hints: queue.SimpleQueue[Hint] = queue.SimpleQueue()
         self.ending = False
         self.stopping = Event()
-        self.exchange = Exchange(state, self.hint, self.stopping)
+        self.exchange = Exchange(state, self.hints.put, self.stopping)
         self.search = Event()
         self.rivalry: float | None = None
         self.stale_since: dict[str, float] = {}
         self.unmet: dict[str, tuple[float, ...]] = {}
         self.full_pass_due = 0.0
         self.complaints: set[str] = set()
-        self.echoes: set[str] = set()
-        self.logged = -HELD_BACK
+        # Why this host's Serf does not run, the empty string while it does.
+        self.silence = ""
+        self.echoes = Echoes()
         self.engine: Engine | None = None
         self.report = Report()
+        self.lost: frozenset[str] = frozenset()
+        # Who acts on a finished reconcile, in this order.
+        self.listeners: list[Callable[[Report], None]] = [
+            self._search_lost,
+            self._schedule_handshakes,
+            self._say_what_is_wrong,
+            self.exchange.after,
+            self._yield_subnet,
+        ]
 
     def run(self) -> None:
         settings = self.state.settings
@@ -95,25 +105,28 @@ class Agent:
     def stop(self) -> None:
         """End `run` after its pass. A signal's handler may call this: of all that it does nothing waits for a lock."""
         self.ending = True
-        self.hints.put("stop")
+        self.hint(Source.DAEMON, "stop")
 
-    def hint(self, text: str) -> None:
-        self.hints.put(text)
+    def hint(self, source: Source, text: str) -> None:
+        """Have the loop look again."""
+        self.hints.put(Hint(source, text))
 
     def _start_threads(self) -> None:
         settings = self.state.settings
         names = {settings.wireguard, settings.bridge} if settings.docker else {settings.wireguard}
+        table = rules.table_name(settings.wireguard)
         watches: list[Callable[[], None]] = [
             self._listen,
             self._watch_log,
             self.exchange.watch,
             self.exchange.ask,
             self._rejoin,
-            lambda: links.watch(names, routes.PROTOCOL, self.hint, self.stopping),
-            lambda: firewall.watch(rules.table_name(settings.wireguard), self.hint, self.stopping),
+            partial(links.watch, names, routes.PROTOCOL, partial(self.hint, Source.NETLINK), self.stopping),
+            partial(firewall.watch, table, partial(self.hint, Source.NFTABLES), self.stopping),
         ]
         if settings.docker:
-            watches.append(lambda: docker.watch(settings.bridge, self.hint, self.stopping))
+            changed, restarted = partial(self.hint, Source.DOCKER), partial(self.hint, Source.ENGINE)
+            watches.append(partial(docker.watch, settings.bridge, changed, restarted, self.stopping))
         for watch in watches:
             Thread(target=self._forever, args=(watch,), daemon=True).start()
 
@@ -135,13 +148,13 @@ class Agent:
 
     def _loop(self) -> None:
         # At boot dockerd waits for this first pass, and until it runs systemd's docker.socket lets every question hang.
-        hints = ["start"]
-        self._survive(partial(self._pass, hints, WITHOUT_DOCKER))
+        causes = [Hint(Source.DAEMON, "start")]
+        self._survive(partial(self._pass, causes, WITHOUT_DOCKER))
         _notify_service_manager()
         while not self.ending:
-            ok = self._survive(partial(self._pass_that_is_due, hints))
+            ok = self._survive(partial(self._pass_that_is_due, causes))
             due = min([self.full_pass_due, *(times[0] for times in self.unmet.values() if times)])
-            hints = self._wait(max(0.0, due - time.monotonic()) if ok else RETRY)
+            causes = self._wait(max(0.0, due - time.monotonic()) if ok else RETRY)
 
     def _survive(self, work: Callable[[], bool]) -> bool:
         """Tell whether this went well. Nothing that goes wrong ends the daemon: who else would look again?"""
@@ -156,44 +169,37 @@ class Agent:
             self._complain({text})
         return False
 
-    def _pass_that_is_due(self, hints: list[str]) -> bool:
-        full = time.monotonic() >= self.full_pass_due or not all(hint.startswith("serf:") for hint in hints)
+    def _pass_that_is_due(self, causes: list[Hint]) -> bool:
+        full = time.monotonic() >= self.full_pass_due or not all(hint.source in ABOUT_MEMBERS for hint in causes)
         if full:
             self.full_pass_due = time.monotonic() + INTERVAL
             self.state.reload_settings()
             is_reachable = self._follow_underlay()
-        ok = self._pass(hints, plan.ORDER if full else MEMBERSHIP)
+        ok = self._pass(causes, plan.ORDER if full else MEMBERSHIP)
         if full:
             interval = _interval(len(self.report.roster.hosts)) if ok else INTERVAL
             self.full_pass_due = time.monotonic() + (interval if is_reachable else RETRY)
             _trim(self.state)
         return ok
 
-    def _wait(self, timeout: float) -> list[str]:
+    def _wait(self, timeout: float) -> list[Hint]:
         """Give the hints that came, an empty list if none did for `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while True:
             try:
-                hints = [self.hints.get(timeout=max(0.0, deadline - time.monotonic()))]
+                found = [self.hints.get(timeout=max(0.0, deadline - time.monotonic()))]
             except queue.Empty:
                 return []
             time.sleep(SETTLE)
             while not self.hints.empty():
-                hints.append(self.hints.get())
-            if news := [hint for hint in hints if not self._is_echo(hint)]:
+                found.append(self.hints.get())
+            if news := [hint for hint in found if not self._is_echo(hint)]:
                 return sorted(set(news))
 
-    def _is_echo(self, hint: str) -> bool:
-        """Tell whether this is no news: the kernel's word of the last pass, or a handler's of what Serf has logged.
-
-        A second word of the kernel is of somebody's doing. A question may have been answered after the last pass.
-        """
-        if hint in self.echoes:
-            self.echoes.remove(hint)
-            return True
-        if hint == ASKED:
-            return not self.exchange.is_asked
-        return hint.startswith("serf: member-") and time.monotonic() < self.logged + HELD_BACK
+    def _is_echo(self, hint: Hint) -> bool:
+        if hint == READINESS:
+            return not self.exchange.is_asked  # the last reconcile may have answered it
+        return self.echoes.repeats(hint, time.monotonic())
 
     def _follow_underlay(self) -> bool:
         """Move to the address that this host has now; False while it has none: the next one may come at any time."""
@@ -216,46 +222,57 @@ class Agent:
             return f"serf: {error}"
         return ""
 
-    def _pass(self, hints: list[str], kinds: Collection[str]) -> bool:
+    def _pass(self, causes: list[Hint], kinds: Collection[str]) -> bool:
         """Make a pass; what went wrong is logged once, not in each pass. True unless something failed.
 
         Without Serf nobody is met anew, and what is known is kept up all the same.
         """
-        silence, overdue = self._keep_serf(), self._overdue()
-        alone = {silence} if silence else set[str]()
+        self.silence = self._keep_serf()
+        if any(hint.source is Source.ENGINE for hint in causes):
+            self.engine = None
+        options = Options(
+            kinds=kinds,
+            heard=dict(self.exchange.heard),
+            overdue=self._overdue(),
+            engine=self.engine,
+            alone=bool(self.silence),
+        )
         try:
-            claim = self.state.claim()
-            if claim is None or not claim.settled:
-                self._complain(alone)
-                return not alone  # `meshd join` is still asking the mesh
-            if any(hint.startswith(docker.RESTARTED) for hint in hints):
-                self.engine = None
-            lost, heard = self.report.lost.keys(), dict(self.exchange.heard)
-            self.report = reconcile(
-                self.state, kinds=kinds, heard=heard, overdue=overdue, engine=self.engine, alone=bool(alone)
-            )
+            report = sync(self.state, options)
+        except UnfinishedError:
+            self._complain(set())
+            return not self.silence  # `meshd join` is still asking the mesh
         except MeshdError as error:
             if not self.state.is_down:  # or `meshd down` is about to end this daemon
-                self._complain({str(error)} | alone)
+                self._complain({str(error)})
             return False
-        report = self.report
-        if report.lost.keys() - lost:
-            self.search.set()
+        for change in report.changes:
+            log.info("%s (seen by %s)", change, ", ".join(map(str, causes)) or "timer")
+        self.echoes.expect(Hint(Source.NETLINK, text) for text in links.told(report.changes))
         self.engine = report.engine or self.engine
+        self.report = report
+        for listener in self.listeners:
+            listener(report)
+        return not report.failures and not self.silence
+
+    # --- after a reconcile -----------------------------------------------------------------------------------------
+
+    def _search_lost(self, report: Report) -> None:
+        if report.lost.keys() - self.lost:
+            self.search.set()
+        self.lost = frozenset(report.lost)
+
+    def _schedule_handshakes(self, report: Report) -> None:
         since = time.monotonic() + min(HANDSHAKE_A_HOST * len(report.roster.hosts), 1.0)
         fresh = tuple(since + seconds for seconds in HANDSHAKE)
         self.unmet = {key: self.unmet.get(key, fresh) for key in report.unmet}
-        self.echoes = links.told(report.changes)
-        for change in report.changes:
-            log.info("%s (seen by %s)", change, ", ".join(hints) or "timer")
+
+    def _say_what_is_wrong(self, report: Report) -> None:
         refused = [f"refused {name}: {reason}" for name, reason in sorted(report.roster.refused.items())]
         refused += self._replayed(report)
         reasons = {*refused[:MOST_REFUSED], *(["refused more than these"] if refused[MOST_REFUSED:] else [])}
         held = {f"withheld without evidence: {change} (meshd sync --force does it)" for change in report.withheld}
-        self._complain({str(failure) for failure in report.failures} | reasons | held | alone)
-        self.exchange.after(report)
-        self._yield_subnet(report)
-        return not report.failures and not alone
+        self._complain({str(failure) for failure in report.failures} | reasons | held)
 
     def _overdue(self) -> set[str]:
         """Take the public keys of those with whom a handshake is to be begun by now, or begun anew."""
@@ -275,6 +292,8 @@ class Agent:
         ]
 
     def _complain(self, complaints: set[str]) -> None:
+        """Log what is wrong now once, and once that it no longer is."""
+        complaints |= {self.silence} if self.silence else set()
         for text in sorted(complaints - self.complaints):
             log.warning("%s", text)
         for text in sorted(self.complaints - complaints):
@@ -294,23 +313,23 @@ class Agent:
             server.settimeout(LOOK)
             while not self.stopping.is_set():
                 try:
-                    text = server.recv(512)
+                    datagram = server.recv(hints.LENGTH)
                 except TimeoutError:
                     continue
-                self.hint("".join(c if c.isprintable() else "?" for c in text.decode(errors="replace")))
+                self.hints.put(hints.read(datagram))
         path.unlink(missing_ok=True)
 
     def _watch_log(self) -> None:
         """Hint at member events as Serf logs them: 1 to 3 s before its handlers and streams hear of them."""
         with serf_agent.rpc(self.state) as client:
-            self.hint("serf: connected")
+            self.hint(Source.LOG, "connected")
             try:
                 for line in client.monitor("INFO"):
                     if "serf: EventMember" in line:
-                        self.logged = time.monotonic()
-                        self.hint("serf: " + line.partition("serf: ")[2][:80])
+                        self.echoes.logged(time.monotonic())
+                        self.hint(Source.LOG, line.partition("serf: ")[2][:80])
             finally:
-                self.hint("serf: connection lost")
+                self.hint(Source.LOG, "connection lost")
 
     def _yield_subnet(self, report: Report) -> None:
         """Move to another subnet if a rival's claim to this one stands for a while and nobody here uses it.
@@ -330,7 +349,7 @@ class Agent:
             return
         log.warning("%s has the subnet of this host, which moves to %s", report.rival, record.subnet)
         self.rivalry = None
-        self.hint("subnet: moved")
+        self.hint(Source.DAEMON, "the subnet moved")
 
     def _rejoin(self) -> None:
         """Look for the hosts that Serf has lost, more and more rarely while the same ones stay lost."""

@@ -1,16 +1,17 @@
-"""A Serf event without a daemon: make a pass here and now, or answer the query whether one has been made.
+"""A Serf event without a daemon: reconcile here and now, or answer the query whether that has been done.
 
-Started by handlers/meshd_event.py under anybody's plain `serf agent`, for a host that was set up with `--no-daemon`.
+Started by handlers/meshd_event.py under anyone's plain `serf agent`, for a host that was set up with `--no-daemon`.
 """
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from meshd.errors import MeshdError
-from meshd.gossip import responder
-from meshd.gossip.messages import APPLIED, BURY, GONE, YES, Question
-from meshd.mesh.tombstones import Graves
+from meshd.gossip import messages
+from meshd.gossip.messages import EVENT, QUERY, YES, Applied
+from meshd.gossip.responder import NOTHING, respond
 from meshd.state.directory import DEFAULT, State
 
 
@@ -23,41 +24,39 @@ def main() -> None:
         sys.exit(f"meshd: {error}")
 
 
-def handle(state: State, environment: "os._Environ[str]", payload: bytes) -> None:
-    """Make a pass, unless there is a daemon (it reads everything again when it is back) or nothing is set up."""
+def handle(state: State, environment: Mapping[str, str], payload: bytes) -> None:
+    """Handle one event, unless a daemon does so or nothing is set up.
+
+    Serf's own events are of members, and lead to a reconcile. Queries and user events carry a message, and lead to one
+    if it is news or asks for it.
+    """
     if not state.exists or state.settings.daemon or state.is_down:
         return
-    # Serf's own events are of members: a pass. The others carry something that anybody may have written.
-    event = environment.get("SERF_EVENT")
+    kind = environment.get("SERF_EVENT", "")
     name = environment.get("SERF_QUERY_NAME") or environment.get("SERF_USER_EVENT") or ""
-    is_tombstones = (event, name) in {("user", GONE), ("query", BURY)}
-    # Serf ends what it pipes in with a newline. A tombstone may end with one of its own, and is read with both.
-    text = payload.removesuffix(b"\n")
-    question = Question.parse(text) if (event, name) == ("query", APPLIED) else None
-    if event == "query" and not is_tombstones and question is None:
-        _answer(responder.answer(state, name, text))
-        return
-    if event == "user" and not is_tombstones:
-        return
-    # Imports that the cases above do without.
-    from meshd.gossip import calls  # noqa: PLC0415
-    from meshd.gossip.responder import bury  # noqa: PLC0415
-    from meshd.reconcile.run import WITHOUT_DOCKER, reconcile  # noqa: PLC0415
-
-    if is_tombstones:
-        is_news = bury(state, Graves.read(payload))
-        if event == "query":
-            _answer(responder.answer(state, name, payload))
-        if not is_news:
+    message = messages.read(kind, name, payload, state.mesh) if kind in {QUERY, EVENT} else None
+    if kind in {QUERY, EVENT}:
+        reply = respond(state, message) if message is not None else NOTHING
+        if kind == QUERY:
+            _answer(reply.answer)
+        if reply.tombstones is None and not isinstance(message, Applied):
             return
+    _reconcile(state, message if isinstance(message, Applied) else None)
+
+
+def _reconcile(state: State, question: Applied | None) -> None:
+    # Imports that most messages do without.
+    from meshd.gossip import calls  # noqa: PLC0415
+    from meshd.reconcile.run import WITHOUT_DOCKER, Options, sync  # noqa: PLC0415
+
     # Serf runs handlers one after the other. `meshd init/join/up` have asked Docker, and nothing here changes that.
-    report = reconcile(state, kinds=WITHOUT_DOCKER)
+    report = sync(state, Options(kinds=WITHOUT_DOCKER))
     for failure in report.failures:
         print(f"meshd: {failure}", file=sys.stderr)  # noqa: T201  Serf's log
     if question is not None:
-        _answer(YES if question.answered_by(report.applied) else None)
+        _answer(YES if question.is_answered_by(report.applied) else None)
     elif report.roster.hosts and state.certificate.delegation is not None:
-        calls.confirm(state)
+        calls.request_confirmation(state)
 
 
 def _answer(answer: bytes | None) -> None:

@@ -1,4 +1,4 @@
-"""This host's own Serf agent: its configuration from the state directory, its start, and finding the others."""
+"""What this host asks and tells the other hosts over Serf. Each call raises SerfError without an agent."""
 
 import math
 import random
@@ -8,14 +8,13 @@ from contextlib import suppress
 
 from meshd.endpoint import Endpoint
 from meshd.errors import SerfError
-from meshd.gossip import messages
-from meshd.gossip.messages import BURY, CONFIRM, EVENT_LIMIT, GONE, RECORD, YES, GoneQuestion
+from meshd.gossip.messages import BURY, CONFIRM, EVENT_LIMIT, GONE, RECORD, YES, AskTombstones, TellRecord
 from meshd.gossip.serf_agent import rpc
 from meshd.mesh.certificates import CredentialError
-from meshd.mesh.membership import Mesh
 from meshd.mesh.model import Certificate, Record
 from meshd.mesh.records import RecordError, encode, from_wire, read_certificate, to_wire
-from meshd.mesh.tombstones import Graves
+from meshd.mesh.terms import Mesh
+from meshd.mesh.tombstones import Tombstones
 from meshd.state.directory import State
 
 # The names of those who are asked travel in the query; one of them would do.
@@ -46,7 +45,7 @@ def rejoin(state: State, endpoints: Collection[Endpoint], seconds: float = math.
     return joined
 
 
-def meet(state: State, names: Collection[str], seconds: float, *, replay: bool = False) -> int:
+def sync_with(state: State, names: Collection[str], seconds: float, *, replay: bool = False) -> int:
     """Exchange all that there is with hosts that gossip does not reach; give the number that was met. Raises SerfError.
 
     Serf passes an event or a query on to a few members picked at random, dead ones among them, and may miss one. Two
@@ -56,7 +55,7 @@ def meet(state: State, names: Collection[str], seconds: float, *, replay: bool =
     return rejoin(state, [e for name, e in state.contacts().items() if name in names], seconds, replay=replay)
 
 
-def spread(state: State, seconds: float) -> None:
+def rebroadcast(state: State, seconds: float) -> None:
     """Let Serf spread what this host publishes, once more if it has done so: it picks members at random.
 
     Among many that swallow it that takes longer; Serf then goes on without us.
@@ -67,30 +66,30 @@ def spread(state: State, seconds: float) -> None:
             client.tags(encode(claim.record), [])
 
 
-def tell_gone(state: State, graves: Graves) -> None:
+def broadcast_tombstones(state: State, tombstones: Tombstones) -> None:
     """Tell all members of tombstones. Raises SerfError."""
     with rpc(state) as client:
-        for page in graves.pages(EVENT_LIMIT):
+        for page in tombstones.pages(EVENT_LIMIT):
             client.event(GONE, page)
 
 
-def bury(state: State, graves: Graves, names: Collection[str]) -> set[str]:
+def deliver_tombstones(state: State, tombstones: Tombstones, names: Collection[str]) -> set[str]:
     """Tell these members of tombstones; give those who say that they have them all. Raises SerfError."""
     having = set(names)
-    for page in graves.pages(EVENT_LIMIT):
+    for page in tombstones.pages(EVENT_LIMIT):
         if having:
             having &= {name for name, answer in _ask(state, BURY, page, having, TELL) if answer == YES}
     return having
 
 
-def ask_gone(state: State, names: Collection[str], known: Graves, begin: str = "") -> tuple[Graves, str]:
+def pull_tombstones(state: State, names: Collection[str], known: Tombstones, begin: str = "") -> tuple[Tombstones, str]:
     """Ask members, MOST_ASKED of them at random, for the tombstones that are not among the known. Raises SerfError.
 
     Give also where to `begin` the next time: not at once with all, if they have more than they tell in ASK_FOR seconds.
     """
 
     def ask(names: Collection[str], begin: str) -> Iterator[tuple[str, bytes]]:
-        return _ask(state, GONE, GoneQuestion(state.settings.name, known.digest, begin).payload(), sorted(names))
+        return _ask(state, GONE, AskTombstones(state.settings.name, known.digest, begin).payload(), sorted(names))
 
     return gather(ask, _some(names), state.mesh, begin, ASK_FOR)
 
@@ -101,19 +100,19 @@ def gather(
     mesh: Mesh,
     begin: str,
     seconds: float,
-) -> tuple[Graves, str]:
+) -> tuple[Tombstones, str]:
     """Put together what members answer, page by page, and where to begin the next time if `seconds` were too few."""
-    found, until = Graves(), time.monotonic() + seconds
+    found, until = Tombstones(), time.monotonic() + seconds
     after = dict.fromkeys(names, begin)
     while after:
         # Those who have the same answer nothing; those who have more than fits into an answer are asked on.
         begin = min(after.values())
         if time.monotonic() >= until:
             return found, begin
-        answers = {name: Graves.read(page) for name, page in ask(after.keys(), begin)}
+        answers = {name: Tombstones.read(page, mesh) for name, page in ask(after.keys(), begin)}
         after = {}
         for name, answer in answers.items():
-            proved = answer.proved(mesh.trust, mesh.overlay, mesh.subnet_length)
+            proved = answer.proved(mesh)
             found = found.merged(proved)
             # Who makes them up has always more of them.
             if proved == answer and answer.last > begin:
@@ -124,26 +123,21 @@ def gather(
 def announce(state: State, record: Record) -> None:
     """Publish the own record besides the tags, which Serf carries only where it knows this host. Raises SerfError."""
     with rpc(state) as client:
-        client.event(RECORD, messages.announcement(state.settings.name, to_wire(record)))
+        client.event(RECORD, TellRecord(state.settings.name, to_wire(record)).payload())
 
 
-def ask_record(state: State, name: str, of: Collection[str]) -> Record | None:
+def look_up_record(state: State, name: str, of: Collection[str]) -> Record | None:
     """Ask members, MOST_ASKED of them at random, for the newest record of a host. Raises SerfError."""
     found = []
     for _, raw in _ask(state, RECORD, name.encode(), _some(of)):
         with suppress(RecordError, CredentialError):
-            record = read_record(state, raw)
+            record = from_wire(raw, state.mesh.overlay, state.mesh.subnet_length)
             state.mesh.trust.check(name, record)
             found.append(record)
     return max(found, key=lambda record: record.seq, default=None)
 
 
-def read_record(state: State, raw: bytes) -> Record:
-    """Read a record that came besides the tags; who signed it is not looked at. Raises RecordError."""
-    return from_wire(raw, state.settings.overlay, state.settings.subnet_length)
-
-
-def confirm(state: State) -> bool:
+def request_confirmation(state: State) -> bool:
     """Take the authority's own certificate in the place of a delegation's, if who holds it is there. Raises SerfError.
 
     The next pass publishes it.

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from meshd.errors import SerfError
 from meshd.gossip import calls, serf_agent
-from meshd.gossip.messages import APPLIED, YES, Question
+from meshd.gossip.messages import APPLIED, YES, Applied
 from meshd.gossip.serf_agent import members
 from meshd.mesh.model import Status
-from meshd.mesh.tombstones import Graves
-from meshd.state.claim import ended
+from meshd.mesh.tombstones import Tombstones
+from meshd.state.claim import has_ended
 from meshd.state.directory import State
 
 # An asker hears within this time from everybody who is ready; who is not is asked again. Gossip takes as long as the
@@ -37,7 +37,7 @@ class Readiness:
     missing: frozenset[str]
 
 
-def tell_tombstones(state: State, graves: Graves) -> Readiness:
+def tell_tombstones(state: State, tombstones: Tombstones) -> Readiness:
     """Tell of tombstones until all alive, admitted hosts say that they have them; who does not asks for them later."""
     having: set[str] = set()
     missing = set(state.roster().hosts)
@@ -47,8 +47,8 @@ def tell_tombstones(state: State, graves: Graves) -> Readiness:
             if not missing:
                 break
             if telling:
-                calls.meet(state, missing, MEETING)
-            having |= calls.bury(state, graves, missing)
+                calls.sync_with(state, missing, MEETING)
+            having |= calls.deliver_tombstones(state, tombstones, missing)
             missing -= having
     return Readiness(frozenset(having), frozenset(missing))
 
@@ -62,7 +62,7 @@ def wait_ready(
     answer are met in person.
     """
     settings = state.settings
-    question = Question(settings.name, seq)
+    question = Applied(settings.name, seq)
     ready: set[str] = set()
     deadline = time.monotonic() + timeout
     asked = 0
@@ -71,12 +71,12 @@ def wait_ready(
         expected = expected_hosts(state)
         progress(len(ready & expected) + 1, len(expected) + 1)
         missing = expected - ready
-        if not missing or time.monotonic() >= deadline or ended(state):
+        if not missing or time.monotonic() >= deadline or has_ended(state):
             return Readiness(frozenset(ready & expected), frozenset(missing))
         if asked:
-            calls.spread(state, ASK)
+            calls.rebroadcast(state, ASK)
         if meeting and asked >= PATIENCE:
-            calls.meet(state, missing, ASK)
+            calls.sync_with(state, missing, ASK)
         nodes = calls.named(missing)
         wait = min(_ask_timeout(len(expected)), max(ASK, deadline - time.monotonic()))
         with serf_agent.rpc(state) as client:

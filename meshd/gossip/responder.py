@@ -1,57 +1,108 @@
-"""What a host answers to the others' queries, from what it has on disk. With a daemon or by a lone handler."""
+"""What is done with another host's message, by the daemon and by a handler without one."""
 
 import time
+from dataclasses import dataclass
 
-from meshd.gossip.messages import BURY, CONFIRM, GONE, RECORD, YES, GoneQuestion, answer_gone, name_question
+from meshd.gossip.messages import (
+    YES,
+    Applied,
+    AskConfirmation,
+    AskRecord,
+    AskTombstones,
+    Message,
+    TellRecord,
+    TellTombstones,
+)
 from meshd.mesh import membership
-from meshd.mesh.model import Host
-from meshd.mesh.records import pack_certificate, to_wire
-from meshd.mesh.tombstones import Graves
+from meshd.mesh.certificates import CredentialError
+from meshd.mesh.model import Host, Record
+from meshd.mesh.records import RecordError, from_wire, pack_certificate, to_wire
+from meshd.mesh.tombstones import Tombstones
 from meshd.state import authority
 from meshd.state.directory import State
 
 
-def answer(state: State, query: str, payload: bytes) -> bytes | None:
-    """Give the answer to a query that anybody may have sent; None for nothing to say."""
-    if query == GONE:
-        question = GoneQuestion.parse(payload)
-        return answer_gone(question, state.roster().graves) if question is not None else None
-    if query == BURY:
-        graves = Graves.read(payload)
-        return YES if graves and not graves.without(state.roster().graves) else None
-    if query == RECORD:
-        return _record(state, name_question(payload))
-    if query == CONFIRM and state.authority_key is not None:
-        return _confirmation(state, name_question(payload))
-    return None
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What came of a message: the answer to a query, if there is one, and what this host did not know.
+
+    `tombstones` are on disk already and wait for a reconcile. `record` is the signed record of `name`.
+    """
+
+    answer: bytes | None = None
+    tombstones: Tombstones | None = None
+    name: str = ""
+    record: Record | None = None
 
 
-def _record(state: State, name: str | None) -> bytes | None:
-    claim = state.claim()
+NOTHING = Reply()
+
+
+def respond(state: State, message: Message) -> Reply:
+    """Take in what a message says, and return what to answer. Raises InputError for damaged state.
+
+    The answer to Applied is the caller's: it knows what is in the kernel.
+    """
+    match message:
+        case AskTombstones():
+            return Reply(message.page(state.roster().all_tombstones))
+        case TellTombstones():
+            return _told(state, message.tombstones)
+        case AskConfirmation():
+            return Reply(_confirmation(state, message.name))
+        case AskRecord():
+            return Reply(_record(state, message.name))
+        case TellRecord():
+            return _announced(state, message)
+        case Applied():
+            return NOTHING
+
+
+def _told(state: State, tombstones: Tombstones) -> Reply:
+    is_news = merge_tombstones(state, tombstones)
+    has_all = not tombstones.without(state.roster().all_tombstones)
+    return Reply(YES if has_all else None, tombstones if is_news else None)
+
+
+def _record(state: State, name: str) -> bytes | None:
     if name == state.settings.name:
+        claim = state.claim()
         return to_wire(claim.record) if claim is not None and claim.settled else None
-    record = state.roster().hosts.get(name or "")
+    record = state.roster().hosts.get(name)
     return to_wire(record) if record is not None else None
 
 
-def _confirmation(state: State, name: str | None) -> bytes | None:
-    record = state.roster().hosts.get(name or "")
-    certificate = authority.confirm(state, name, record) if name and record is not None else None
+def _confirmation(state: State, name: str) -> bytes | None:
+    if state.authority_key is None:
+        return None
+    record = state.roster().hosts.get(name)
+    certificate = authority.confirm(state, name, record) if record is not None else None
     return pack_certificate(certificate) if certificate is not None else None
 
 
-def bury(state: State, graves: Graves) -> bool:
-    """Keep tombstones that others told of, for the next pass to act on; True if there was one that is news."""
+def _announced(state: State, message: TellRecord) -> Reply:
+    mesh = state.mesh
+    try:
+        record = from_wire(message.wire, mesh.overlay, mesh.subnet_length)
+        mesh.trust.check(message.name, record)
+    except (RecordError, CredentialError):
+        return NOTHING
+    return Reply(name=message.name, record=record)
+
+
+def merge_tombstones(state: State, tombstones: Tombstones) -> bool:
+    """Keep tombstones from other hosts for the next reconcile to act on; return whether one of them is news."""
     with state.lock():
         known, claim = state.roster(), state.claim()
         own = state.settings.name
-        # What was said of an earlier host of this name is over, and what this host says itself as it leaves is no news;
-        # but that it has been forgotten must be known (see ENDED).
+        # What ended an earlier host of this name is over, and what this host signs as it leaves is no news to itself;
+        # but it must learn that it has been forgotten (see claim.ENDED).
         staying = claim.record if claim is not None and not claim.record.leaving else None
-        current = {n: g for n, g in graves.gone.items() if n != own or (staying is not None and g.voids(staying))}
+        current = {n: t for n, t in tombstones.gone.items() if n != own or (staying is not None and t.voids(staying))}
         host = Host(own, claim.record) if claim is not None else None
-        roster = membership.bury(known, state.mesh, Graves(current, graves.revoked), host, time.time())
-        if roster.graves == known.graves:
+        news = Tombstones(current, tombstones.revoked)
+        roster = membership.merge_tombstones(known, state.mesh, news, host, time.time())
+        if roster.all_tombstones == known.all_tombstones:
             return False
         state.save_roster(roster)
         return True

@@ -4,11 +4,11 @@ import shlex
 from collections.abc import Callable, Iterable
 
 from meshd.errors import ConflictError, MeshdError
-from meshd.net.docker import Attachment, Bridge
+from meshd.net.docker import Attachment, DockerNetwork
 from meshd.state.settings import Settings
 
 
-def attach(bridge: Bridge, containers: Iterable[Attachment], say: Callable[[str], None]) -> list[str]:
+def attach(bridge: DockerNetwork, containers: Iterable[Attachment], say: Callable[[str], None]) -> list[str]:
     """Attach containers again, each whatever becomes of the others; give the names of those that are left off."""
     off, told = [], []
     for container in containers:
@@ -28,7 +28,7 @@ def attach(bridge: Bridge, containers: Iterable[Attachment], say: Callable[[str]
 
 def disconnect(settings: Settings, containers: list[Attachment]) -> None:
     if containers:
-        Bridge(settings.mesh, settings.bridge).disconnect(containers)
+        DockerNetwork(settings.mesh, settings.bridge).disconnect(containers)
 
 
 def attached_containers(settings: Settings, *, force: bool) -> list[Attachment]:
@@ -36,7 +36,7 @@ def attached_containers(settings: Settings, *, force: bool) -> list[Attachment]:
     if not settings.docker:
         return []
     try:
-        attached = Bridge(settings.mesh, settings.bridge).attachments()
+        attached = DockerNetwork(settings.mesh, settings.bridge).attachments()
     except MeshdError:
         return []  # no engine, no running containers
     if attached and not force:

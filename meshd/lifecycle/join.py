@@ -1,7 +1,7 @@
-"""What happens to a host: it begins a mesh, joins one, goes up and down, and leaves. All or nothing."""
+"""Make a mesh, or join one. On any error the host is as it was before."""
 
 from meshd import files
-from meshd.daemon import service
+from meshd.daemon import hints, service
 from meshd.endpoint import Endpoint
 from meshd.errors import ConflictError, InputError, SerfError
 from meshd.gossip import serf, serf_agent
@@ -11,8 +11,8 @@ from meshd.lifecycle.up import begin
 from meshd.mesh import addressing
 from meshd.mesh.invitations import Admission, Invitation
 from meshd.state import authority
-from meshd.state.claim import endpoint, settled_subnet
-from meshd.state.directory import State
+from meshd.state.claim import choose_subnet, endpoint, publish, settle_subnet
+from meshd.state.directory import Claim, State
 from meshd.state.settings import Settings
 
 
@@ -22,10 +22,8 @@ def init(state: State, settings: Settings) -> None:
     with all_or_nothing(state):
         _settle_in(state, settings)
         authority.found(state, settings.mesh, settings.name)
-        subnet = settings.subnet or addressing.choose(
-            settings.overlay, settings.subnet_length, (), settings.advertised, settings.name
-        )
-        state.publish(subnet=subnet, endpoint=endpoint(settings), settled=True)
+        subnet = settings.subnet or choose_subnet(settings)
+        publish(state, None, subnet=subnet, endpoint=endpoint(settings), settled=True)
         begin(state)
 
 
@@ -43,18 +41,16 @@ def join(state: State, settings: Settings, invitation: Invitation, admission: Ad
             raise InputError(
                 f"the invitation allows subnets of {', '.join(map(str, allowed))} only, not {settings.subnet}"
             )
-        subnet = settings.subnet or addressing.choose(
-            settings.overlay, settings.subnet_length, (), settings.advertised, settings.name, allowed=allowed
-        )
+        subnet = settings.subnet or choose_subnet(settings, allowed=allowed)
         # Without a daemon nobody can be asked before the agent is started by hand.
-        state.publish(subnet=subnet, endpoint=endpoint(settings), settled=not settings.daemon)
+        claim = publish(state, None, subnet=subnet, endpoint=endpoint(settings), settled=not settings.daemon)
         if settings.daemon:
             service.start(state)
-            _enter(state, member)
+            _enter(state, claim, member)
         begin(state)
 
 
-def _enter(state: State, member: Endpoint) -> None:
+def _enter(state: State, claim: Claim, member: Endpoint) -> None:
     """Join the gossip, and settle the claim against those of all members."""
     settings = state.settings
     with serf_agent.connect(state) as client:
@@ -67,8 +63,8 @@ def _enter(state: State, member: Endpoint) -> None:
             ) from None
         if holder := serf.name_conflict(state.serf_log):
             raise ConflictError(f"the name {settings.name} is already in the mesh ({holder}): pass --name")
-        claim = settled_subnet(state, client.members())
-        state.publish(subnet=claim, endpoint=endpoint(settings), settled=True)
+        subnet = settle_subnet(state, claim, client.members())
+        publish(state, claim, subnet=subnet, endpoint=endpoint(settings), settled=True)
 
 
 def renew(state: State, admission: Admission) -> None:
@@ -78,7 +74,7 @@ def renew(state: State, admission: Admission) -> None:
         return
     with state.lock():
         state.save_certificate(admission.certificate, admission.seed)
-    state.hint("cli: a new certificate")
+    hints.wake(state.socket, "a new certificate")
 
 
 def _not_set_up(state: State) -> None:

@@ -12,9 +12,9 @@ from meshd.lifecycle.containers import attached_containers
 from meshd.lifecycle.up import take_down
 from meshd.mesh import membership, tombstones
 from meshd.mesh.model import Record
-from meshd.mesh.tombstones import Graves
+from meshd.mesh.tombstones import Tombstones
 from meshd.reconcile.run import Report
-from meshd.state.claim import ended
+from meshd.state.claim import has_ended, publish
 from meshd.state.directory import State
 
 GOODBYE_TIMEOUT = 5.0
@@ -74,16 +74,17 @@ def say_goodbye(state: State) -> str:
     with connect(state) as client:
         # A pass that is under way publishes what it has read: it would take the goodbye back.
         with state.lock():
-            record = claim.record
-            claim = state.publish(subnet=record.subnet, endpoint=record.endpoint, settled=True, leaving=True)
+            last = state.claim() or claim
+            record = last.record
+            claim = publish(state, last, subnet=record.subnet, endpoint=record.endpoint, settled=True, leaving=True)
         service.stop(state)
         # The others must all have heard it before Serf's own leave: what Serf says of a left member is no evidence.
         try:
-            calls.spread(state, ASK)
+            calls.rebroadcast(state, ASK)
             if not adopted:
                 calls.rejoin(state, membership.lost(state.contacts(), client.members()).values())
             told = wait_ready(state, claim.record.seq, GOODBYE_TIMEOUT, meeting=False)
-            over = bool(ended(state))
+            over = bool(has_ended(state))
             met = _tell_in_person(state, claim.record, told.missing) if told.missing and not over else 0
         except MeshdError as error:
             return str(error)
@@ -99,7 +100,7 @@ def _tell_in_person(state: State, record: Record, missing: Collection[str]) -> i
     As an event, too, which they go on telling each other when this host is no longer there.
     """
     try:
-        calls.tell_gone(state, Graves({state.settings.name: tombstones.said(record)}))
-        return calls.meet(state, missing, MEETING)
+        calls.broadcast_tombstones(state, Tombstones({state.settings.name: tombstones.of_leaving(record)}))
+        return calls.sync_with(state, missing, MEETING)
     except MeshdError:
         return 0

@@ -8,7 +8,7 @@ from meshd.endpoint import Endpoint, IPAddress
 from meshd.errors import ConflictError, InputError, MissingError
 from meshd.gossip import serf
 from meshd.net import links, routes, underlay, wireguard
-from meshd.net.docker import Bridge
+from meshd.net.docker import DockerNetwork
 from meshd.state.settings import Settings
 
 PACKAGES = {"serf": "serf", "nft": "nftables"}
@@ -30,7 +30,7 @@ def check(settings: Settings, private_key: bytes) -> None:
     _addresses(settings)
     _names(settings)
     _ports(settings)
-    docker = Bridge(settings.mesh, settings.bridge) if settings.docker else None
+    docker = DockerNetwork(settings.mesh, settings.bridge) if settings.docker else None
     if docker is not None:
         docker.engine()
         if problem := docker.occupied(settings.overlay):
@@ -100,7 +100,7 @@ def _rival() -> str:
     return ""
 
 
-def _networks(settings: Settings, docker: Bridge) -> None:
+def _networks(settings: Settings, docker: DockerNetwork) -> None:
     for name, subnet in docker.overlapping(settings.overlay):
         raise ConflictError(
             f"the overlay {settings.overlay} overlaps the Docker network {name} ({subnet}): "

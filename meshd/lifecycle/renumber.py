@@ -4,13 +4,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from ipaddress import IPv4Network
 
+from meshd.daemon import hints
 from meshd.errors import InputError, MeshdError
 from meshd.lifecycle import preflight
 from meshd.lifecycle.containers import attach, attached_containers, disconnect
 from meshd.lifecycle.interrupts import interruptible
-from meshd.net.docker import Bridge
+from meshd.net.docker import DockerNetwork
 from meshd.reconcile.renumber import renumber as move
-from meshd.reconcile.run import reconcile
+from meshd.reconcile.run import sync
 from meshd.state.directory import State
 
 
@@ -31,11 +32,11 @@ def renumber(state: State, subnet: IPv4Network | None, *, force: bool, say: Call
         finally:
             ignore()
             try:
-                report = reconcile(state)
+                report = sync(state)
             finally:
-                off = attach(Bridge(settings.mesh, settings.bridge), containers, say)
+                off = attach(DockerNetwork(settings.mesh, settings.bridge), containers, say)
     if report.failures:
         raise report.failures[0].error
-    state.hint("cli: renumbered")
+    hints.wake(state.socket, "renumbered")
     if off:
         raise MeshdError(f"containers are off the overlay: {', '.join(off)}")

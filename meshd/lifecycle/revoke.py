@@ -2,14 +2,15 @@
 
 from contextlib import suppress
 
+from meshd.daemon import hints
 from meshd.errors import ConflictError, InputError, SerfError
 from meshd.gossip import calls, serf_agent
 from meshd.gossip.delivery import Readiness, tell_tombstones
-from meshd.gossip.responder import bury
+from meshd.gossip.responder import merge_tombstones
 from meshd.lifecycle import preflight
 from meshd.mesh.model import Status
-from meshd.mesh.tombstones import Graves
-from meshd.reconcile.run import reconcile
+from meshd.mesh.tombstones import Tombstones
+from meshd.reconcile.run import sync
 from meshd.state import authority
 from meshd.state.directory import State
 
@@ -32,7 +33,7 @@ def forget(state: State, name: str) -> Readiness:
         member = next((m for m in client.members() if m.name == name), None)
         if member is not None and member.status is Status.ALIVE:
             raise ConflictError(f"{name} is alive: run 'meshd leave' there, or stop it first")
-    return _end(state, name, Graves({name: goodbye}))
+    return _end(state, name, Tombstones({name: goodbye}))
 
 
 def revoke(state: State, name: str) -> tuple[list[str], Readiness]:
@@ -44,18 +45,18 @@ def revoke(state: State, name: str) -> tuple[list[str], Readiness]:
     if name == state.settings.name:
         raise InputError(f"{name} is this host: bring the authority to another one and revoke it from there")
     revoked = authority.revoke(state, name)
-    told = _end(state, name, Graves(revoked=revoked))
+    told = _end(state, name, Tombstones(revoked=revoked))
     return sorted({revocation.name for revocation in revoked.values()}), told
 
 
-def _end(state: State, name: str, graves: Graves) -> Readiness:
-    bury(state, graves)
+def _end(state: State, name: str, ended: Tombstones) -> Readiness:
+    merge_tombstones(state, ended)
     with suppress(SerfError), serf_agent.rpc(state) as client:
         member = next((m for m in client.members() if m.name == name), None)
         if member is not None and member.status in {Status.FAILED, Status.LEFT}:
             client.force_leave(name, prune=True)
     with suppress(SerfError):
-        calls.tell_gone(state, graves)
-    reconcile(state)
-    state.hint("cli: tombstones")
-    return tell_tombstones(state, graves)
+        calls.broadcast_tombstones(state, ended)
+    sync(state)
+    hints.wake(state.socket, "tombstones")
+    return tell_tombstones(state, ended)

@@ -4,7 +4,7 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 
-from meshd.daemon import service
+from meshd.daemon import hints, service
 from meshd.errors import InputError, MeshdError
 from meshd.gossip import serf, serf_agent
 from meshd.gossip.delivery import ASK
@@ -13,20 +13,16 @@ from meshd.lifecycle.containers import attached_containers, disconnect
 from meshd.net import links
 from meshd.net.docker import Attachment
 from meshd.net.resources import Action
-from meshd.reconcile.run import Report, dismantle, reconcile
+from meshd.reconcile.machine import Area, Failure
+from meshd.reconcile.run import Report, dismantle, sync
+from meshd.state.claim import staying
 from meshd.state.directory import State
 
 
 def up(state: State) -> Report:
     """Start what `down` stopped: the same keys, the same subnet."""
     preflight.root()
-    settings, claim = state.settings, state.claim()
-    if claim is None or not claim.settled:
-        raise InputError(
-            f"this host has not finished joining {settings.mesh!r}: run 'meshd leave --force', then 'meshd join' again"
-        )
-    if claim.record.leaving:
-        raise InputError(f"this host has begun to leave {settings.mesh!r}: run 'meshd leave' again to finish that")
+    staying(state)
     state.mark_up()
     return begin(state)
 
@@ -36,7 +32,7 @@ def allow(state: State, entries: tuple[str, ...]) -> None:
     preflight.root()
     with state.lock():
         state.save_settings(replace(state.settings, allow=entries))
-    state.hint("cli: settings")
+    hints.wake(state.socket, "settings")
 
 
 def down(state: State, *, force: bool = False) -> Report:
@@ -59,21 +55,29 @@ def begin(state: State) -> Report:
         service.start(state)
         serf_agent.connect(state).close()
         _let_the_daemon_begin(state)
-    report = reconcile(state)
-    # Without a daemon there is no agent yet to list members and to take the tags; the handler publishes them. A rival
-    # for the subnet, one that joins just now, is the daemon's to settle.
-    others = {"subnet"} if state.settings.daemon else {"members", "tags"}
-    failures = [f for f in report.failures if f.what not in others]
+    report = sync(state)
+    failures = [failure for failure in report.failures if not _can_wait(failure, daemon=state.settings.daemon)]
     if failures:
         raise failures[0].error if len(failures) == 1 else MeshdError("\n".join(map(str, failures)))
-    state.hint("cli: configured")
+    hints.wake(state.socket, "configured")
     return report
+
+
+def _can_wait(failure: Failure, *, daemon: bool) -> bool:
+    """Return whether a failure of the first reconcile is left to the daemon, or to the handlers.
+
+    A rival for the subnet, one that joins just now, is the daemon's to settle. Without a daemon there is no Serf agent
+    yet that lists members and takes tags.
+    """
+    if daemon:
+        return failure.area is Area.SUBNET
+    return failure.area is Area.MEMBERS or (failure.area is Area.READ and failure.subject == "tags")
 
 
 def _let_the_daemon_begin(state: State) -> None:
     """Where systemd confines the daemon, have it start wireguard-go, which is then confined as well."""
     deadline = time.monotonic() + ASK
-    state.hint("cli: begin")
+    hints.wake(state.socket, "begin")
     while service.has_systemd() and state.settings.wireguard not in links.link_names() and time.monotonic() < deadline:
         time.sleep(0.02)
 

@@ -13,9 +13,10 @@ from ipaddress import IPv4Network
 
 from meshd.endpoint import Endpoint
 from meshd.mesh import tombstones
-from meshd.mesh.certificates import CredentialError, Trust, check_time
-from meshd.mesh.model import Certificate, Goodbye, Host, Member, Record, Revocation, Status, is_name
+from meshd.mesh.certificates import CredentialError, check_time
+from meshd.mesh.model import Certificate, Host, Member, Record, Revocation, Status, Tombstone
 from meshd.mesh.records import RecordError, decode
+from meshd.mesh.terms import Mesh
 
 # Goodbyes by reusable invitations that are kept of names that this host has never met: anybody who ever had such an
 # invitation can say any number of them.
@@ -33,23 +34,6 @@ class StaleError(RecordError):
 
 
 @dataclass(frozen=True, slots=True)
-class Mesh:
-    """What all hosts of a mesh agree on."""
-
-    overlay: IPv4Network
-    subnet_length: int
-    trust: Trust
-
-    def read(self, member: Member) -> Record:
-        """Give the record in a member's tags, which its owner has signed. Raises RecordError or CredentialError."""
-        if not is_name(member.name):
-            raise RecordError("its name is not 1 to 63 letters, digits, dots and dashes")
-        record = decode(member.tags, self.overlay, self.subnet_length)
-        self.trust.check(member.name, record)
-        return record
-
-
-@dataclass(frozen=True, slots=True)
 class Roster:
     """The outcome for all members but oneself: `hosts` are in force, `refused` gives a reason for each name.
 
@@ -58,7 +42,7 @@ class Roster:
     """
 
     hosts: Mapping[str, Record] = field(default_factory=dict)
-    gone: Mapping[str, Goodbye] = field(default_factory=dict)
+    gone: Mapping[str, Tombstone] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     revoked: Mapping[int, Revocation] = field(default_factory=dict)
     stale: Mapping[str, str] = field(default_factory=dict)
@@ -67,9 +51,9 @@ class Roster:
         return tuple(Host(name, record) for name, record in sorted(self.hosts.items()))
 
     @property
-    def graves(self) -> tombstones.Graves:
-        """What has ended, as it is told to others."""
-        return tombstones.Graves(self.gone, self.revoked)
+    def all_tombstones(self) -> tombstones.Tombstones:
+        """The tombstones and revocations, as they are told to others."""
+        return tombstones.Tombstones(self.gone, self.revoked)
 
     def ended(self, name: str, record: Record, now: float) -> str:
         """Say why a record, the one in force or another one of that name, makes no host, or the empty string."""
@@ -77,7 +61,7 @@ class Roster:
             return lapsed
         goodbye = self.gone.get(name)
         if goodbye is not None and goodbye.voids(record):
-            return "" if tombstones.is_outranked(goodbye, record.certificate) else BURIED
+            return "" if goodbye.is_outranked(record.certificate) else BURIED
         # The authority alone gives a host's name to another identity: a reusable invitation is in many hands.
         last = self.hosts.get(name)
         if last is None or record.certificate.delegation is None:
@@ -122,7 +106,7 @@ def admit(
     gone, refused = dict(known.gone), {n: why for n, why in ended.items() if why and n not in known.gone}
     claims: dict[str, Record] = {}
     stale: dict[str, str] = {}
-    departed: dict[str, Goodbye] = {}
+    departed: dict[str, Tombstone] = {}
     for member in members:
         try:
             record = _newest(member, mesh, known, now)
@@ -137,9 +121,9 @@ def admit(
         if record is None:
             continue
         if record.leaving:
-            departed[member.name] = tombstones.said(record)
+            departed[member.name] = tombstones.of_leaving(record)
         elif left_is_goodbye and member.status is Status.LEFT:
-            departed[member.name] = tombstones.seen(record)
+            departed[member.name] = tombstones.unproved(record)
         else:
             claims[member.name] = record
     gone |= _kept(known, departed)
@@ -154,18 +138,17 @@ def admit(
     return Roster(hosts, gone, refused, known.revoked, stale)
 
 
-def _kept(known: Roster, goodbyes: Mapping[str, Goodbye]) -> dict[str, Goodbye]:
+def _kept(known: Roster, goodbyes: Mapping[str, Tombstone]) -> dict[str, Tombstone]:
     """Give those goodbyes that are kept, without what reusable invitations may say of any name that is no host's.
 
     It does not take the place of the authority's word, and there is room for so many of names never met.
     """
 
-    is_by_invitation = tombstones.is_by_invitation
-    doubtful = {name for name, g in goodbyes.items() if name not in known.hosts and is_by_invitation(g)}
+    doubtful = {name for name, g in goodbyes.items() if name not in known.hosts and g.is_delegated}
     strangers = sorted(doubtful - known.gone.keys())
-    room = MOST_STRANGERS - sum(map(is_by_invitation, known.gone.values())) if strangers else 0
+    room = MOST_STRANGERS - sum(t.is_delegated for t in known.gone.values()) if strangers else 0
     excess = set(strangers[max(room, 0) :])
-    excess |= {n for n in doubtful & known.gone.keys() if known.gone[n].proof and not is_by_invitation(known.gone[n])}
+    excess |= {n for n in doubtful & known.gone.keys() if known.gone[n].has_proof and not known.gone[n].is_delegated}
     return {name: goodbye for name, goodbye in goodbyes.items() if name not in excess}
 
 
@@ -288,35 +271,35 @@ def lost(contacts: Mapping[str, Endpoint], members: Iterable[Member]) -> dict[st
     return {name: endpoint for name, endpoint in sorted(contacts.items()) if name not in alive}
 
 
-def bury(known: Roster, mesh: Mesh, graves: tombstones.Graves, own: Host | None, now: float) -> Roster:
+def merge_tombstones(known: Roster, mesh: Mesh, news: tombstones.Tombstones, own: Host | None, now: float) -> Roster:
     """Give the roster with the tombstones that others have told of and proved; the next `admit` acts on them.
 
     A goodbye that a newer record has outlived is nothing. `own` is this host with what it has published.
     """
     living = {**known.hosts, own.name: own.record} if own is not None else known.hosts
-    news = {
+    gone = {
         name: goodbye
-        for name, goodbye in graves.gone.items()
+        for name, goodbye in news.gone.items()
         if (name not in living or goodbye.voids(living[name]))
         and (name not in known.gone or goodbye.seq > known.gone[name].seq)
-        and tombstones.is_proved(mesh.trust, name, goodbye, mesh.overlay, mesh.subnet_length)
+        and tombstones.is_proved(mesh, name, goodbye)
         and (name not in living or _may_end(living[name], goodbye, known, now, is_own=name not in known.hosts))
     }
-    news = _kept(known, news)
-    revoked = {s: r for s, r in graves.revoked.items() if s not in known.revoked and mesh.trust.is_revocation(r)}
-    return replace(known, gone={**known.gone, **news}, revoked={**known.revoked, **revoked})
+    gone = _kept(known, gone)
+    revoked = {s: r for s, r in news.revoked.items() if s not in known.revoked and mesh.trust.is_revocation(r)}
+    return replace(known, gone={**known.gone, **gone}, revoked={**known.revoked, **revoked})
 
 
-def _may_end(record: Record, goodbye: Goodbye, known: Roster, now: float, *, is_own: bool) -> bool:
+def _may_end(record: Record, goodbye: Tombstone, known: Roster, now: float, *, is_own: bool) -> bool:
     """Tell whether a proved goodbye is the word of who can end a host: itself, whatever has become of its certificate,
     or who has the authority's own certificate for its name, or the authority.
     """
-    by = tombstones.certificate(goodbye)
+    by = goodbye.by
     if by is None or by.identity == record.certificate.identity:
         return True
     if is_own and goodbye.public_key != record.public_key:
         # An earlier host of the own name, which this one has to go beyond (State.publish) if the others heed it.
-        return not tombstones.is_outranked(goodbye, record.certificate)
+        return not goodbye.is_outranked(record.certificate)
     if by.delegation is not None:
         return False
     return not known.lapsed(by, now)

@@ -112,19 +112,42 @@ class Host:
 
 
 @dataclass(frozen=True, slots=True)
-class Goodbye:
-    """The tombstone of a host that left or was forgotten. Who joins again does so with a new key and a newer record.
+class Tombstone:
+    """The end of a host's membership. A host that joins again does so with a new key and a newer record.
 
-    `proof` shows it to others (meshd.tombstones); without one it counts on this host alone.
+    Its proof for others is `record`, the host's own last one, which says that it leaves, or `forgotten`, the
+    authority's signature. Without a proof it counts on this host alone.
     """
 
     seq: int
     public_key: str
-    proof: bytes = b""
+    record: Record | None = None
+    forgotten: bytes = b""
+
+    @property
+    def by(self) -> Certificate | None:
+        """The certificate of the host that left; None for the authority's word, and without a proof."""
+        return self.record.certificate if self.record is not None else None
+
+    @property
+    def is_delegated(self) -> bool:
+        """Whether it is the word of an identity that a reusable invitation has made."""
+        return self.by is not None and self.by.delegation is not None
+
+    @property
+    def has_proof(self) -> bool:
+        return self.record is not None or bool(self.forgotten)
 
     def voids(self, record: Record) -> bool:
-        """Tell whether a record of this name is of the life that has ended."""
+        """Return whether a record of this name is of the life that has ended."""
         return record.seq <= self.seq or record.public_key == self.public_key
+
+    def is_outranked(self, by: Certificate) -> bool:
+        """Return whether `by`, certified by the authority itself, overrides what another, delegated identity signed.
+
+        Anyone who has, or had, a reusable invitation can sign a tombstone for any name, with the greatest number.
+        """
+        return self.is_delegated and by.delegation is None and self.by is not None and self.by.identity != by.identity
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,6 @@ ASK_TIMEOUT = 3
 PAUSE = 1.0
 LOOK = 2.0
 # How the hints begin after which the engine may be another one.
-RESTARTED = "docker: the engine "
 _BRIDGE_NAME = "com.docker.network.bridge.name"
 _MTU = "com.docker.network.driver.mtu"
 _ADVICE = "start it (systemctl start docker), install it (apt install docker.io), or pass --no-docker"
@@ -38,7 +37,7 @@ class Attachment:
     aliases: tuple[str, ...] = ()
 
 
-class Bridge:
+class DockerNetwork:
     """The adapter of the mesh's Docker network, which has the name of its bridge."""
 
     kinds: ClassVar[frozenset[str]] = frozenset({"network"})
@@ -190,22 +189,31 @@ class Bridge:
         )
 
 
-def watch(name: str, hint: Callable[[str], None], stop: Event, base_url: str | None = None) -> None:
-    """Hint when the network `name` changes and when the engine comes back, until `stop` is set. Never raises."""
+def watch(
+    name: str,
+    hint: Callable[[str], None],
+    restarted: Callable[[str], None],
+    stop: Event,
+    base_url: str | None = None,
+) -> None:
+    """Call `hint` when the network `name` changes, and `restarted` when the engine goes away or comes back.
+
+    It ends when `stop` is set, and never raises.
+    """
     away = False
     while not stop.is_set():
         try:
             # Without a time-out: a quiet engine has no events for hours.
             with _client("following Docker's events", base_url, timeout=None) as client:
                 if away:
-                    hint(RESTARTED + "is back")
+                    restarted("is back")
                 away = False
                 _follow(client, name, hint, stop)
         except MeshdError:
             pass  # no engine, or it went away: the stream ends in one way or another
         if not stop.is_set():
             if not away:
-                hint(RESTARTED + "went away")
+                restarted("went away")
             away = True
             stop.wait(PAUSE)
 
@@ -217,7 +225,7 @@ def _follow(client: Any, name: str, hint: Callable[[str], None], stop: Event) ->
         for event in events:
             attributes = (event.get("Actor") or {}).get("Attributes") or {}
             if attributes.get("name") == name and event.get("Action") in {"create", "destroy"}:
-                hint(f"docker: network {name} {event['Action']}")
+                hint(f"network {name} {event['Action']}")
 
 
 @contextmanager

@@ -198,9 +198,9 @@ def watch(table: str, hint: Callable[[str], None], stop: Event) -> None:
         with subscribe(NETLINK_NETFILTER, NFNLGRP_NFTABLES) as sock:
             for data in notifications(sock, stop):
                 if data is None:
-                    hint("nftables: messages were lost")
+                    hint("messages were lost")
                 elif changed := [name for word, name in words.items() if word in data]:
-                    hint(f"nftables: {changed[0]} changed")
+                    hint(f"{changed[0]} changed")
     except OSError as error:
         raise ApplyError(f"watching nftables: {error.strerror or error}") from error
 

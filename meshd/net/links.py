@@ -212,7 +212,7 @@ def watch(names: Collection[str], protocol: int, hint: Callable[[str], None], st
 
     That is: the links themselves, their IPv4 addresses and sysctls, IPv4 routes over them, any IPv4 route with meshd's
     `protocol`, forwarding as a whole, and an address of another link that went (the underlay's may be among them). A
-    hint is one line of text (`netlink: route 172.20.7.0/24 removed`); meshd's own changes hint too. An overrun of the
+    hint is one line of text (`route 172.20.7.0/24 removed`); meshd's own changes hint too. An overrun of the
     socket is a hint as well, since what it lost is unknown. Raises ApplyError.
     """
     watcher = _Watcher(names, protocol)
@@ -221,7 +221,7 @@ def watch(names: Collection[str], protocol: int, hint: Callable[[str], None], st
             watcher.look_up()
             for data in notifications(sock, stop):
                 for text in watcher.read(data):
-                    hint(f"netlink: {text}")
+                    hint(text)
     except OSError as error:
         raise ApplyError(f"watching links: {error.strerror or error}") from error
 
@@ -229,7 +229,7 @@ def watch(names: Collection[str], protocol: int, hint: Callable[[str], None], st
 def told(changes: Iterable[Change]) -> set[str]:
     """Give the hints by which a watch tells of the routes among one's own changes."""
     routes = [(c.resource, c.action is Action.REMOVE) for c in changes if isinstance(c.resource, Route)]
-    return {"netlink: " + _route_text(str(route.prefix), "removed" if gone else "changed") for route, gone in routes}
+    return {_route_text(str(route.prefix), "removed" if gone else "changed") for route, gone in routes}
 
 
 def _route_text(prefix: str, done: str) -> str:

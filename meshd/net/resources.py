@@ -272,7 +272,8 @@ class Adapter(Protocol):
     Both raise ApplyError, MissingError or SerfError; applying a change twice is harmless.
     """
 
-    kinds: ClassVar[frozenset[str]]
+    @property
+    def kinds(self) -> frozenset[str]: ...
 
     def read(self) -> list[Resource]: ...
 

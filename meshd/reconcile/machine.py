@@ -1,15 +1,18 @@
 """All adapters of one mesh on this host, read and changed together."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import cache, partial
+from ipaddress import IPv4Network
 from typing import ClassVar
 
 from meshd.errors import ApplyError, MeshdError
 from meshd.gossip.serf_agent import members
+from meshd.mesh.model import Member
 from meshd.mesh.records import NAMES
-from meshd.net import links
-from meshd.net.docker import Bridge
+from meshd.net import links, underlay
+from meshd.net.docker import DockerNetwork
 from meshd.net.firewall import Iptables, Nftables
 from meshd.net.ports import Ports
 from meshd.net.resources import Adapter, Change, Engine, Resource
@@ -23,41 +26,54 @@ from meshd.state.directory import State
 from meshd.state.settings import Settings
 
 
+class Area(StrEnum):
+    """What a failure is about."""
+
+    MEMBERSHIP = "membership"  # this host is no longer a member
+    MEMBERS = "members"  # Serf did not say who is there
+    SUBNET = "subnet"  # another host keeps this host's subnet
+    UNDERLAY = "underlay"  # no link holds the underlay address
+    DOCKER = "docker"  # Docker did not say what it is
+    READ = "read"  # resources of the kind `subject` were not read
+    CHANGE = "change"  # the change `subject` was not made
+    DISK = "disk"  # the file `subject` was not written
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Something that could not be read or done; the pass went on without it."""
+    """Something that could not be read, changed or written. Everything else went on."""
 
-    what: str
+    area: Area
     error: MeshdError
+    subject: str = ""
 
     def __str__(self) -> str:
-        return f"{self.what}: {self.error}"
+        return f"{self.subject or self.area}: {self.error}"
 
 
 class Machine:
-    """All adapters of one mesh on this host, for one pass: Serf is asked for its members once."""
+    """What one reconcile reads and changes. `members` asks Serf; `engine` asks Docker and returns None without it.
 
-    def __init__(self, state: State) -> None:
-        settings = state.settings
-        self.settings = settings
-        self.members = cache(partial(members, state))
-        self.wireguard = _wireguard(settings, state.wireguard_key)
-        names = (settings.wireguard, settings.bridge) if settings.docker else (settings.wireguard,)
-        bridge = settings.bridge
-        sysctls = (plan.IP_FORWARD, f"net/ipv4/conf/{bridge}/proxy_arp", f"net/ipv4/neigh/{bridge}/proxy_delay")
-        self.bridge = Bridge(settings.mesh, bridge) if settings.docker else None
-        self.adapters: list[Adapter] = [
-            links.Links(names, sysctls if settings.docker else ()),
-            Routes(settings.wireguard, settings.overlay),
-            Nftables(table_name(settings.wireguard)),
-            self.wireguard,
-            SerfTags(settings.rpc_port, state.rpc_key, settings.name, NAMES, self.members),
-        ]
-        if self.bridge is not None:
-            self.adapters += [Ports(settings.overlay), Iptables(settings.owner), self.bridge]
+    `mtu` is the underlay's, `networks` are this host's own inside of the overlay. All four raise MeshdError.
+    """
 
-    def observe(self, kinds: Collection[str]) -> tuple[list[Resource], set[str], list[Failure]]:
-        """Read every adapter that knows one of `kinds`: the resources, the kinds that were read, the failures."""
+    def __init__(
+        self,
+        adapters: Sequence[Adapter],
+        members: Callable[[], list[Member]],
+        *,
+        engine: Callable[[], Engine | None],
+        mtu: Callable[[], int],
+        networks: Callable[[], Collection[IPv4Network]],
+    ) -> None:
+        self.adapters = tuple(adapters)
+        self.members = members
+        self.engine = engine
+        self.mtu = mtu
+        self.networks = networks
+
+    def observe(self, kinds: Collection[str]) -> tuple[list[Resource], frozenset[str], list[Failure]]:
+        """Read every adapter of one of `kinds`: return the resources, the kinds that were read, and the failures."""
         resources: list[Resource] = []
         read: set[str] = set()
         failures: list[Failure] = []
@@ -68,28 +84,60 @@ class Machine:
                 resources += adapter.read()
                 read |= adapter.kinds
             except Exception as error:
-                # Others' things may be beyond what an adapter foresees; that must not keep the rest where it is.
+                # What other programs made may be beyond what an adapter foresees; the rest must still be kept up.
                 told = error if isinstance(error, MeshdError) else ApplyError(f"reading failed: {error!r}")
-                failures += [Failure(kind, told) for kind in sorted(adapter.kinds)]
-        return resources, read, failures
+                failures += [Failure(Area.READ, told, kind) for kind in sorted(adapter.kinds)]
+        return resources, frozenset(read), failures
 
     def apply(self, changes: Iterable[Change]) -> list[Failure]:
-        """Make the changes one by one; one that fails is reported and does not stop the others."""
+        """Make the changes one by one; a failure is returned and does not stop the others."""
         by_kind = {kind: adapter for adapter in self.adapters for kind in adapter.kinds}
         failures = []
         for change in changes:
             try:
                 by_kind[change.resource.kind].apply(change)
             except MeshdError as error:
-                failures.append(Failure(str(change), error))
+                failures.append(Failure(Area.CHANGE, error, str(change)))
         return failures
 
-    def engine(self) -> Engine | None:
-        return self.bridge.engine() if self.bridge is not None else None
+
+def this_machine(state: State) -> Machine:
+    """Return the adapters of a mesh on this host. Serf is asked for its members once, however often they are read."""
+    settings = state.settings
+    listed = cache(partial(members, state))
+    adapters: list[Adapter] = [
+        links.Links(*_links(settings)),
+        Routes(settings.wireguard, settings.overlay),
+        Nftables(table_name(settings.wireguard)),
+        wireguard(state),
+        SerfTags(settings.rpc_port, state.rpc_key, settings.name, NAMES, listed),
+    ]
+    network = docker(settings)
+    if network is not None:
+        adapters += [Ports(settings.overlay), Iptables(settings.owner), network]
+    return Machine(
+        adapters,
+        listed,
+        engine=network.engine if network is not None else lambda: None,
+        mtu=lambda: underlay.mtu(settings.bind),
+        networks=lambda: underlay.networks(settings.overlay, {settings.wireguard, settings.bridge}),
+    )
+
+
+def docker(settings: Settings) -> DockerNetwork | None:
+    """Return the adapter of the Docker network, None on a host without Docker."""
+    return DockerNetwork(settings.mesh, settings.bridge) if settings.docker else None
+
+
+def _links(settings: Settings) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the links that meshd makes and the sysctls that it sets."""
+    if not settings.docker:
+        return (settings.wireguard,), ()
+    return (settings.wireguard, settings.bridge), plan.sysctls(settings.bridge)
 
 
 class NoWireGuard:
-    """The adapter of a host without any WireGuard: the rest of a pass goes on."""
+    """The adapter of a host without any WireGuard, so that everything else is still kept up."""
 
     kinds: ClassVar[frozenset[str]] = frozenset({"device", "peer"})
     backend = "none"
@@ -104,8 +152,10 @@ class NoWireGuard:
         raise ApplyError(f"{change}: {self.reason}")
 
 
-def _wireguard(settings: Settings, key: bytes) -> WireGuard:
+def wireguard(state: State) -> WireGuard:
+    """Return the adapter of the mesh's WireGuard device; where there is no WireGuard, one that says so."""
+    settings = state.settings
     try:
-        return find(settings.wireguard, key, settings.wireguard_backend)
+        return find(settings.wireguard, state.wireguard_key, settings.wireguard_backend)
     except MeshdError as error:
         return NoWireGuard(error)

@@ -79,6 +79,11 @@ def desired(local: Local, hosts: Iterable[Host]) -> tuple[Resource, ...]:
     return tuple(resources)
 
 
+def sysctls(bridge: str) -> tuple[str, ...]:
+    """Return the kernel parameters that are set on a host with this bridge, as paths below /proc/sys."""
+    return IP_FORWARD, f"net/ipv4/conf/{bridge}/proxy_arp", f"net/ipv4/neigh/{bridge}/proxy_delay"
+
+
 def _bridge(local: Local, bridge: str) -> list[Resource]:
     record = local.host.record
     resources: list[Resource] = [

@@ -3,12 +3,12 @@
 import time
 from ipaddress import IPv4Network
 
-from meshd.errors import ConflictError, InputError
-from meshd.mesh import addressing, membership
+from meshd.errors import ConflictError
+from meshd.mesh import membership
 from meshd.mesh.model import Record
 from meshd.net.resources import Action, Change
-from meshd.reconcile.machine import Machine
-from meshd.state.claim import endpoint
+from meshd.reconcile.machine import docker, this_machine
+from meshd.state.claim import choose_subnet, endpoint, publish, staying
 from meshd.state.directory import State
 
 
@@ -18,27 +18,20 @@ def renumber(state: State, subnet: IPv4Network | None = None) -> Record:
     Raises ConflictError for a subnet that is taken or while containers are attached, ApplyError.
     """
     settings = state.settings
-    overlay, length = settings.overlay, settings.subnet_length
     with state.lock():
-        machine, claim = Machine(state), state.claim()
-        if claim is None or not claim.settled:
-            raise InputError("this host has not claimed its subnet yet: 'meshd join' has not finished")
-        if claim.record.leaving:
-            raise InputError(f"this host has begun to leave {settings.mesh!r}: run 'meshd leave' again to finish that")
-        if machine.bridge is not None and (attached := machine.bridge.containers()):
+        machine, claim, network = this_machine(state), staying(state), docker(settings)
+        if network is not None and (attached := network.containers()):
             raise ConflictError(f"containers are attached to {settings.bridge}: {', '.join(attached)}")
         known, allowed = state.roster(), claim.record.certificate.subnets
         taken = membership.claimed(settings.name, machine.members(), state.mesh, known, time.time())
         taken |= {record.subnet for record in known.hosts.values()}
         if subnet is not None and subnet in taken:
             raise ConflictError(f"the subnet {subnet} is taken by another host: 'meshd members' shows who has which")
-        new = subnet or addressing.choose(
-            overlay, length, taken | {claim.record.subnet}, settings.advertised, settings.name, allowed=allowed
-        )
+        new = subnet or choose_subnet(settings, taken | {claim.record.subnet}, allowed=allowed)
         # Docker refuses a bridge whose address is not the network's gateway: the network goes before the address does.
         observed, _, failures = machine.observe({"network", "address"})
         old = [r for kind in ("network", "address") for r in observed if r.kind == kind]
         failures += machine.apply(Change(Action.REMOVE, resource) for resource in old)
         if failures:
             raise failures[0].error
-        return state.publish(subnet=new, endpoint=endpoint(settings), settled=True).record
+        return publish(state, claim, subnet=new, endpoint=endpoint(settings), settled=True).record

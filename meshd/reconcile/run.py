@@ -1,7 +1,7 @@
-"""One pass: lock, observe, plan, guard, apply, report. The daemon, `meshd sync` and a lone handler all call it."""
+"""One reconcile: look who is there, read the machine, decide, write. The daemon, `meshd sync` and handlers call it."""
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -11,35 +11,55 @@ from meshd.errors import ApplyError, ConflictError, InputError, MeshdError, Serf
 from meshd.mesh import membership
 from meshd.mesh.membership import Roster
 from meshd.mesh.model import Host, Member, Record
-from meshd.net import underlay
 from meshd.net.netlink import one_socket
 from meshd.net.resources import Action, Change, Engine, Peer, Port, Resource, Route, Sysctl
 from meshd.reconcile import handshakes, plan
-from meshd.reconcile.handshakes import patient_keys
-from meshd.reconcile.machine import Failure, Machine
-from meshd.state.claim import membership_ended, renewed
+from meshd.reconcile.machine import Area, Failure, Machine, this_machine
+from meshd.state import claim as own_claim
 from meshd.state.directory import State
 from meshd.state.settings import Settings
 
 # WireGuard's own overhead over IPv6: 40 bytes of IP, 8 of UDP, 32 of its own. Over IPv4 it is 20 less.
 OVERHEAD = 80
-# What a change of members alone can change; a pass after Serf's hint reads nothing else.
+# What a change of members alone can change: after Serf's hint nothing else is read.
 MEMBERSHIP = frozenset({"device", "peer", "route", "tags"})
+# Everything that does not ask Docker, which takes longer than all the rest together.
+WITHOUT_DOCKER = frozenset(plan.ORDER) - {"network", "iptables"}
 MUST_MOVE = (
     "the subnet {subnet} is also claimed by {rival}, which keeps it: 'meshd renumber' gives this host another one"
 )
-# All that does not ask Docker, which takes longer than everything else together.
-WITHOUT_DOCKER = frozenset(plan.ORDER) - {"network", "iptables"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What one reconcile is to do.
+
+    `kinds` are the resources to look at. `heard` are records that came another way than by tags. `overdue` are the
+    public keys of the hosts whose first handshake is late. `engine` is what Docker is, if that is known. `alone` says
+    that this host's own Serf does not run, so that nobody is asked: another agent may hold its RPC port. With `dry`
+    nothing is changed or written; with `force` the guard withholds nothing.
+    """
+
+    kinds: Collection[str] = plan.ORDER
+    heard: Mapping[str, Record] = field(default_factory=dict)
+    overdue: Collection[str] = ()
+    engine: Engine | None = None
+    alone: bool = False
+    dry: bool = False
+    force: bool = False
+
+
+EVERYTHING = Options()
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a pass saw and did.
+    """What a reconcile saw and did.
 
-    `withheld` are removals for which there is no evidence (see plan.guard); `rival` is to have this host's subnet;
-    `lost` are the known hosts that Serf does not see alive, with their gossip addresses; `unmet` the public keys of
-    those that are to begin the handshake (see plan.speaks_first) and have not; `engine` is what Docker said that it is,
-    None if it was not asked.
+    `own` is this host with the record that it publishes. `withheld` are removals without evidence (see plan.guard);
+    `rival` is the host that keeps this host's subnet; `lost` are the known hosts that Serf does not see alive, with
+    their gossip addresses; `unmet` the public keys of those that are to start the handshake (see
+    handshakes.speaks_first) and have not; `engine` is what Docker said that it is, None if it was not asked.
     """
 
     roster: Roster = field(default_factory=Roster)
@@ -52,138 +72,224 @@ class Report:
     unmet: frozenset[str] = frozenset()
     engine: Engine | None = None
     lost: Mapping[str, Endpoint] = field(default_factory=dict)
+    own: Host | None = None
+
+    def failed(self, *areas: Area) -> tuple[Failure, ...]:
+        """Return the failures of these areas."""
+        return tuple(failure for failure in self.failures if failure.area in areas)
 
     @property
     def applied(self) -> dict[str, int]:
-        """The sequence number of each record, goodbyes too, that this host has in its kernel now."""
-        failed = {failure.what for failure in self.failures}
-        if failed & {"peer", "route", "device"}:
+        """The sequence number of each record and tombstone that this host has in its kernel now."""
+        if not {"peer", "route", "device"}.isdisjoint(failure.subject for failure in self.failed(Area.READ)):
             return {}
+        undone = {failure.subject for failure in self.failed(Area.CHANGE)}
         broken = {
             change.resource.public_key
             for change in self.changes
-            if isinstance(change.resource, Peer) and str(change) in failed
+            if isinstance(change.resource, Peer) and str(change) in undone
         }
         hosts = {n: r.seq for n, r in self.roster.hosts.items() if r.public_key not in broken}
-        if "hosts" in failed:
-            return hosts  # those that are gone wait for the disk (see _needs_memory)
+        if any(failure.subject == HOSTS for failure in self.failed(Area.DISK)):
+            return hosts  # the removal of hosts that left waits for the disk (see _needs_memory)
         return hosts | {n: g.seq for n, g in self.roster.gone.items() if g.public_key not in broken}
 
 
-def reconcile(
-    state: State,
-    *,
-    dry: bool = False,
-    force: bool = False,
-    kinds: Collection[str] = plan.ORDER,
-    heard: Mapping[str, Record] | None = None,
-    overdue: Collection[str] = (),
-    engine: Engine | None = None,
-    alone: bool = False,
-) -> Report:
-    """Make one pass. With `dry` nothing is changed or written; with `force` the guard lets everything through.
+# What is written in a reconcile, as the subjects of Area.DISK.
+HOSTS, ORIGINALS, CONTACTS = "hosts", "originals", "contacts"
 
-    `heard` are records that came another way than by tags; `overdue` the public keys of those who were to begin the
-    handshake and have not; `engine` is what Docker is, if that is known; `alone` says that this host's own Serf does
-    not run, so that nobody is asked: on its port may be somebody else's. Raises InputError for damaged state; whatever
-    else fails is in the report.
-    """
-    settings = state.settings
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """Who is there: what Serf lists, who of them is a host, and who keeps this host's subnet."""
+
+    members: tuple[Member, ...]
+    roster: Roster
+    rival: str | None
+    failures: tuple[Failure, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What is on the machine. Of a kind that is not `readable` nothing is changed."""
+
+    resources: tuple[Resource, ...]
+    readable: frozenset[str]
+    engine: Engine | None
+    mtu: int
+    failures: tuple[Failure, ...]
+
+    @property
+    def peers(self) -> tuple[Peer, ...]:
+        return tuple(r for r in self.resources if isinstance(r, Peer))
+
+
+@dataclass(frozen=True, slots=True)
+class _Decision:
+    """What to change; `kept` are the public keys that stay peers, `patient` those that start the handshake."""
+
+    changes: tuple[Change, ...]
+    withheld: tuple[Change, ...]
+    kept: frozenset[str]
+    patient: frozenset[str]
+
+
+def sync(state: State, options: Options = EVERYTHING) -> Report:
+    """Reconcile this machine now, under the lock. Raises InputError for damaged state, MeshdError for a busy lock."""
+    _ = state.settings  # where no mesh is set up, not even the lock's file is made
     with state.lock(), one_socket():
-        machine = Machine(state)
-        known = state.roster()
-        failures: list[Failure] = []
-        claim = state.claim()
-        if claim is None or not claim.settled:
-            raise InputError("this host has not claimed its subnet yet: 'meshd join' has not finished")
-        if not dry and (state.is_down or claim.record.leaving):
-            raise InputError(f"the mesh {settings.mesh} is down on this host: 'meshd up' starts it")
-        now = time.time()
-        own = Host(settings.name, (claim if dry else renewed(state, claim, known)).record)
-        if ended := membership_ended(own, known, now):
-            failures.append(Failure("membership", MeshdError(ended)))
-        roster, listed = known, []
-        try:
-            listed = [] if alone else machine.members()
-            roster = _admit(state, own, listed, known, heard=heard, now=now)
-        except (SerfError, ApplyError) as error:
-            failures.append(Failure("members", error))
-        rival = membership.superseded_by(own, listed, state.mesh, known, now)
-        if rival is not None and not ended:
-            failures.append(Failure("subnet", ConflictError(MUST_MOVE.format(subnet=own.record.subnet, rival=rival))))
-        observed, readable, unread = machine.observe(set(kinds) - {"tags"} if alone else kinds)
-        failures += unread
-        docker = _engine(machine, kinds, readable, failures, engine)
-        here = local(settings, own, docker, observed, _mtu(settings, kinds, readable, failures))
-        wanted = plan.desired(here, roster.sorted_hosts())
-        moved = {
-            r.public_key for n, r in roster.hosts.items() if n in known.hosts and r.endpoint != known.hosts[n].endpoint
-        }
-        patient = patient_keys(settings, own.record, roster, listed)
-        changes = plan.diff(wanted, observed, now=now, moved=moved, patient=patient, kinds=readable & set(kinds))
-        changes, withheld = (changes, ()) if force else plan.guard(changes, observed, _departed(known, roster))
-        changes += handshakes.begin_anew(wanted, observed, patient.intersection(overdue))
-        before = state.contacts()
-        contacts = membership.contacts(before, listed, roster)
-        if dry:
-            failures += _tried("disk", partial(files.writable, state.directory))
+        return reconcile(state, this_machine(state), time.time(), options)
+
+
+def reconcile(state: State, machine: Machine, now: float, options: Options = EVERYTHING) -> Report:
+    """Bring the machine to the desired state at Unix time `now`; the caller holds the lock.
+
+    Raises InputError for damaged state and on a host that is down or leaves; whatever else fails is in the report.
+    """
+    claim = own_claim.settled(state)
+    if not options.dry and (state.is_down or claim.record.leaving):
+        raise InputError(f"the mesh {state.settings.mesh} is down on this host: 'meshd up' starts it")
+    known = state.roster()
+    if not options.dry:
+        claim = own_claim.refresh(state, claim, known, now)
+    return _Run(state, machine, now, options, Host(state.settings.name, claim.record), known).report()
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """The steps of one reconcile. `own` is this host, `known` what it knew before."""
+
+    state: State
+    machine: Machine
+    now: float
+    options: Options
+    own: Host
+    known: Roster
+
+    def report(self) -> Report:
+        """Take all steps, and return what came of them."""
+        seen, facts = self.look(), self.read()
+        decision = self.decide(seen, facts)
+        before = self.state.contacts()
+        contacts = membership.contacts(before, seen.members, seen.roster)
+        if self.options.dry:
+            changes, failures = decision.changes, _tried("disk", partial(files.writable, self.state.directory))
         else:
-            unsaved = _remember(state, known, roster, changes)
-            if unsaved:
-                missing, kept = {f.what for f in unsaved}, {r.public_key for r in wanted if isinstance(r, Peer)}
-                changes = tuple(c for c in changes if _needs_memory(c, kept) not in missing)
-            failures += unsaved + machine.apply(changes)
+            changes, failures = self.write(seen.roster, decision)
             if contacts != before:
-                failures += _tried("contacts", partial(state.save_contacts, contacts))
+                failures += _tried(CONTACTS, partial(self.state.save_contacts, contacts))
         return Report(
-            roster,
-            tuple(listed),
-            changes,
-            withheld,
-            tuple(failures),
-            tuple(r for r in observed if isinstance(r, Peer)),
-            rival,
-            frozenset(patient) - {r.public_key for r in observed if isinstance(r, Peer) and r.handshake},
-            docker,
-            membership.lost(contacts, listed) if listed else {},
+            roster=seen.roster,
+            members=seen.members,
+            changes=changes,
+            withheld=decision.withheld,
+            failures=(*seen.failures, *facts.failures, *failures),
+            peers=facts.peers,
+            rival=seen.rival,
+            unmet=decision.patient - {peer.public_key for peer in facts.peers if peer.handshake},
+            engine=facts.engine,
+            lost=membership.lost(contacts, seen.members) if seen.members else {},
+            own=self.own,
         )
 
+    def look(self) -> _Seen:
+        """Ask Serf who is there, and decide who of them is a host. Without an answer what was known stays."""
+        own, known, trusted = self.own, self.known, self.state.mesh
+        failures: list[Failure] = []
+        if ended := own_claim.ended(own, known, self.now):
+            failures.append(Failure(Area.MEMBERSHIP, MeshdError(ended)))
+        roster, listed = known, list[Member]()
+        try:
+            listed = [] if self.options.alone else self.machine.members()
+            roster = membership.admit(
+                own,
+                trusted,
+                listed,
+                known,
+                now=self.now,
+                heard=self.options.heard,
+                networks=self.machine.networks,
+                left_is_goodbye=not self.state.settings.daemon,
+            )
+        except (SerfError, ApplyError) as error:
+            failures.append(Failure(Area.MEMBERS, error))
+        rival = membership.superseded_by(own, listed, trusted, known, self.now)
+        if rival is not None and not ended:
+            text = MUST_MOVE.format(subnet=own.record.subnet, rival=rival)
+            failures.append(Failure(Area.SUBNET, ConflictError(text)))
+        return _Seen(tuple(listed), roster, rival, tuple(failures))
 
-def _admit(
-    state: State,
-    own: Host,
-    listed: Sequence[Member],
-    known: Roster,
-    *,
-    heard: Mapping[str, Record] | None,
-    now: float,
-) -> Roster:
-    settings = state.settings
-    return membership.admit(
-        own,
-        state.mesh,
-        listed,
-        known,
-        now=now,
-        heard=heard,
-        networks=lambda: underlay.networks(settings.overlay, {settings.wireguard, settings.bridge}),
-        left_is_goodbye=not settings.daemon,
-    )
+    def read(self) -> _Facts:
+        """Read the machine. What depends on something that does not answer is left as it is."""
+        kinds = frozenset(self.options.kinds)
+        resources, readable, failures = self.machine.observe(kinds - {"tags"} if self.options.alone else kinds)
+        readable &= kinds
+        engine, unasked = _engine(self.machine, readable, self.options.engine)
+        mtu, unmeasured = _mtu(self.machine, self.state.settings, kinds)
+        if engine is None:
+            readable -= {"network", "iptables"}
+        if unmeasured:
+            readable -= {"link", "network"}
+        return _Facts(tuple(resources), readable, engine, mtu, (*failures, *unasked, *unmeasured))
+
+    def decide(self, seen: _Seen, facts: _Facts) -> _Decision:
+        """Compare what should be with what is. Pure."""
+        settings, known, roster = self.state.settings, self.known.hosts, seen.roster
+        wanted = plan.desired(local(settings, self.own, facts), roster.sorted_hosts())
+        moved = {r.public_key for n, r in roster.hosts.items() if n in known and r.endpoint != known[n].endpoint}
+        patient = frozenset(handshakes.patient_keys(settings, self.own.record, roster, seen.members))
+        changes = plan.diff(wanted, facts.resources, now=self.now, moved=moved, patient=patient, kinds=facts.readable)
+        withheld: tuple[Change, ...] = ()
+        if not self.options.force:
+            changes, withheld = plan.guard(changes, facts.resources, _departed(self.known, roster))
+        changes += handshakes.begin_anew(wanted, facts.resources, patient.intersection(self.options.overdue))
+        return _Decision(changes, withheld, frozenset(r.public_key for r in wanted if isinstance(r, Peer)), patient)
+
+    def write(self, roster: Roster, decision: _Decision) -> tuple[tuple[Change, ...], list[Failure]]:
+        """Keep on disk what must be known first, then make the changes: return those that were tried, and failures."""
+        unsaved = _remember(self.state, self.known, roster, decision.changes)
+        missing = {failure.subject for failure in unsaved}
+        changes = tuple(c for c in decision.changes if _needs_memory(c, decision.kept) not in missing)
+        return changes, unsaved + self.machine.apply(changes)
 
 
 def _engine(
-    machine: Machine, kinds: Collection[str], readable: set[str], failures: list[Failure], known: Engine | None
-) -> Engine | None:
-    """Ask Docker what it is; without an answer its rules and its network are left as they are in this pass."""
-    if "network" not in kinds or "network" not in readable:
-        readable -= {"network", "iptables"}
-        return None
+    machine: Machine, readable: Collection[str], known: Engine | None
+) -> tuple[Engine | None, tuple[Failure, ...]]:
+    """Ask Docker what it is, if its network is to be set and that is not `known`."""
+    if "network" not in readable:
+        return None, ()
     try:
-        return known or machine.engine()
+        return known or machine.engine(), ()
     except MeshdError as error:
-        readable -= {"network", "iptables"}
-        failures.append(Failure("docker", error))
-        return None
+        return None, (Failure(Area.DOCKER, error),)
+
+
+def _mtu(machine: Machine, settings: Settings, kinds: Collection[str]) -> tuple[int, tuple[Failure, ...]]:
+    """Return the overlay's MTU, 0 where none is to be set: asking is a fifth of what a newcomer costs any host."""
+    if {"link", "network"}.isdisjoint(kinds):
+        return 0, ()
+    try:
+        return settings.mtu or machine.mtu() - OVERHEAD, ()
+    except MeshdError as error:
+        return 0, (Failure(Area.UNDERLAY, error),)
+
+
+def local(settings: Settings, own: Host, facts: _Facts) -> plan.Local:
+    """Put together what the desired state depends on."""
+    return plan.Local(
+        host=own,
+        overlay=settings.overlay,
+        wireguard=settings.wireguard,
+        port=settings.wireguard_port,
+        mtu=facts.mtu,
+        keepalive=settings.keepalive,
+        owner=settings.owner,
+        bridge=settings.bridge if settings.docker else None,
+        engine=facts.engine,
+        allow=settings.allow,
+        loose=tuple(r.link for r in facts.resources if isinstance(r, Port)),
+    )
 
 
 def _departed(known: Roster, roster: Roster) -> set[str]:
@@ -196,7 +302,7 @@ def _remember(state: State, known: Roster, roster: Roster, changes: Sequence[Cha
     """Put on disk what must be known before the changes are made: the hosts, and the sysctls to put back."""
     failures: list[Failure] = []
     if (roster.hosts, roster.gone) != (known.hosts, known.gone):
-        failures += _tried("hosts", partial(state.save_roster, roster))
+        failures += _tried(HOSTS, partial(state.save_roster, roster))
     originals = state.originals()
     found = {
         c.resource.path: c.old.value
@@ -204,79 +310,51 @@ def _remember(state: State, known: Roster, roster: Roster, changes: Sequence[Cha
         if isinstance(c.resource, Sysctl) and isinstance(c.old, Sysctl) and c.resource.path == plan.IP_FORWARD
     }
     if found.keys() - originals.keys():
-        failures += _tried("originals", partial(state.save_originals, found | originals))
+        failures += _tried(ORIGINALS, partial(state.save_originals, found | originals))
     return failures
 
 
 def _needs_memory(change: Change, kept: Collection[str]) -> str:
-    """Give what has to be on disk before this change: else a host that is gone would be back after a reboot, and
-    forwarding would stay on after `down`. The empty string for all others.
+    """Return what has to be on disk before this change, the empty string for most of them.
 
-    `kept` are the public keys that are wanted: to begin anew with them (see plan.begin_anew) is no removal.
+    Otherwise a host that left would be back after a reboot, and forwarding would stay on after `meshd down`. `kept`
+    are the public keys that are wanted: to re-create such a peer (see handshakes.begin_anew) is no removal.
     """
     resource = change.resource
     if isinstance(resource, Sysctl) and resource.path == plan.IP_FORWARD:
-        return "originals"
+        return ORIGINALS
     is_host = isinstance(resource, Route) or (isinstance(resource, Peer) and resource.public_key not in kept)
-    return "hosts" if is_host and change.action is Action.REMOVE else ""
+    return HOSTS if is_host and change.action is Action.REMOVE else ""
 
 
-def _tried(what: str, write: Callable[[], None]) -> list[Failure]:
+def _tried(subject: str, write: Callable[[], None]) -> list[Failure]:
     try:
         write()
     except MeshdError as error:
-        return [Failure(what, error)]
+        return [Failure(Area.DISK, error, subject)]
     return []
 
 
-def _mtu(settings: Settings, kinds: Collection[str], readable: set[str], failures: list[Failure]) -> int:
-    """Give the overlay's MTU, 0 in a pass that sets none: asking is a fifth of what a newcomer costs any host.
-
-    While nothing has the underlay address, what has an MTU is left as it is.
-    """
-    if {"link", "network"}.isdisjoint(kinds):
-        return 0
-    try:
-        return settings.mtu or underlay.mtu(settings.bind) - OVERHEAD
-    except MeshdError as error:
-        readable -= {"link", "network"}
-        failures.append(Failure("underlay", error))
-        return 0
-
-
-def local(settings: Settings, own: Host, engine: Engine | None, observed: Iterable[Resource], mtu: int) -> plan.Local:
-    """Put together what the desired state depends on."""
-    return plan.Local(
-        host=own,
-        overlay=settings.overlay,
-        wireguard=settings.wireguard,
-        port=settings.wireguard_port,
-        mtu=mtu,
-        keepalive=settings.keepalive,
-        owner=settings.owner,
-        bridge=settings.bridge if settings.docker else None,
-        engine=engine,
-        allow=settings.allow,
-        loose=tuple(r.link for r in observed if isinstance(r, Port)),
-    )
-
-
 def dismantle(state: State) -> Report:
-    """Take away everything that meshd put on this host, and put back what it changed.
+    """Remove everything that meshd put on this host, and put back what it changed."""
+    with state.lock(), one_socket():
+        return tear_down(state, this_machine(state), time.time())
+
+
+def tear_down(state: State, machine: Machine, now: float) -> Report:
+    """Remove everything that is meshd's from the machine; the caller holds the lock.
 
     ip_forward goes back only where no Docker engine runs: its containers need it now, whoever turned it on.
     """
-    with state.lock(), one_socket():
-        machine = Machine(state)
-        observed, readable, failures = machine.observe(plan.ORDER)
-        # Serf ends with the host's part in the mesh, and with it its tags.
-        changes = plan.diff((), observed, now=time.time(), kinds=readable - {"tags"})
-        failures = [f for f in failures if f.what != "tags"] + machine.apply(changes)
-        if not _docker_runs(machine):
-            undo = [Change(Action.SET, sysctl) for sysctl in plan.restored(state.originals())]
-            failures += machine.apply(undo)
-            changes = (*changes, *undo)
-        return Report(changes=changes, failures=tuple(failures))
+    # Serf ends with the host's part in the mesh, and its tags with it.
+    observed, readable, failures = machine.observe(frozenset(plan.ORDER) - {"tags"})
+    changes = plan.diff((), observed, now=now, kinds=readable)
+    failures += machine.apply(changes)
+    if not _docker_runs(machine):
+        undo = [Change(Action.SET, sysctl) for sysctl in plan.restored(state.originals())]
+        failures += machine.apply(undo)
+        changes = (*changes, *undo)
+    return Report(changes=changes, failures=tuple(failures))
 
 
 def _docker_runs(machine: Machine) -> bool:

@@ -14,7 +14,7 @@ from meshd.endpoint import Endpoint
 from meshd.errors import InputError
 from meshd.mesh import certificates
 from meshd.mesh.invitations import Invitation
-from meshd.mesh.model import Certificate, Delegation, Goodbye, Record, Revocation, is_name
+from meshd.mesh.model import Certificate, Delegation, Record, Revocation, Tombstone, is_name
 from meshd.mesh.records import MAX_PREFIX
 from meshd.mesh.tombstones import forgotten
 from meshd.state.directory import State
@@ -143,7 +143,7 @@ def confirm(state: State, name: str, record: Record) -> Certificate | None:
     return certificates.certify(seed, state.settings.mesh, name, certificate)
 
 
-def forget(state: State, name: str, record: Record) -> Goodbye:
+def forget(state: State, name: str, record: Record) -> Tombstone:
     """Sign that a host is dead."""
     return forgotten(record, certificates.forget(key(state), state.settings.mesh, name, record.seq, record.public_key))
 

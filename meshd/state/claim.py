@@ -1,13 +1,17 @@
-"""This host's own record: when it changes, under which number, and whether it still counts."""
+"""This host's own record: when it changes, under which number, which subnet it claims, and whether it still counts."""
 
 import time
+from collections.abc import Collection
+from dataclasses import replace
 from ipaddress import IPv4Network
 
+from meshd import keys
 from meshd.endpoint import Endpoint
 from meshd.errors import ConflictError, InputError
-from meshd.mesh import addressing, membership
+from meshd.mesh import addressing, certificates, membership
 from meshd.mesh.membership import Roster
 from meshd.mesh.model import Host, Member, Record
+from meshd.mesh.records import MAX_SEQ
 from meshd.state.directory import Claim, State
 from meshd.state.settings import Settings
 
@@ -15,57 +19,125 @@ ENDED = {
     membership.REVOKED: "the authority has revoked this host, or the invitation by which it came",
     membership.BURIED: "the mesh has forgotten this host: run 'meshd leave --force' here, then 'meshd join' again",
 }
-EXPIRED = "this host is a member no more, {reason}: 'meshd join' with a new invitation for its name renews it"
+EXPIRED = "this host is no longer a member, {reason}. To renew it, run 'meshd join' with a new invitation for its name"
 
 
-def membership_ended(own: Host, known: Roster, now: float) -> str:
-    """Say why this host is no member any more, and what to do; the empty string while it is one."""
-    reason = known.ended(own.name, own.record, now)
-    if reason == membership.BURIED and known.gone[own.name].public_key != own.record.public_key:
-        return ""  # it was an earlier host of this name, and this one goes beyond it: see `renewed`
-    return ENDED.get(reason, EXPIRED.format(reason=reason)) if reason else ""
+class UnfinishedError(InputError):
+    """This host has not claimed its subnet yet: `meshd join` still asks the mesh, or was interrupted."""
 
 
-def renewed(state: State, claim: Claim, known: Roster) -> Claim:
-    """Give the claim with today's key and endpoint; a changed one gets a new sequence number and is kept first."""
-    goodbye = known.gone.get(state.settings.name)
-    # That of another key is of an earlier host of this name.
-    beyond = goodbye.seq if goodbye is not None and goodbye.public_key != claim.record.public_key else 0
-    return state.publish(
-        subnet=claim.record.subnet, endpoint=endpoint(state.settings), settled=claim.settled, beyond=beyond
+def settled(state: State) -> Claim:
+    """Return the own record that others may rely on. Raises UnfinishedError before `meshd join` has finished."""
+    claim = state.claim()
+    if claim is None or not claim.settled:
+        raise UnfinishedError(
+            f"this host has not finished joining {state.settings.mesh!r}: if no 'meshd join' is running, "
+            "run 'meshd leave --force', then 'meshd join' again"
+        )
+    return claim
+
+
+def staying(state: State) -> Claim:
+    """Return the settled own record of a host that has not begun to leave. Raises InputError."""
+    claim = settled(state)
+    if claim.record.leaving:
+        raise InputError(
+            f"this host has begun to leave {state.settings.mesh!r}: run 'meshd leave' again to finish that"
+        )
+    return claim
+
+
+def publish(
+    state: State,
+    last: Claim | None,
+    *,
+    subnet: IPv4Network,
+    endpoint: Endpoint,
+    settled: bool,
+    leaving: bool = False,
+    beyond: int = 0,
+    now: float | None = None,
+) -> Claim:
+    """Return the own record to publish, signed and kept on disk. Its number grows exactly when the record changes.
+
+    `last` is the own record so far. `beyond` is the number of a tombstone of this name: an earlier host may have
+    signed it by a clock that was wrong. A number never goes back: it survives reboots in the file. Where the file was
+    lost, the number restarts at Unix time, which is higher than any that one record a second reaches.
+    """
+    seq = last.record.seq if last else 0
+    record = Record(keys.public_key(state.wireguard_key), subnet, endpoint, seq, state.certificate, leaving)
+    beyond = min(beyond, MAX_SEQ - 2)  # the greatest number cannot be exceeded
+    if last is not None and record == replace(last.record, signature=b"") and seq > beyond:
+        claim = Claim(last.record, settled)
+    else:
+        start = int(time.time() if now is None else now)
+        record = replace(record, seq=max(seq + 1, beyond + 1, start))
+        settings = state.settings
+        claim = Claim(certificates.sign(state.identity_key, settings.mesh, settings.name, record), settled)
+    if claim != last:
+        state.save_claim(claim)
+    return claim
+
+
+def refresh(state: State, claim: Claim, known: Roster, now: float | None = None) -> Claim:
+    """Return the own record with today's key, certificate and endpoint; one that changed has been numbered and kept."""
+    tombstone = known.gone.get(state.settings.name)
+    # With another key it is the tombstone of an earlier host of this name.
+    beyond = tombstone.seq if tombstone is not None and tombstone.public_key != claim.record.public_key else 0
+    return publish(
+        state,
+        claim,
+        subnet=claim.record.subnet,
+        endpoint=endpoint(state.settings),
+        settled=claim.settled,
+        beyond=beyond,
+        now=now,
     )
 
 
 def endpoint(settings: Settings) -> Endpoint:
-    """Where the others' WireGuard reaches this host."""
+    """Return where the other hosts' WireGuard reaches this host."""
     return Endpoint(settings.advertised, settings.wireguard_port)
 
 
-def settled_subnet(state: State, listed: list[Member]) -> IPv4Network:
-    """Give the subnet to take: the one claimed already unless another member claims it too."""
-    settings, record, now = state.settings, claimed_record(state.claim()), time.time()
-    taken = membership.claimed(settings.name, listed, state.mesh, Roster(), now)
-    if settings.subnet is not None and settings.subnet in taken:
-        rivals = membership.subnet_rivals(Host(settings.name, record), listed, state.mesh, Roster(), now)
-        raise ConflictError(f"the subnet {settings.subnet} is taken by {', '.join(rivals)}: pass another --subnet")
+def choose_subnet(
+    settings: Settings,
+    taken: Collection[IPv4Network] = (),
+    *,
+    allowed: Collection[IPv4Network] = (),
+    persisted: IPv4Network | None = None,
+) -> IPv4Network:
+    """Return a free subnet for this host (see addressing.choose). Raises ConflictError when there is none."""
     return addressing.choose(
         settings.overlay,
         settings.subnet_length,
         taken,
         settings.advertised,
         settings.name,
-        persisted=record.subnet,
-        allowed=record.certificate.subnets,
+        persisted=persisted,
+        allowed=allowed,
     )
 
 
-def ended(state: State) -> str:
-    """Say why this host is no member any more, as far as it has heard; the empty string while it is one."""
+def settle_subnet(state: State, claim: Claim, listed: Collection[Member]) -> IPv4Network:
+    """Return the subnet to take: the claimed one, unless another member claims it too. Raises ConflictError."""
+    settings, record, now = state.settings, claim.record, time.time()
+    taken = membership.claimed(settings.name, listed, state.mesh, Roster(), now)
+    if settings.subnet is not None and settings.subnet in taken:
+        rivals = membership.subnet_rivals(Host(settings.name, record), listed, state.mesh, Roster(), now)
+        raise ConflictError(f"the subnet {settings.subnet} is taken by {', '.join(rivals)}: pass another --subnet")
+    return choose_subnet(settings, taken, allowed=record.certificate.subnets, persisted=record.subnet)
+
+
+def ended(own: Host, known: Roster, now: float) -> str:
+    """Return why this host is no longer a member, and what to do; the empty string while it is one."""
+    reason = known.ended(own.name, own.record, now)
+    if reason == membership.BURIED and known.gone[own.name].public_key != own.record.public_key:
+        return ""  # it ended an earlier host of this name, and this one goes beyond it: see `refresh`
+    return ENDED.get(reason, EXPIRED.format(reason=reason)) if reason else ""
+
+
+def has_ended(state: State) -> str:
+    """Return what `ended` says by what is on disk now."""
     claim = state.claim()
-    return membership_ended(Host(state.settings.name, claim.record), state.roster(), time.time()) if claim else ""
-
-
-def claimed_record(claim: Claim | None) -> Record:
-    if claim is None:
-        raise InputError("the claim of this host is missing from its state directory")
-    return claim.record
+    return ended(Host(state.settings.name, claim.record), state.roster(), time.time()) if claim else ""

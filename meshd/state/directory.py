@@ -4,24 +4,23 @@ import base64
 import errno
 import fcntl
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any, TypeVar
 
 from meshd import files, keys
 from meshd.endpoint import Endpoint
 from meshd.errors import InputError, MeshdError
-from meshd.mesh import certificates
 from meshd.mesh.certificates import Trust
-from meshd.mesh.membership import Mesh, Roster
-from meshd.mesh.model import Certificate, Goodbye, Record, Revocation
-from meshd.mesh.records import MAX_SEQ, RecordError, from_wire, pack_certificate, read_certificate, to_wire
+from meshd.mesh.membership import Roster
+from meshd.mesh.model import Certificate, Record, Revocation, Tombstone
+from meshd.mesh.records import RecordError, from_wire, pack_certificate, read_certificate, to_wire
+from meshd.mesh.terms import Mesh
+from meshd.mesh.tombstones import proof, read_proof
 from meshd.state import settings as config
 from meshd.state.settings import Settings
 
@@ -177,30 +176,6 @@ class State:
             self.directory / "claim.json", {"record": _text(to_wire(claim.record)), "settled": claim.settled}
         )
 
-    def publish(
-        self, *, subnet: IPv4Network, endpoint: Endpoint, settled: bool, leaving: bool = False, beyond: int = 0
-    ) -> Claim:
-        """Give the claim to publish, kept on disk first. Its sequence number grows exactly when the record changes.
-
-        A number never goes back: it survives reboots in the file, and where the file was lost it starts from the
-        clock, which is beyond what one record a second ever reached. `beyond` is the number of a goodbye of this name:
-        an earlier host may have said it by a clock that was wrong.
-        """
-        last = self.claim()
-        seq = last.record.seq if last else 0
-        public_key = keys.public_key(self.wireguard_key)
-        record = Record(public_key, subnet, endpoint, seq, self.certificate, leaving)
-        beyond = min(beyond, MAX_SEQ - 2)  # who said the greatest number keeps it
-        if last is not None and record == replace(last.record, signature=b"") and seq > beyond:
-            claim = Claim(last.record, settled)
-        else:
-            record = replace(record, seq=max(seq + 1, beyond + 1, int(time.time())))
-            settings = self.settings
-            claim = Claim(certificates.sign(self.identity_key, settings.mesh, settings.name, record), settled)
-        if claim != last:
-            self.save_claim(claim)
-        return claim
-
     def roster(self) -> Roster:
         """Give the hosts and tombstones that this host knows of."""
         values = self._json("hosts.json") or {"hosts": {}, "gone": {}, "revoked": {}}
@@ -210,7 +185,7 @@ class State:
         return Roster(
             {str(name): self._record(text) for name, text in values["hosts"].items()},
             {
-                str(name): Goodbye(int(g["seq"]), str(g["public_key"]), _bytes(g["proof"]))
+                str(name): self._tombstone(int(g["seq"]), str(g["public_key"]), _bytes(g["proof"]))
                 for name, g in values["gone"].items()
             },
             revoked={
@@ -218,6 +193,12 @@ class State:
                 for serial, r in values["revoked"].items()
             },
         )
+
+    def _tombstone(self, seq: int, public_key: str, raw: bytes) -> Tombstone:
+        try:
+            return read_proof(seq, public_key, raw, self.mesh)
+        except RecordError:
+            return Tombstone(seq, public_key)  # it counts here all the same
 
     def _record(self, text: str) -> Record:
         return from_wire(_bytes(text), self.settings.overlay, self.settings.subnet_length)
@@ -228,7 +209,7 @@ class State:
             {
                 "hosts": {name: _text(to_wire(record)) for name, record in roster.hosts.items()},
                 "gone": {
-                    name: {"seq": g.seq, "public_key": g.public_key, "proof": _text(g.proof)}
+                    name: {"seq": g.seq, "public_key": g.public_key, "proof": _text(proof(g))}
                     for name, g in roster.gone.items()
                 },
                 "revoked": {
@@ -286,18 +267,6 @@ class State:
         except OSError:
             return None
         return None
-
-    def hint(self, text: str) -> bool:
-        """Wake the daemon; False if none listens."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as client:
-            client.setblocking(False)
-            try:
-                client.sendto(text.encode()[:512], str(self.socket))
-            except BlockingIOError:
-                return True  # its queue is full of hints already
-            except OSError:
-                return False
-        return True
 
     def forget_everything(self) -> None:
         """Remove meshd's files, and the directory if nothing else is in it."""

@@ -17,8 +17,8 @@ from meshd.daemon.agent import GARBAGE, Agent
 from meshd.errors import MeshdError
 from meshd.gossip.serf_agent import members
 from meshd.reconcile import plan
-from meshd.reconcile.machine import Machine
-from meshd.reconcile.run import MEMBERSHIP, reconcile
+from meshd.reconcile.machine import Machine, this_machine
+from meshd.reconcile.run import MEMBERSHIP, Options, sync
 from meshd.state.directory import State
 
 # The kinds of a pass by its hint: the timer's looks at all, Serf's at what a member can change.
@@ -44,7 +44,7 @@ def main() -> None:
     for line in sys.stdin:
         what = line.strip()
         if what not in KINDS and machine is None:
-            machine = Machine(state)
+            machine = this_machine(state)
 
         def work(what: str = what, machine: Machine | None = machine) -> int:
             return _do(state, machine, what)
@@ -55,7 +55,7 @@ def main() -> None:
 def _do(state: State, machine: Machine | None, what: str) -> int:
     """Make a pass, or only read; give the number of changes."""
     if what in KINDS:
-        report = reconcile(state, kinds=KINDS[what])
+        report = sync(state, Options(kinds=KINDS[what]))
         if report.failures:
             raise MeshdError("; ".join(map(str, report.failures[:3])))
         return len(report.changes)

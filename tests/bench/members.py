@@ -5,6 +5,7 @@ from ipaddress import IPv4Address, IPv4Network
 from meshd.endpoint import Endpoint
 from meshd.mesh.model import Member, Record, Status
 from meshd.mesh.records import encode
+from meshd.state.claim import publish
 from meshd.state.directory import State
 from meshd.state.settings import Settings
 from tests.conftest import MESH, certificate, record, seed
@@ -48,5 +49,5 @@ def fill(state: State, rpc_port: int, wireguard: str, *, docker: bool = False) -
     state.save_settings(settings)
     state.save_authority(MESH.trust.authority)
     state.save_certificate(certificate("barge0"), seed("identity of barge0"))
-    claim = state.publish(subnet=own.subnet, endpoint=own.endpoint, settled=True)
+    claim = publish(state, state.claim(), subnet=own.subnet, endpoint=own.endpoint, settled=True)
     return Member("barge0", own.endpoint.address, 7946, Status.ALIVE, encode(claim.record))

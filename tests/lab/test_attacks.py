@@ -20,12 +20,12 @@ from typing import Any
 import pytest
 
 from meshd.endpoint import Endpoint
-from meshd.gossip.messages import EVENT_LIMIT, GONE, RECORD, announcement
+from meshd.gossip.messages import EVENT_LIMIT, GONE, RECORD, TellRecord
 from meshd.lab.hosts import Lab, LabHost
 from meshd.mesh import certificates, tombstones
 from meshd.mesh.model import Certificate, Delegation, Record
 from meshd.mesh.records import encode, to_wire
-from meshd.mesh.tombstones import Graves
+from meshd.mesh.tombstones import Tombstones
 from meshd.state.directory import State
 from tests.lab.conftest import (
     PCAP_HEADER,
@@ -456,8 +456,8 @@ def test_delegated_key_speaks_for_a_host_that_it_has_not_made(scene: Scene, ttl:
     stolen = replace(victim, certificate=made, seq=2**48 - 2, endpoint=elsewhere)
     stolen = certificates.sign(own, "meshd", "barge2", stolen)
     goodbye = certificates.sign(own, "meshd", "barge2", replace(stolen, leaving=True))
-    (grave,) = Graves({"barge2": tombstones.said(goodbye)}).pages(EVENT_LIMIT)
-    events = [(GONE, grave.hex()), (RECORD, announcement("barge2", to_wire(stolen)).hex())]
+    (grave,) = Tombstones({"barge2": tombstones.of_leaving(goodbye)}).pages(EVENT_LIMIT)
+    events = [(GONE, grave.hex()), (RECORD, TellRecord("barge2", to_wire(stolen)).payload().hex())]
     script = (
         "import json, sys; from meshd.gossip import calls; from meshd.state.directory import State\n"
         "with calls.rpc(State()) as serf:\n"

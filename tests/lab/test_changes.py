@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from meshd.daemon import hints
 from meshd.lab.hosts import Lab, LabHost
 from meshd.state.directory import State
 from tests.lab.conftest import assemble, eventually, log, nothing_in_clear, overlay, peers, ping, settled
@@ -63,7 +64,7 @@ def test_two_hosts_that_learn_of_each_other_at_once_do_not_talk_past_each_other(
             host.run(["wg", "set", "wg0", "peer", other, "remove"])
         begun = time.monotonic()
         for host in keys:
-            assert State(host.directory / "meshd").hint("serf: test")
+            assert hints.wake(State(host.directory / "meshd").socket, "test", "serf")
         eventually(lambda: ping(one, overlay(two)) and ping(two, overlay(one)), 10, "they reach each other")
         took.append(time.monotonic() - begun)
     print(f"reach after two hosts have met: at most {max(took):.2f} s")  # noqa: T201
@@ -78,7 +79,7 @@ def test_first_messages_that_are_lost_are_not_waited_for(lab: Lab, hosts: list[L
     try:
         for host, other in ((one, key(two)), (two, key(one))):
             host.run(["wg", "set", "wg0", "peer", other, "remove"])
-            assert State(host.directory / "meshd").hint("serf: test")
+            assert hints.wake(State(host.directory / "meshd").socket, "test", "serf")
         time.sleep(0.5)
     finally:
         lab.switch.run(["nft", "delete", "table", "bridge", "lose"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from meshd.daemon.agent import HELD_BACK
+from meshd.daemon.hints import HELD_BACK
 from meshd.lab import images, network
 from meshd.lab.hosts import Lab, LabHost
 from tests.lab.conftest import SERVER, eventually, fetch, init, join, overlay, ping, rtt, run_container, serf, snapshot
@@ -245,7 +245,7 @@ def test_a_handler_is_a_hint_to_the_daemon(mesh: Mesh) -> None:
     host.run(["wg", "set", "wg0", "peer", peer, "remove"])
     host.run(["sh", "-c", command[1]], env={"SERF_EVENT": "member-join"})
     eventually(lambda: peer in host.run(["wg", "show", "wg0", "peers"]).stdout, 2, "the peer is back")
-    assert re.search(rf"add peer {re.escape(peer)}.*seen by .*serf: member-join", host.run(["cat", LOG]).stdout)
+    assert re.search(rf"add peer {re.escape(peer)}.*seen by .*serf handler: member-join", host.run(["cat", LOG]).stdout)
 
 
 def test_down_leaves_the_host_as_it_was_found_and_up_brings_it_back(mesh: Mesh) -> None:

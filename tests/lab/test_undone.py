@@ -32,7 +32,7 @@ from meshd.lifecycle.rollback import all_or_nothing
 from meshd.lifecycle.up import begin
 from meshd.mesh import addressing
 from meshd.state.settings import Settings
-from meshd.state.claim import endpoint
+from meshd.state.claim import endpoint, publish
 from meshd.state.directory import State
 
 state = State()
@@ -41,7 +41,7 @@ with all_or_nothing(state):
     _settle_in(state, settings)
     authority.found(state, settings.mesh, settings.name)
     subnet = addressing.choose(settings.overlay, 24, (), settings.bind, settings.name)
-    state.publish(subnet=subnet, endpoint=endpoint(settings), settled=True)
+    publish(state, state.claim(), subnet=subnet, endpoint=endpoint(settings), settled=True)
     begin(state)
     with Path("/var/lib/meshd/full").open("wb", buffering=0) as file:
         while True:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from meshd.net.resources import Route, Table
-from meshd.reconcile.run import dismantle, reconcile
-from meshd.state.claim import endpoint
+from meshd.reconcile.run import Options, dismantle, sync
+from meshd.state.claim import endpoint, publish
 from meshd.state.directory import State
 from tests.netns.conftest import Namespace
 
@@ -28,14 +28,22 @@ def test_without_wireguard_serf_and_underlay_the_guards_are_laid_and_go(
         state.settings, docker=False, wireguard=netns.link_name(), rpc_port=7399, wireguard_backend="userspace"
     )
     state.save_settings(settings)
-    state.publish(subnet=IPv4Network("172.20.101.0/24"), endpoint=endpoint(state.settings), settled=True)
+    publish(
+        state, state.claim(), subnet=IPv4Network("172.20.101.0/24"), endpoint=endpoint(state.settings), settled=True
+    )
 
-    report = reconcile(state, kinds=("table", "device", "peer", "route", "tags", "link"))
-    assert {failure.what for failure in report.failures} >= {"device", "peer", "members", "tags", "underlay"}
+    report = sync(state, Options(kinds=("table", "device", "peer", "route", "tags", "link")))
+    assert {failure.subject or failure.area for failure in report.failures} >= {
+        "device",
+        "peer",
+        "members",
+        "tags",
+        "underlay",
+    }
     assert [type(change.resource) for change in report.changes] == [Table, Route]
-    assert reconcile(state, kinds=("table", "route")).changes == (), "they are there"
+    assert sync(state, Options(kinds=("table", "route"))).changes == (), "they are there"
 
     report = dismantle(state)
-    assert {failure.what for failure in report.failures} == {"device", "peer"}
+    assert {failure.subject or failure.area for failure in report.failures} == {"device", "peer"}
     assert {type(change.resource) for change in report.changes} == {Table, Route}
-    assert reconcile(state, kinds=("table", "route"), dry=True).changes != ()
+    assert sync(state, Options(kinds=("table", "route"), dry=True)).changes != ()

@@ -9,57 +9,43 @@ import pytest
 
 from meshd.daemon import agent as daemon
 from meshd.daemon.agent import Agent
-from meshd.daemon.exchange import ASKED
+from meshd.daemon.hints import READINESS, Hint, Source
 from meshd.errors import MeshdError
-from meshd.gossip.messages import APPLIED, YES, Question
+from meshd.gossip.messages import APPLIED, QUERY, YES, Applied
 from meshd.mesh.membership import Roster
-from meshd.mesh.model import Goodbye
+from meshd.mesh.model import Tombstone
 from meshd.net import links
 from meshd.net.resources import Action, Change, Route
-from meshd.reconcile.machine import Failure
+from meshd.reconcile.machine import Area, Failure
 from meshd.reconcile.run import Report
 from meshd.state.directory import State
 from tests.conftest import record
 
 ADDED = Change(Action.ADD, Route(IPv4Network("172.20.7.0/24"), "wg0"))
-TOLD = "netlink: route 172.20.7.0/24 changed"
+TOLD = Hint(Source.NETLINK, "route 172.20.7.0/24 changed")
+JOINED = Hint(Source.HANDLER, "member-join")
 
 
-def test_what_the_kernel_tells_of_the_last_pass_is_no_reason_for_another(state: State) -> None:
-    agent = Agent(state)
-    agent.echoes = links.told([ADDED])
-    agent.hint(TOLD)
-    assert agent._wait(0.1) == []
-    agent.hint(TOLD)
-    assert agent._wait(0.1) == [TOLD], "the second one is somebody else's"
+def test_links_tell_of_an_own_change_by_the_text_that_is_expected() -> None:
+    assert links.told([ADDED]) == {TOLD.text}
 
 
 def test_an_echo_does_not_hide_what_came_with_it(state: State) -> None:
     agent = Agent(state)
-    agent.echoes = links.told([ADDED])
-    agent.logged = time.monotonic() - daemon.HELD_BACK
-    for text in (TOLD, "serf: member-join", TOLD):
-        agent.hint(text)
-    assert agent._wait(0.1) == [TOLD, "serf: member-join"]
-
-
-def test_a_handler_tells_nothing_new_of_what_serf_has_logged(state: State) -> None:
-    agent = Agent(state)
-    agent.hint("serf: member-join")
-    assert agent._wait(0.1) == ["serf: member-join"]
-    agent.logged = time.monotonic()
-    agent.hint("serf: member-join")
-    agent.hint("serf: member-update")
+    agent.echoes.expect([TOLD])
+    agent.hints.put(TOLD)
     assert agent._wait(0.1) == []
-    agent.hint("netlink: link wg0 removed")
-    assert agent._wait(0.1) == ["netlink: link wg0 removed"]
+    agent.echoes.expect([TOLD])
+    for hint in (TOLD, JOINED, TOLD):
+        agent.hints.put(hint)
+    assert agent._wait(0.1) == [TOLD, JOINED]
 
 
-def test_a_question_that_the_last_pass_has_answered_makes_no_other(state: State) -> None:
+def test_a_question_that_the_last_reconcile_has_answered_causes_no_other(state: State) -> None:
     agent, answers = Agent(state), list[bytes]()
-    agent.exchange._asked(APPLIED, Question("barge2", 5).payload(), answers.append)
-    assert agent._wait(0.1) == [ASKED], "it waits for a pass"
-    agent.hint(ASKED)
+    agent.exchange.receive(QUERY, APPLIED, Applied("barge2", 5).payload(), answers.append)
+    assert agent._wait(0.1) == [READINESS], "it waits for a reconcile"
+    agent.hints.put(READINESS)
     agent.exchange.after(Report(Roster({"barge2": record(2, seq=5)})))
     assert answers == [YES]
     assert agent._wait(0.1) == []
@@ -78,12 +64,13 @@ def test_a_signal_at_any_moment_ends_the_daemon_and_never_hangs_it(state: State)
     script = (
         "import pathlib, signal, sys, time\n"
         "from meshd.daemon import agent\n"
+        "from meshd.daemon.hints import Source\n"
         "from meshd.state.directory import State\n"
         "daemon, agent.SETTLE, end = agent.Agent(State(pathlib.Path(sys.argv[1]))), 0, time.monotonic() + 2\n"
         "signal.signal(signal.SIGALRM, lambda *_: daemon.stop())\n"
         "signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)\n"
         "while time.monotonic() < end:\n"
-        "    daemon.hint('any')\n"
+        "    daemon.hint(Source.COMMAND, 'any')\n"
         "    daemon._wait(0)\n"
         "signal.setitimer(signal.ITIMER_REAL, 0)\n"
     )
@@ -91,9 +78,9 @@ def test_a_signal_at_any_moment_ends_the_daemon_and_never_hangs_it(state: State)
 
 
 def test_a_goodbye_that_the_disk_has_not_taken_is_not_confirmed() -> None:
-    roster = Roster({"barge2": record(2, seq=5)}, {"barge3": Goodbye(7, "key", b"")})
+    roster = Roster({"barge2": record(2, seq=5)}, {"barge3": Tombstone(7, "key")})
     assert Report(roster).applied == {"barge2": 5, "barge3": 7}
-    assert Report(roster, failures=(Failure("hosts", MeshdError("full")),)).applied == {"barge2": 5}
+    assert Report(roster, failures=(Failure(Area.DISK, MeshdError("full"), "hosts"),)).applied == {"barge2": 5}
 
 
 @pytest.mark.parametrize(("hosts", "seconds"), [(0, 10), (3, 10), (200, 10), (1000, 50), (1500, 60), (10000, 60)])

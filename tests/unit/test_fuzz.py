@@ -12,13 +12,14 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from meshd.daemon import hints
 from meshd.daemon.agent import Agent
 from meshd.daemon.exchange import Exchange
 from meshd.errors import InputError
-from meshd.gossip import responder
-from meshd.gossip.messages import APPLIED, BURY, CONFIRM, GONE, RECORD, announcement
+from meshd.gossip import messages, responder
+from meshd.gossip.messages import APPLIED, BURY, CONFIRM, EVENT, GONE, QUERY, RECORD, TellRecord
 from meshd.mesh.records import to_wire
-from meshd.mesh.tombstones import Graves, said
+from meshd.mesh.tombstones import Tombstones, of_leaving
 from meshd.state import authority
 from meshd.state.directory import Claim, State
 from tests.conftest import AUTHORITY, record
@@ -29,9 +30,9 @@ names = st.sampled_from([APPLIED, GONE, BURY, RECORD, CONFIRM, "other"])
 payloads = st.one_of(
     st.binary(max_size=600),
     st.builds(lambda at, raw: raw[:at] + b"\xff" + raw[at + 1 :], st.integers(0, 250), st.just(to_wire(record(2)))).map(
-        lambda wire: announcement("barge2", wire)
+        lambda wire: TellRecord("barge2", wire).payload()
     ),
-    st.just(next(Graves({"barge2": said(record(2))}).pages(500))),
+    st.just(next(Tombstones({"barge2": of_leaving(record(2))}).pages(500))),
     st.sampled_from([b"barge1", b"barge1 5", b"barge2 0000000000000000 ", b"barge1 0000000000000000 x"]),
 )
 values = st.recursive(
@@ -60,20 +61,21 @@ def member(state: State) -> State:
 def test_what_others_send_over_serf_changes_nothing(member: State, name: str, payload: bytes, query: bool) -> None:
     before, answered = contents(member), list[bytes]()
     exchange = Exchange(member, lambda _: None, threading.Event())
-    if query:
-        exchange._asked(name, payload, answered.append)
-    else:
-        exchange._told(name, payload)
+    exchange.receive(QUERY if query else EVENT, name, payload, answered.append if query else None)
     assert contents(member) == before
     assert exchange.heard == {}
     assert all(len(answer) <= 1024 for answer in answered)
 
 
 @same_state
-@given(names, payloads)
-def test_a_lone_handler_answers_the_same_noise_with_nothing_or_little(member: State, name: str, payload: bytes) -> None:
+@given(names, payloads, st.sampled_from([QUERY, EVENT]))
+def test_a_lone_handler_answers_the_same_noise_with_nothing_or_little(
+    member: State, name: str, payload: bytes, kind: str
+) -> None:
     before = contents(member)
-    assert len(responder.answer(member, name, payload) or b"") <= 1024
+    message = messages.read(kind, name, payload, member.mesh)
+    reply = responder.respond(member, message) if message is not None else responder.NOTHING
+    assert len(reply.answer or b"") <= 1024
     assert contents(member) == before
 
 
@@ -123,18 +125,18 @@ def test_whatever_comes_by_the_control_socket_is_a_hint_of_printable_text(state:
     listener = threading.Thread(target=agent._listen)
     listener.start()
     try:
-        while not state.hint("ready"):
+        while not hints.wake(state.socket, "ready"):
             pass
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as client:
             client.connect(str(state.socket))
             for noise in (b"", b"\x00\x1b[2J\xff", b"x" * 60_000, "\n\r\u202e".encode()):
                 client.send(noise)
             client.send(b"last")
-        heard: list[str] = []
-        while not heard or heard[-1] != "last":
+        heard: list[hints.Hint] = []
+        while not heard or heard[-1].text != "last":
             heard.append(agent.hints.get(timeout=5))
     finally:
         agent.stopping.set()
         listener.join()
-    assert all(text.isprintable() and len(text) <= 512 for text in heard)
+    assert all(hint.text.isprintable() and len(hint.text) <= 512 for hint in heard)
     assert not state.socket.exists()

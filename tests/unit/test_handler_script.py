@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from meshd.daemon import hints
 from meshd.gossip import serf_agent
 from meshd.state.directory import State
 from meshd.state.settings import Settings
@@ -50,7 +51,7 @@ def test_a_query_is_hinted_with_its_name(state: State, listening: socket.socket)
 
 def test_a_daemon_that_does_not_read_holds_nobody_up(state: State, listening: socket.socket) -> None:
     listening.setblocking(False)
-    while state.hint("full") and _fits(state):
+    while hints.wake(state.socket, "full") and _fits(state):
         pass
     done = run(state, "member-join")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

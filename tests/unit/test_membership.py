@@ -14,7 +14,6 @@ from meshd.mesh.membership import (
     MOST_STRANGERS,
     REVOKED,
     TAKEN,
-    Mesh,
     Roster,
     admit,
     claimed,
@@ -23,8 +22,9 @@ from meshd.mesh.membership import (
     subnet_rivals,
     superseded_by,
 )
-from meshd.mesh.model import Certificate, Goodbye, Host, Member, Record, Status
-from meshd.mesh.tombstones import Graves
+from meshd.mesh.model import Certificate, Host, Member, Record, Status, Tombstone
+from meshd.mesh.terms import Mesh
+from meshd.mesh.tombstones import Tombstones
 from tests.conftest import (
     AUTHORITY,
     MESH,
@@ -46,8 +46,8 @@ def admitted(members: Sequence[Member], known: Roster | None = None, *, left_is_
     return admit(OWN, MESH, members, known or Roster(), now=NOW, left_is_goodbye=left_is_goodbye)
 
 
-def bury(known: Roster, mesh: Mesh, graves: Graves, own: Host | None = OWN) -> Roster:
-    return membership.bury(known, mesh, graves, own, NOW)
+def merge_tombstones(known: Roster, mesh: Mesh, graves: Tombstones, own: Host | None = OWN) -> Roster:
+    return membership.merge_tombstones(known, mesh, graves, own, NOW)
 
 
 def test_valid_members_are_admitted_and_the_own_name_is_not_a_peer() -> None:
@@ -71,11 +71,11 @@ def test_a_goodbye_drops_a_host_and_is_remembered() -> None:
     known = admitted([member(2)])
     roster = admitted([member(2, of=record(2, seq=2, leaving=True))], known)
     assert roster.hosts == {}
-    assert roster.gone == {"barge2": tombstones.said(record(2, seq=2, leaving=True))}
+    assert roster.gone == {"barge2": tombstones.of_leaving(record(2, seq=2, leaving=True))}
 
 
 def test_an_older_record_does_not_bring_a_departed_host_back() -> None:
-    gone = Roster(gone={"barge2": Goodbye(2, public_key("barge2"))})
+    gone = Roster(gone={"barge2": Tombstone(2, public_key("barge2"))})
     roster = admitted([member(2, of=record(2, seq=2))], gone)
     assert roster.hosts == {}
     assert "said goodbye, or was forgotten" in roster.refused["barge2"]
@@ -83,7 +83,7 @@ def test_an_older_record_does_not_bring_a_departed_host_back() -> None:
 
 
 def test_a_newer_record_with_a_new_key_brings_a_departed_host_back() -> None:
-    gone = Roster(gone={"barge2": Goodbye(2, public_key("barge2"))})
+    gone = Roster(gone={"barge2": Tombstone(2, public_key("barge2"))})
     assert admitted([member(2, of=record(2, seq=3))], gone).hosts == {}, "the same key: it has not joined again"
     roster = admitted([member(2, of=record(2, seq=3, key="new"))], gone)
     assert roster.hosts["barge2"].seq == 3
@@ -247,7 +247,7 @@ def test_a_revocation_drops_the_host_and_keeps_it_out(serial: str) -> None:
     known = admitted([member(2, of=record(2, by=mine)), member(3)])
     number = mine.serial if serial == "certificate" else 7
     word = certificates.revoke(AUTHORITY, "meshd", number, "barge2")
-    buried = bury(known, MESH, Graves(revoked={number: word}))
+    buried = merge_tombstones(known, MESH, Tombstones(revoked={number: word}))
     roster = admitted([member(2, of=record(2, seq=9, key="new", by=mine))], buried)
     assert sorted(roster.hosts) == ["barge3"]
     assert roster.refused["barge2"] == REVOKED
@@ -257,9 +257,9 @@ def test_a_revocation_drops_the_host_and_keeps_it_out(serial: str) -> None:
 def test_who_is_not_the_authority_revokes_and_forgets_nobody() -> None:
     known = admitted([member(2)])
     word = certificates.revoke(seed("identity of barge3"), "meshd", certificate("barge2").serial, "barge2")
-    assert bury(known, MESH, Graves(revoked={word.serial: word})) == known
+    assert merge_tombstones(known, MESH, Tombstones(revoked={word.serial: word})) == known
     signature = certificates.forget(seed("identity of barge3"), "meshd", "barge2", 1, public_key("barge2"))
-    assert bury(known, MESH, Graves({"barge2": tombstones.forgotten(record(2), signature)})) == known
+    assert merge_tombstones(known, MESH, Tombstones({"barge2": tombstones.forgotten(record(2), signature)})) == known
 
 
 # --- records that came besides the tags ------------------------------------------------------------------------------
@@ -324,16 +324,16 @@ def test_a_subnet_that_overlaps_an_own_network_is_not_taken_and_an_incumbents_st
 # --- goodbyes that others tell of, and subnets that two hosts claim -------------------------------------------------
 
 
-def goodbye(number: int, seq: int) -> Goodbye:
-    return tombstones.said(record(number, seq=seq, leaving=True))
+def goodbye(number: int, seq: int) -> Tombstone:
+    return tombstones.of_leaving(record(number, seq=seq, leaving=True))
 
 
 def test_a_goodbye_that_others_tell_of_drops_the_host() -> None:
     known = Roster({"barge2": record(2, seq=5), "barge3": record(3)})
-    roster = admitted([], bury(known, MESH, Graves({"barge2": goodbye(2, 5)})))
+    roster = admitted([], merge_tombstones(known, MESH, Tombstones({"barge2": goodbye(2, 5)})))
     assert sorted(roster.hosts) == ["barge3"]
     assert roster.gone == {"barge2": goodbye(2, 5)}
-    assert bury(roster, MESH, Graves({"barge2": goodbye(2, 4)})) == roster, "older news is no news"
+    assert merge_tombstones(roster, MESH, Tombstones({"barge2": goodbye(2, 4)})) == roster, "older news is no news"
 
 
 @pytest.mark.parametrize("proof", ["none", "another's", "not leaving", "noise", "another number"])
@@ -341,25 +341,25 @@ def test_a_goodbye_without_its_proof_is_nothing(proof: str) -> None:
     known = Roster({"barge2": record(2, seq=5)})
     real = goodbye(2, 5)
     bad = {
-        "none": replace(real, proof=b""),
-        "another's": replace(real, proof=goodbye(3, 5).proof),
-        "not leaving": tombstones.said(record(2, seq=5)),
-        "noise": replace(real, proof=b"g" + bytes(300)),
+        "none": replace(real, record=None),
+        "another's": replace(real, record=goodbye(3, 5).record),
+        "not leaving": tombstones.of_leaving(record(2, seq=5)),
+        "noise": replace(real, record=None, forgotten=bytes(300)),
         "another number": replace(real, seq=6),
     }
-    assert bury(known, MESH, Graves({"barge2": bad[proof]})) == known
+    assert merge_tombstones(known, MESH, Tombstones({"barge2": bad[proof]})) == known
 
 
 def test_the_authority_can_forget_a_host() -> None:
     known = admitted([member(2)])
     signature = certificates.forget(AUTHORITY, "meshd", "barge2", 1, public_key("barge2"))
-    roster = bury(known, MESH, Graves({"barge2": tombstones.forgotten(record(2), signature)}))
+    roster = merge_tombstones(known, MESH, Tombstones({"barge2": tombstones.forgotten(record(2), signature)}))
     assert admitted([], roster).hosts == {}
 
 
 def test_a_goodbye_of_an_earlier_life_does_not_touch_the_host_that_joined_anew() -> None:
     known = Roster({"barge2": record(2, seq=9, key="new")})
-    assert bury(known, MESH, Graves({"barge2": goodbye(2, 5)})) == known
+    assert merge_tombstones(known, MESH, Tombstones({"barge2": goodbye(2, 5)})) == known
 
 
 # --- a name is that of one identity, whatever a reusable invitation signs ---------------------------------------------
@@ -388,16 +388,16 @@ def test_a_reusable_invitation_ends_no_host_that_it_has_not_made(by: str, expire
     mine = record(2, by=delegated("barge2", delegation(expires=int(NOW) + 99)) if by == "invitation" else None)
     known = admitted([member(2, of=mine)])
     for key in ("thief", "barge2"):
-        word = tombstones.said(by_thief(2, leaving=True, key=key, expires=expires))
-        assert bury(known, MESH, Graves({"barge2": word})) == known
+        word = tombstones.of_leaving(by_thief(2, leaving=True, key=key, expires=expires))
+        assert merge_tombstones(known, MESH, Tombstones({"barge2": word})) == known
     said = admitted([member(2, of=by_thief(2, leaving=True, expires=expires))], known)
     assert (said.hosts, said.gone) == (known.hosts, {})
 
 
 def test_a_reusable_invitation_does_not_end_this_host_itself() -> None:
     for key in ("thief", "barge1"):
-        word = tombstones.said(by_thief(1, leaving=True, key=key))
-        assert bury(Roster(), MESH, Graves({"barge1": word})) == Roster()
+        word = tombstones.of_leaving(by_thief(1, leaving=True, key=key))
+        assert merge_tombstones(Roster(), MESH, Tombstones({"barge1": word})) == Roster()
 
 
 def test_a_reusable_invitation_gives_the_name_of_a_host_to_nobody_else() -> None:
@@ -419,7 +419,7 @@ def test_the_authoritys_certificate_gives_a_name_to_another_identity() -> None:
 
 
 def test_who_has_left_or_whose_certificate_has_ended_leaves_its_name_to_the_next_one() -> None:
-    buried = bury(admitted([member(2)]), MESH, Graves({"barge2": goodbye(2, 5)}))
+    buried = merge_tombstones(admitted([member(2)]), MESH, Tombstones({"barge2": goodbye(2, 5)}))
     assert admitted([member(2, of=by_thief(2, seq=6))], buried).hosts["barge2"].seq == 6, "in the same pass"
     soon = Roster({"barge2": record(2, by=certificate("barge2", expires=int(NOW) - 1))})
     assert admitted([member(2, of=by_thief(2, seq=6))], soon).hosts["barge2"].seq == 6
@@ -428,24 +428,26 @@ def test_who_has_left_or_whose_certificate_has_ended_leaves_its_name_to_the_next
 def test_a_goodbye_of_an_ended_certificate_counts_if_it_is_the_hosts_own() -> None:
     brief = certificate("barge2", expires=int(NOW) - 1)
     known = Roster({"barge2": record(2, by=brief)})
-    word = tombstones.said(record(2, seq=2, leaving=True, by=brief))
-    assert bury(known, MESH, Graves({"barge2": word})).gone == {"barge2": word}
+    word = tombstones.of_leaving(record(2, seq=2, leaving=True, by=brief))
+    assert merge_tombstones(known, MESH, Tombstones({"barge2": word})).gone == {"barge2": word}
 
 
 @pytest.mark.parametrize("why", ["valid", "revoked", "ended"])
 def test_an_earlier_identity_of_a_host_ends_it_only_while_its_certificate_holds(why: str) -> None:
     ends = int(NOW) - 1 if why == "ended" else 0
     first = certificates.certify(AUTHORITY, "meshd", "barge2", Certificate(5, ends, certificates.public(THIEF)))
-    word = tombstones.said(
+    word = tombstones.of_leaving(
         certificates.sign(THIEF, "meshd", "barge2", replace(by_thief(2, leaving=True), certificate=first))
     )
     revoked = {5: certificates.revoke(AUTHORITY, "meshd", 5, "barge2")} if why == "revoked" else {}
     known = Roster({"barge2": record(2)}, revoked=revoked)
-    assert ("barge2" in bury(known, MESH, Graves({"barge2": word})).gone) == (why == "valid")
+    assert ("barge2" in merge_tombstones(known, MESH, Tombstones({"barge2": word})).gone) == (why == "valid")
 
 
 def test_a_name_that_a_reusable_invitation_has_blocked_is_the_authoritys_to_give() -> None:
-    blocked = bury(Roster(), MESH, Graves({"barge2": tombstones.said(by_thief(2, leaving=True, key="barge2"))}))
+    blocked = merge_tombstones(
+        Roster(), MESH, Tombstones({"barge2": tombstones.of_leaving(by_thief(2, leaving=True, key="barge2"))})
+    )
     assert admitted([member(2, of=record(2, by=delegated("barge2", delegation())))], blocked).hosts == {}
     roster = admitted([member(2)], blocked)
     assert (roster.hosts, roster.gone) == ({"barge2": record(2)}, {})
@@ -453,21 +455,26 @@ def test_a_name_that_a_reusable_invitation_has_blocked_is_the_authoritys_to_give
 
 def test_what_a_reusable_invitation_says_does_not_hide_a_goodbye_of_the_authoritys_host() -> None:
     known = Roster(gone={"barge2": goodbye(2, 5)})
-    word = tombstones.said(by_thief(2, leaving=True))
-    assert bury(known, MESH, Graves({"barge2": word})) == known
+    word = tombstones.of_leaving(by_thief(2, leaving=True))
+    assert merge_tombstones(known, MESH, Tombstones({"barge2": word})) == known
     assert admitted([member(2, of=by_thief(2, leaving=True))], known).gone == known.gone
     assert admitted([member(2, of=record(2, seq=4))], known).hosts == {}
 
 
 def test_of_names_never_met_so_many_goodbyes_are_kept_and_those_of_hosts_always() -> None:
-    noise = {f"barge{n}": tombstones.said(by_noise(n)) for n in range(3, MOST_STRANGERS + 9)}
-    known = bury(admitted([member(2, of=record(2, by=delegated("barge2", delegation())))]), MESH, Graves(noise))
+    noise = {f"barge{n}": tombstones.of_leaving(by_noise(n)) for n in range(3, MOST_STRANGERS + 9)}
+    known = merge_tombstones(
+        admitted([member(2, of=record(2, by=delegated("barge2", delegation())))]), MESH, Tombstones(noise)
+    )
     assert len(known.gone) == MOST_STRANGERS
-    assert len(bury(known, MESH, Graves({"barge999": tombstones.said(by_noise(999))})).gone) == MOST_STRANGERS
+    assert (
+        len(merge_tombstones(known, MESH, Tombstones({"barge999": tombstones.of_leaving(by_noise(999))})).gone)
+        == MOST_STRANGERS
+    )
     assert len(admitted([replace(member(3, of=by_noise(999)), name="barge999")], known).gone) == MOST_STRANGERS
-    mine = tombstones.said(record(2, seq=2, leaving=True, by=delegated("barge2", delegation())))
-    others = tombstones.said(record(1, leaving=True))
-    more = bury(known, MESH, Graves({"barge2": mine, "barge1": others}), own=None)
+    mine = tombstones.of_leaving(record(2, seq=2, leaving=True, by=delegated("barge2", delegation())))
+    others = tombstones.of_leaving(record(1, leaving=True))
+    more = merge_tombstones(known, MESH, Tombstones({"barge2": mine, "barge1": others}), own=None)
     assert len(more.gone) == MOST_STRANGERS + 2, "a host's own, and one by the authority's certificate"
 
 
@@ -485,9 +492,9 @@ def test_an_earlier_host_of_the_own_name_is_remembered_until_this_one_has_gone_b
         ends = int(NOW) - 1 if by == "ended" else 0
         issued = certificates.certify(AUTHORITY, "meshd", "barge1", Certificate(5, ends, certificates.public(THIEF)))
         earlier, joined = replace(earlier, certificate=issued), certificate("barge1")
-    word = tombstones.said(certificates.sign(THIEF, "meshd", "barge1", earlier))
+    word = tombstones.of_leaving(certificates.sign(THIEF, "meshd", "barge1", earlier))
     own = Host("barge1", record(1, by=joined))
-    known = bury(Roster(), MESH, Graves({"barge1": word}), own)
+    known = merge_tombstones(Roster(), MESH, Tombstones({"barge1": word}), own)
     assert admit(own, MESH, [], known, now=NOW).gone == {"barge1": word}
     beyond = Host("barge1", record(1, seq=2**40 + 1, by=by_invitation))
     assert admit(beyond, MESH, [], known, now=NOW).gone == {}
@@ -498,7 +505,7 @@ def test_an_address_of_a_revoked_host_is_forgotten_and_that_of_an_expired_one_is
     known = Roster({"barge2": record(2), "barge3": record(3, by=brief)})
     word = certificates.revoke(AUTHORITY, "meshd", certificate("barge2").serial, "barge2")
     before = {f"barge{n}": Endpoint(record(n).endpoint.address, 7946) for n in (2, 3)}
-    roster = admitted([], bury(known, MESH, Graves(revoked={word.serial: word})))
+    roster = admitted([], merge_tombstones(known, MESH, Tombstones(revoked={word.serial: word})))
     assert sorted(contacts(before, [], roster)) == ["barge3"]
     usurper = replace(roster, hosts={"barge2": record(2)})
     assert sorted(contacts(before, [], usurper)) == ["barge2", "barge3"], "who uses the name does not hide its host"
@@ -507,8 +514,8 @@ def test_an_address_of_a_revoked_host_is_forgotten_and_that_of_an_expired_one_is
 def test_a_host_that_the_others_have_buried_is_void() -> None:
     own = OWN.record
     assert Roster().ended("barge1", own, NOW) == ""
-    assert Roster(gone={"barge1": Goodbye(1, public_key("barge1"))}).ended("barge1", own, NOW) == BURIED
-    assert Roster(gone={"barge1": Goodbye(0, public_key("earlier"))}).ended("barge1", own, NOW) == ""
+    assert Roster(gone={"barge1": Tombstone(1, public_key("barge1"))}).ended("barge1", own, NOW) == BURIED
+    assert Roster(gone={"barge1": Tombstone(0, public_key("earlier"))}).ended("barge1", own, NOW) == ""
 
 
 def rival_record(serial: int) -> Record:
@@ -533,7 +540,7 @@ def test_of_two_hosts_that_claim_one_subnet_both_name_the_same_loser(seq: int) -
 @pytest.mark.parametrize("why", ["known under another subnet", "gone"])
 def test_who_has_been_here_before_takes_nobodys_subnet(why: str) -> None:
     winning = rival_record(1)
-    known = Roster({"barge2": record(2)}) if why != "gone" else Roster(gone={"barge2": Goodbye(1, public_key("old"))})
+    known = Roster({"barge2": record(2)}) if why != "gone" else Roster(gone={"barge2": Tombstone(1, public_key("old"))})
     claim = record(2, seq=9, subnet=OWN.record.subnet, by=winning.certificate)
     assert superseded(OWN, member(2, of=claim)) == "barge2", "a stranger would"
     assert superseded(OWN, member(2, of=claim), known=known) is None
@@ -554,7 +561,7 @@ def test_who_is_not_there_takes_no_subnet(why: str) -> None:
         "elsewhere": record(2, by=low),
         "unsigned": replace(winning, signature=bytes(64)),
     }
-    gone = {"barge2": Goodbye(1, winning.public_key)} if why == "departed" else {}
+    gone = {"barge2": Tombstone(1, winning.public_key)} if why == "departed" else {}
     found = member(2, Status.FAILED if why == "dead" else Status.ALIVE, claim.get(why, winning))
     assert superseded(OWN, found, known=Roster(gone=gone)) is None
 

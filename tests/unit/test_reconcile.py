@@ -1,16 +1,310 @@
-"""A pass is shown in tests/lab; here is what needs no host."""
+"""One reconcile from Serf's members to changes, on a machine in memory; tests/lab has it on real hosts."""
 
-from typing import ClassVar
+from dataclasses import replace
+from ipaddress import IPv4Network
+from typing import ClassVar, TypeVar
 
 import pytest
 
-from meshd.errors import InputError
+from meshd.errors import ApplyError, InputError, MeshdError, MissingError, SerfError
+from meshd.mesh import certificates, tombstones
+from meshd.mesh.membership import Roster
+from meshd.mesh.model import Host, Member, Status
 from meshd.net.links import Links
-from meshd.net.resources import Change, Link, Resource
-from meshd.reconcile.machine import Machine
+from meshd.net.resources import Action, Change, Engine, Link, Network, Peer, Resource, Route, Sysctl, Table, Tags
+from meshd.reconcile import plan
+from meshd.reconcile.machine import Area, Machine
 from meshd.reconcile.renumber import renumber
+from meshd.reconcile.run import MEMBERSHIP, WITHOUT_DOCKER, Options, Report, reconcile, tear_down
+from meshd.state.claim import UnfinishedError, publish
 from meshd.state.directory import State
-from tests.conftest import record
+from tests.adapters import InMemory, keeps_its_promises
+from tests.conftest import AUTHORITY, NOW, certificate, member, public_key, record
+
+ENGINE = Engine("29.0")
+FORWARD = Sysctl(plan.IP_FORWARD, "0")
+T = TypeVar("T")
+
+
+class Fake:
+    """A machine in memory. What it lists, and whether each part answers, is the test's."""
+
+    def __init__(self, *resources: Resource) -> None:
+        self.members: list[Member] = [member(1), member(2)]
+        self.silent: MeshdError | None = None
+        self.docker: Engine | MeshdError = ENGINE
+        self.underlay: int | MeshdError = 1500
+        self.asked_docker = 0
+        self.adapters = {kind: InMemory({kind}, *(r for r in resources if r.kind == kind)) for kind in plan.ORDER}
+        self.adapters["sysctl"].resources |= {("sysctl", FORWARD.key): FORWARD}
+        self.machine = Machine(
+            [*self.adapters.values()],
+            self.list_members,
+            engine=self.engine,
+            mtu=lambda: raised(self.underlay),
+            networks=tuple,
+        )
+
+    def list_members(self) -> list[Member]:
+        return raised(self.silent or self.members)
+
+    def engine(self) -> Engine:
+        self.asked_docker += 1
+        return raised(self.docker)
+
+    def has(self, kind: str) -> list[Resource]:
+        return list(self.adapters[kind].resources.values())
+
+    @property
+    def peers(self) -> set[str]:
+        return {resource.key for resource in self.has("peer")}
+
+
+def raised(value: "T | MeshdError") -> T:
+    if isinstance(value, MeshdError):
+        raise value
+    return value
+
+
+@pytest.fixture
+def host(state: State) -> State:
+    """A host whose record is settled; its own key is barge1's real one."""
+    own = record(1)
+    publish(state, None, subnet=own.subnet, endpoint=own.endpoint, settled=True, now=NOW)
+    return state
+
+
+def run(state: State, fake: Fake, **options: object) -> Report:
+    return reconcile(state, fake.machine, NOW, Options(**options))  # type: ignore[arg-type]
+
+
+def key(number: int) -> str:
+    return public_key(f"barge{number}")
+
+
+def areas(report: Report) -> set[tuple[Area, str]]:
+    return {(failure.area, failure.subject) for failure in report.failures}
+
+
+def test_the_machine_in_memory_keeps_the_contract() -> None:
+    first = Route(IPv4Network("172.20.7.0/24"), "wg0")
+    keeps_its_promises(InMemory({"route"}), first, replace(first, source=record(1).address))
+
+
+def test_a_new_host_gets_everything_and_then_nothing_is_left_to_do(host: State) -> None:
+    fake = Fake()
+    report = run(host, fake)
+    assert report.failures == ()
+    assert {change.action for change in report.changes} <= {Action.ADD, Action.SET}
+    assert fake.peers == {key(2)}
+    assert {type(r) for kind in fake.adapters for r in fake.has(kind)} >= {Table, Link, Peer, Route, Network, Tags}
+    claim = host.claim()
+    assert claim is not None
+    assert report.own == Host("barge1", claim.record)
+    assert host.roster().hosts == {"barge2": record(2)}
+    assert host.originals() == {plan.IP_FORWARD: "0"}
+    again = run(host, fake)
+    assert (again.changes, again.failures) == ((), ())
+    assert again.applied == {"barge2": record(2).seq}
+
+
+def test_an_unfinished_join_is_told_apart(state: State) -> None:
+    with pytest.raises(UnfinishedError, match="has not finished joining 'meshd'"):
+        run(state, Fake())
+    publish(state, None, subnet=record(1).subnet, endpoint=record(1).endpoint, settled=False)
+    with pytest.raises(UnfinishedError):
+        run(state, Fake())
+
+
+def test_a_host_that_is_down_or_leaves_changes_nothing(host: State) -> None:
+    host.mark_down()
+    fake = Fake()
+    with pytest.raises(InputError, match="is down on this host: 'meshd up' starts it"):
+        run(host, fake)
+    assert run(host, fake, dry=True).changes != (), "but it can be looked at"
+    assert all(not adapter.applied for adapter in fake.adapters.values())
+
+
+def test_dry_changes_and_writes_nothing(host: State) -> None:
+    fake = Fake()
+    _ = host.wireguard_key  # is made when it is first needed
+    before = {path.name: path.read_bytes() for path in host.directory.iterdir()}
+    report = run(host, fake, dry=True)
+    assert all(not adapter.applied for adapter in fake.adapters.values())
+    assert {path.name: path.read_bytes() for path in host.directory.iterdir()} == before
+    assert report.changes == run(host, fake).changes, "and says what would be done"
+
+
+def test_alone_nobody_is_asked_and_what_is_known_stays(host: State) -> None:
+    fake = Fake()
+    run(host, fake)
+    fake.silent = SerfError("another agent")
+    fake.adapters["tags"].unreadable = SerfError("another agent")
+    report = run(host, fake, alone=True)
+    assert (report.failures, report.changes, report.members) == ((), (), ())
+    assert fake.peers == {key(2)}
+    assert areas(run(host, fake)) == {(Area.MEMBERS, ""), (Area.READ, "tags")}
+    assert fake.peers == {key(2)}, "a silent Serf is no evidence"
+
+
+def test_a_member_that_is_not_listed_any_more_keeps_its_peer(host: State) -> None:
+    fake = Fake()
+    run(host, fake)
+    fake.members = [member(1)]
+    assert run(host, fake).changes == ()
+    fake.members = [member(1), member(2, Status.FAILED)]
+    assert run(host, fake).changes == ()
+    assert sorted(run(host, fake).lost) == ["barge2"]
+
+
+def test_a_host_that_leaves_goes_with_its_route(host: State) -> None:
+    fake = Fake()
+    run(host, fake)
+    last = record(2, seq=2, leaving=True)
+    fake.members = [member(1), member(2, of=last)]
+    report = run(host, fake)
+    assert [str(change).split()[:2] for change in report.changes] == [["remove", "route"], ["remove", "peer"]]
+    assert fake.peers == set()
+    assert report.applied == {"barge2": 2}, "its tombstone is applied"
+    assert host.roster().gone == {"barge2": tombstones.of_leaving(last)}
+
+
+def test_the_guard_withholds_what_nobody_said_and_force_does_it(host: State) -> None:
+    stranger = Peer(public_key("stranger"), record(3).endpoint, (IPv4Network("172.20.77.0/24"),))
+    fake = Fake(stranger)
+    fake.members = [member(1)]
+    report = run(host, fake)
+    assert [change.resource for change in report.withheld] == [stranger]
+    assert fake.peers == {stranger.key}
+    run(host, fake, force=True)
+    assert fake.peers == set()
+
+
+def test_what_cannot_be_read_is_left_as_it_is(host: State) -> None:
+    fake = Fake()
+    fake.adapters["route"].unreadable = ApplyError("no answer")
+    report = run(host, fake)
+    assert areas(report) == {(Area.READ, "route")}
+    assert fake.has("route") == []
+    assert fake.peers == {key(2)}
+    assert report.applied == {}, "without its route a host is not ready"
+
+
+def test_a_change_that_fails_stops_no_other(host: State) -> None:
+    fake = Fake()
+    fake.adapters["peer"].broken = ApplyError("refused")
+    report = run(host, fake)
+    ((area, subject),) = areas(report)
+    assert area is Area.CHANGE
+    assert subject.startswith(f"add peer {key(2)}")
+    assert report.applied == {}
+    assert fake.has("route") != []
+
+
+def test_without_docker_its_network_and_rules_are_left_as_they_are(host: State) -> None:
+    fake = Fake()
+    run(host, fake)
+    network = fake.has("network")
+    fake.docker = ApplyError("hangs")
+    report = run(host, fake)
+    assert (areas(report), report.changes) == ({(Area.DOCKER, "")}, ())
+    assert fake.has("network") == network
+    asked = fake.asked_docker
+    assert run(host, fake, engine=ENGINE).failures == ()
+    assert run(host, fake, kinds=WITHOUT_DOCKER).failures == ()
+    assert run(host, fake, kinds=MEMBERSHIP).failures == ()
+    assert fake.asked_docker == asked, "not asked where it is known, or not needed"
+
+
+def test_without_an_underlay_the_mtu_stays(host: State) -> None:
+    fake = Fake()
+    run(host, fake)
+    links = fake.has("link")
+    fake.underlay = InputError("no link has that address")
+    fake.adapters["link"].resources.popitem()
+    report = run(host, fake)
+    assert areas(report) == {(Area.UNDERLAY, "")}
+    assert len(fake.has("link")) == len(links) - 1
+    assert run(host, fake, kinds=MEMBERSHIP).failures == (), "and is not asked for"
+
+
+def fail_writing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise MeshdError(f"writing {name}: No space left on device")
+
+    monkeypatch.setattr(State, name, refuse)
+
+
+def test_a_removal_waits_for_the_disk(host: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake()
+    run(host, fake)
+    fake.members = [member(1), member(2, of=record(2, seq=2, leaving=True)), member(3)]
+    fail_writing("save_roster", monkeypatch)
+    report = run(host, fake)
+    assert areas(report) == {(Area.DISK, "hosts")}
+    assert fake.peers == {key(2), key(3)}, "a host is added, none removed: a reboot would bring it back"
+    assert report.applied == {"barge3": 1}, "nor is its tombstone confirmed"
+
+
+def test_forwarding_waits_for_the_disk(host: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake()
+    fail_writing("save_originals", monkeypatch)
+    assert areas(run(host, fake)) == {(Area.DISK, "originals")}
+    assert FORWARD in fake.has("sysctl"), "'meshd down' would not know what to put back"
+    assert fake.peers == {key(2)}
+
+
+def test_a_revoked_host_says_so(host: State) -> None:
+    own = host.certificate
+    revocation = certificates.revoke(AUTHORITY, "meshd", own.serial, "barge1")
+    host.save_roster(Roster(revoked={own.serial: revocation}))
+    report = run(host, Fake())
+    (failure,) = report.failed(Area.MEMBERSHIP)
+    assert "the authority has revoked this host" in str(failure)
+
+
+def test_a_rival_for_the_subnet_is_named(host: State) -> None:
+    fake = Fake()
+    for serial, rival, failures in ((1, "barge2", {(Area.SUBNET, "")}), (2**62, None, set[tuple[Area, str]]())):
+        claim = record(2, subnet=record(1).subnet, by=certificate("barge2", serial=serial))
+        fake.members = [member(1), member(2, of=claim)]
+        report = run(host, fake)
+        assert (report.rival, areas(report)) == (rival, failures)
+        assert fake.peers == set()
+
+
+def test_heard_records_count_before_the_tags_bring_them(host: State) -> None:
+    fake = Fake()
+    run(host, fake)
+    moved = record(2, seq=2, key="renewed")
+    run(host, fake, heard={"barge2": moved})
+    assert fake.peers == {public_key("renewed")}
+
+
+def test_contacts_are_kept(host: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(host, Fake())
+    assert {name: str(e) for name, e in host.contacts().items()} == {"barge2": "10.10.10.102:7946"}
+    fail_writing("save_contacts", monkeypatch)
+    fake = Fake()
+    fake.members.append(member(3))
+    assert areas(run(host, fake)) == {(Area.DISK, "contacts")}
+
+
+def test_tear_down_takes_everything_and_puts_forwarding_back(host: State) -> None:
+    fake = Fake()
+    run(host, fake)
+    fake.docker = MissingError("no engine")
+    report = tear_down(host, fake.machine, NOW)
+    assert report.failures == ()
+    assert {kind for kind in fake.adapters if fake.has(kind)} == {"sysctl", "tags"}, "the tags end with Serf"
+    assert FORWARD in fake.has("sysctl")
+
+
+def test_tear_down_leaves_forwarding_on_for_a_running_engine(host: State) -> None:
+    fake = Fake()
+    run(host, fake)
+    tear_down(host, fake.machine, NOW)
+    assert FORWARD not in fake.has("sysctl")
 
 
 class Puzzled:
@@ -26,9 +320,8 @@ class Puzzled:
         raise AssertionError(change)
 
 
-def test_what_one_adapter_does_not_foresee_keeps_no_other_from_reading(state: State) -> None:
-    machine = Machine(state)
-    machine.adapters = [Puzzled(), Links(("lo",), ())]
+def test_observe_continues_after_an_unforeseen_error() -> None:
+    machine = Machine([Puzzled(), Links(("lo",), ())], list, engine=lambda: None, mtu=lambda: 1500, networks=tuple)
     resources, read, failures = machine.observe({"iptables", "link"})
     assert any(isinstance(resource, Link) for resource in resources)
     assert "link" in read
@@ -37,7 +330,8 @@ def test_what_one_adapter_does_not_foresee_keeps_no_other_from_reading(state: St
 
 
 def test_a_host_that_has_begun_to_leave_claims_nothing_more(state: State) -> None:
-    goodbye = state.publish(subnet=record(1).subnet, endpoint=record(1).endpoint, settled=True, leaving=True)
+    own = record(1)
+    last = publish(state, None, subnet=own.subnet, endpoint=own.endpoint, settled=True, leaving=True)
     with pytest.raises(InputError, match="has begun to leave 'meshd': run 'meshd leave' again"):
         renumber(state)
-    assert state.claim() == goodbye
+    assert state.claim() == last

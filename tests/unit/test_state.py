@@ -14,12 +14,12 @@ import pytest
 from meshd import files
 from meshd.endpoint import Endpoint
 from meshd.errors import InputError, MeshdError
-from meshd.gossip.responder import bury
+from meshd.gossip.responder import merge_tombstones
 from meshd.mesh.membership import Roster
-from meshd.mesh.model import Goodbye, Host, Revocation
+from meshd.mesh.model import Host, Revocation, Tombstone
 from meshd.mesh.records import MAX_SEQ
-from meshd.mesh.tombstones import Graves, said
-from meshd.state.claim import endpoint, membership_ended, renewed
+from meshd.mesh.tombstones import Tombstones, of_leaving
+from meshd.state.claim import ended, endpoint, publish, refresh
 from meshd.state.directory import _OURS, Claim, State
 from tests.conftest import MESH, certificate, delegated, delegation, public_key, record
 
@@ -27,7 +27,7 @@ from tests.conftest import MESH, certificate, delegated, delegation, public_key,
 def test_the_roster_round_trips(state: State) -> None:
     roster = Roster(
         {"barge2": record(2, seq=7), "barge4": record(4, by=delegated("barge4", delegation()))},
-        {"barge3": Goodbye(4, public_key("barge3"), b"proof")},
+        {"barge3": Tombstone(4, public_key("barge3"), forgotten=b"proof")},
         revoked={9: Revocation(9, "barge5", b"signature")},
     )
     state.save_roster(roster)
@@ -36,22 +36,24 @@ def test_the_roster_round_trips(state: State) -> None:
 
 def test_a_sequence_number_grows_exactly_with_the_record(state: State) -> None:
     subnet, endpoint = record(1).subnet, record(1).endpoint
-    first = state.publish(subnet=subnet, endpoint=endpoint, settled=False)
-    again = State(state.directory).publish(subnet=subnet, endpoint=endpoint, settled=True)
+    first = publish(state, state.claim(), subnet=subnet, endpoint=endpoint, settled=False)
+    again = publish(State(state.directory), state.claim(), subnet=subnet, endpoint=endpoint, settled=True)
     assert again == Claim(first.record, settled=True)
-    moved = state.publish(subnet=subnet, endpoint=Endpoint(endpoint.address, 51821), settled=True)
+    moved = publish(state, state.claim(), subnet=subnet, endpoint=Endpoint(endpoint.address, 51821), settled=True)
     assert moved.record.seq > first.record.seq
-    goodbye = state.publish(subnet=subnet, endpoint=Endpoint(endpoint.address, 51821), settled=True, leaving=True)
+    goodbye = publish(
+        state, state.claim(), subnet=subnet, endpoint=Endpoint(endpoint.address, 51821), settled=True, leaving=True
+    )
     assert goodbye.record.seq > moved.record.seq
     assert goodbye.record.leaving
 
 
 def test_what_is_published_is_signed_and_a_new_certificate_is_published(state: State) -> None:
     subnet, endpoint = record(1).subnet, record(1).endpoint
-    first = state.publish(subnet=subnet, endpoint=endpoint, settled=True).record
+    first = publish(state, state.claim(), subnet=subnet, endpoint=endpoint, settled=True).record
     MESH.trust.check("barge1", first)
     state.save_certificate(certificate("barge1", serial=99))
-    second = state.publish(subnet=subnet, endpoint=endpoint, settled=True).record
+    second = publish(state, state.claim(), subnet=subnet, endpoint=endpoint, settled=True).record
     MESH.trust.check("barge1", second)
     assert second.seq > first.seq
     assert second.certificate.serial == 99
@@ -60,32 +62,35 @@ def test_what_is_published_is_signed_and_a_new_certificate_is_published(state: S
 def test_a_sequence_number_survives_a_clock_that_went_back(state: State) -> None:
     far = Claim(record(1, seq=2**40), settled=True)
     state.save_claim(far)
-    assert state.publish(subnet=record(1).subnet, endpoint=record(1).endpoint, settled=True).record.seq == 2**40 + 1
+    assert (
+        publish(state, state.claim(), subnet=record(1).subnet, endpoint=record(1).endpoint, settled=True).record.seq
+        == 2**40 + 1
+    )
 
 
-def test_a_sequence_number_goes_beyond_what_an_earlier_host_of_the_name_has_said(state: State) -> None:
+def test_a_sequence_number_goes_beyond_what_an_earlier_host_of_the_name_has_of_leaving(state: State) -> None:
     subnet, endpoint = record(1).subnet, record(1).endpoint
-    first = state.publish(subnet=subnet, endpoint=endpoint, settled=True)
-    beyond = state.publish(subnet=subnet, endpoint=endpoint, settled=True, beyond=2**40)
+    first = publish(state, state.claim(), subnet=subnet, endpoint=endpoint, settled=True)
+    beyond = publish(state, state.claim(), subnet=subnet, endpoint=endpoint, settled=True, beyond=2**40)
     assert (first.record.seq < 2**40, beyond.record.seq) == (True, 2**40 + 1)
-    assert state.publish(subnet=subnet, endpoint=endpoint, settled=True, beyond=2**40) == beyond, "once"
-    last = state.publish(subnet=subnet, endpoint=endpoint, settled=True, beyond=MAX_SEQ - 1)
+    assert publish(state, state.claim(), subnet=subnet, endpoint=endpoint, settled=True, beyond=2**40) == beyond, "once"
+    last = publish(state, state.claim(), subnet=subnet, endpoint=endpoint, settled=True, beyond=MAX_SEQ - 1)
     assert last.record.seq == MAX_SEQ - 1
 
 
 def test_a_goodbye_of_an_earlier_host_of_the_name_is_gone_beyond_and_that_of_this_one_is_its_end(state: State) -> None:
-    claim = state.publish(subnet=record(1).subnet, endpoint=endpoint(state.settings), settled=True)
+    claim = publish(state, state.claim(), subnet=record(1).subnet, endpoint=endpoint(state.settings), settled=True)
     own, far = claim.record, 2**40
-    earlier = said(record(1, seq=far, key="earlier", leaving=True))
-    assert bury(state, Graves({"barge1": earlier}))
+    earlier = of_leaving(record(1, seq=far, key="earlier", leaving=True))
+    assert merge_tombstones(state, Tombstones({"barge1": earlier}))
     known = state.roster()
-    assert membership_ended(Host("barge1", own), known, time.time()) == ""
-    assert renewed(state, claim, known).record.seq == far + 1
+    assert ended(Host("barge1", own), known, time.time()) == ""
+    assert refresh(state, claim, known).record.seq == far + 1
     again = state.claim()
     assert again is not None
-    mine = Goodbye(far + 1, own.public_key, b"f")
-    assert "has forgotten this host" in membership_ended(Host("barge1", own), Roster(gone={"barge1": mine}), 0)
-    assert renewed(state, again, Roster(gone={"barge1": mine})) == again
+    mine = Tombstone(far + 1, own.public_key, forgotten=b"f")
+    assert "has forgotten this host" in ended(Host("barge1", own), Roster(gone={"barge1": mine}), 0)
+    assert refresh(state, again, Roster(gone={"barge1": mine})) == again
 
 
 def test_everything_is_private(state: State) -> None:
@@ -215,7 +220,9 @@ def test_files_are_readable_json(state: State) -> None:
 def test_what_a_host_says_itself_as_it_leaves_does_not_end_it(state: State) -> None:
     """Serf gives a user event to who sends it as well: without a daemon the handler hears of the host's own goodbye."""
     subnet = record(1).subnet
-    state.publish(subnet=subnet, endpoint=endpoint(state.settings), settled=True)
-    last = state.publish(subnet=subnet, endpoint=endpoint(state.settings), settled=True, leaving=True).record
-    assert not bury(state, Graves({"barge1": said(last)}))
-    assert membership_ended(Host("barge1", last), state.roster(), time.time()) == ""
+    publish(state, state.claim(), subnet=subnet, endpoint=endpoint(state.settings), settled=True)
+    last = publish(
+        state, state.claim(), subnet=subnet, endpoint=endpoint(state.settings), settled=True, leaving=True
+    ).record
+    assert not merge_tombstones(state, Tombstones({"barge1": of_leaving(last)}))
+    assert ended(Host("barge1", last), state.roster(), time.time()) == ""

@@ -7,45 +7,52 @@ from hypothesis import strategies as st
 
 from meshd.gossip.messages import ANSWER_LIMIT, EVENT_LIMIT
 from meshd.mesh import certificates, tombstones
-from meshd.mesh.model import Goodbye, Revocation
-from meshd.mesh.records import MAX_PREFIX, MAX_SEQ
-from meshd.mesh.tombstones import Graves
-from tests.conftest import AUTHORITY, MESH, OVERLAY, delegated, delegation, public_key, record
+from meshd.mesh.model import Revocation, Tombstone
+from meshd.mesh.records import MAX_PREFIX, MAX_SEQ, RecordError
+from meshd.mesh.tombstones import Tombstones
+from tests.conftest import AUTHORITY, MESH, delegated, delegation, public_key, record
 
 names = st.from_regex(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,61}[A-Za-z0-9])?", fullmatch=True)
 keys = st.integers().map(lambda n: public_key(str(n)))
-# As long as a goodbye's own record can be: delegated, with a prefix and a subnet, IPv6.
-proofs = st.binary(min_size=1, max_size=350)
-goodbyes = st.dictionaries(names, st.builds(Goodbye, st.integers(1, MAX_SEQ - 1), keys, proofs), max_size=20)
+# A host's own last record, the longest one among them, and the authority's signature.
+LONGEST = delegated("barge1", delegation("barge1" + "x" * (MAX_PREFIX - 6), subnets=(record(1).subnet,)))
+records = st.sampled_from([record(2, leaving=True), record(1, seq=MAX_SEQ - 1, by=LONGEST, leaving=True)])
+left = st.builds(Tombstone, st.integers(1, MAX_SEQ - 1), keys, records)
+forgotten = st.builds(
+    lambda seq, key, signature: Tombstone(seq, key, forgotten=signature),
+    st.integers(1, MAX_SEQ - 1),
+    keys,
+    st.binary(min_size=1, max_size=64),
+)
+by_name = st.dictionaries(names, left | forgotten, max_size=20)
 revocations = st.dictionaries(st.integers(1, 2**63 - 1), st.tuples(names, st.binary(max_size=64)), max_size=20).map(
     lambda found: {serial: Revocation(serial, *fields) for serial, fields in found.items()}
 )
-graves = st.builds(Graves, goodbyes, revocations)
+all_tombstones = st.builds(Tombstones, by_name, revocations)
 
 
-@given(graves, st.sampled_from([EVENT_LIMIT, ANSWER_LIMIT]))
-def test_tombstones_survive_their_way_in_messages_that_serf_carries(known: Graves, limit: int) -> None:
-    found = Graves()
+@given(all_tombstones, st.sampled_from([EVENT_LIMIT, ANSWER_LIMIT]))
+def test_tombstones_survive_their_way_in_messages_that_serf_carries(known: Tombstones, limit: int) -> None:
+    found = Tombstones()
     for message in known.pages(limit):
         assert len(message) <= limit + 10
-        found = found.merged(Graves.read(message))
+        found = found.merged(Tombstones.read(message, MESH))
     assert found == known
 
 
 def test_the_longest_goodbye_fits_into_a_user_event() -> None:
-    longest = delegated("barge1", delegation("barge1" + "x" * (MAX_PREFIX - 6), subnets=(record(1).subnet,)))
-    proof = tombstones.said(record(1, seq=MAX_SEQ - 1, by=longest, leaving=True))
-    (message,) = Graves({"b" * 63: proof}).pages(EVENT_LIMIT)
+    proof = tombstones.of_leaving(record(1, seq=MAX_SEQ - 1, by=LONGEST, leaving=True))
+    (message,) = Tombstones({"b" * 63: proof}).pages(EVENT_LIMIT)
     assert len(message) <= EVENT_LIMIT
 
 
 def test_what_has_no_proof_is_not_told() -> None:
-    assert list(Graves({"barge1": Goodbye(1, public_key("barge1"))}).pages(EVENT_LIMIT)) == []
+    assert list(Tombstones({"barge1": Tombstone(1, public_key("barge1"))}).pages(EVENT_LIMIT)) == []
 
 
 @given(st.binary(max_size=1024))
 def test_whatever_comes_as_tombstones_is_tombstones_or_nothing(payload: bytes) -> None:
-    found = Graves.read(payload)
+    found = Tombstones.read(payload, MESH)
     for name, goodbye in found.gone.items():
         assert len(name) <= 63
         assert 0 < goodbye.seq < MAX_SEQ
@@ -54,21 +61,28 @@ def test_whatever_comes_as_tombstones_is_tombstones_or_nothing(payload: bytes) -
 
 @given(st.binary(max_size=400))
 def test_no_noise_proves_a_goodbye(proof: bytes) -> None:
-    assert not tombstones.is_proved(MESH.trust, "barge1", Goodbye(1, public_key("barge1"), proof), OVERLAY, 24)
+    for kind in (b"g", b"f", b""):
+        try:
+            tombstone = tombstones.read_proof(1, public_key("barge1"), kind + proof, MESH)
+        except RecordError:
+            continue
+        assert not tombstones.is_proved(MESH, "barge1", tombstone)
 
 
 def test_what_is_no_tombstone_is_left_out_of_a_message() -> None:
-    good, key = ["barge1", 5, bytes(31) + b"x", b"p"], bytes(32)
+    good, key = ["barge1", 5, bytes(31) + b"x", b"fp"], bytes(32)
     bad = [
         ["", *good[1:]],
         ["a b", *good[1:]],
         ["b", 0, *good[2:]],
         ["c", True, *good[2:]],
-        ["d", 5, key, b"p"],
+        ["d", 5, key, b"fp"],
+        ["f", 5, good[2], b"p"],
+        ["g", 5, good[2], b"g" + bytes(100)],
         ["e"],
         7,
     ]
-    assert list(Graves.read(msgpack.packb([*bad, good])).gone) == ["barge1"]
+    assert list(Tombstones.read(msgpack.packb([*bad, good]), MESH).gone) == ["barge1"]
 
 
 @pytest.mark.parametrize("change", [{"name": "barge2"}, {"seq": 6}, {"public_key": public_key("barge2")}])
@@ -77,14 +91,14 @@ def test_the_authoritys_word_is_about_one_life_of_one_host(change: dict[str, str
     signature = certificates.forget(AUTHORITY, "meshd", "barge1", 5, public_key("barge1"))
 
     def proved(name: str, seq: int, public_key: str) -> bool:
-        return tombstones.is_proved(MESH.trust, name, Goodbye(seq, public_key, b"f" + signature), OVERLAY, 24)
+        return tombstones.is_proved(MESH, name, Tombstone(seq, public_key, forgotten=signature))
 
     assert proved(**said)  # type: ignore[arg-type]
     assert not proved(**(said | change))  # type: ignore[arg-type]
 
 
 def test_of_two_goodbyes_of_one_host_the_later_one_says_more() -> None:
-    first, second = (Graves({"barge1": Goodbye(seq, public_key("barge1"), b"p")}) for seq in (1, 2))
+    first, second = (Tombstones({"barge1": Tombstone(seq, public_key("barge1"), forgotten=b"p")}) for seq in (1, 2))
     assert second.without(first) == second
     assert not first.without(second)
     assert not second.without(second)

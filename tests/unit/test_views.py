@@ -8,7 +8,7 @@ import pytest
 from meshd.cli import views
 from meshd.endpoint import Endpoint
 from meshd.mesh.membership import Roster
-from meshd.mesh.model import Goodbye, Member, Record, Status
+from meshd.mesh.model import Member, Record, Status, Tombstone
 from meshd.net.resources import Action, Change, Peer, Route
 from meshd.reconcile.run import Report
 from meshd.state.directory import Claim, State
@@ -21,7 +21,7 @@ def rows(
     state: State,
     *members: Member,
     hosts: Mapping[str, Record] | None = None,
-    gone: Mapping[str, Goodbye] | None = None,
+    gone: Mapping[str, Tombstone] | None = None,
     refused: Mapping[str, str] | None = None,
     peers: tuple[Peer, ...] = (),
 ) -> str:
@@ -62,7 +62,7 @@ def test_a_known_host_whose_newest_record_is_refused_keeps_its_line_and_says_why
 
 
 def test_a_host_that_said_goodbye_has_left(state: State) -> None:
-    goodbye = {"barge2": Goodbye(2, public_key("barge2"))}
+    goodbye = {"barge2": Tombstone(2, public_key("barge2"))}
     text = rows(state, member(1), member(2, Status.LEFT, record(2, seq=2, leaving=True)), gone=goodbye)
     assert text.splitlines()[-1].split()[3] == "left"
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from meshd.errors import MissingError
-from meshd.net.docker import Bridge, _differences, _network, _subnets
+from meshd.net.docker import DockerNetwork, _differences, _network, _subnets
 from meshd.net.resources import Network
 
 INSPECTED: dict[str, Any] = {
@@ -60,7 +60,7 @@ def test_ipv6_pools_are_no_concern_of_the_overlay() -> None:
 # The SDK drops the socket whose connect has failed, and Python says so when it collects it.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_engine_that_is_not_there_is_said_with_what_to_do(tmp_path: Path) -> None:
-    bridge = Bridge("meshd", "ovl0", f"unix://{tmp_path}/docker.sock")
+    bridge = DockerNetwork("meshd", "ovl0", f"unix://{tmp_path}/docker.sock")
     with pytest.raises(MissingError, match=r"Docker engine does not answer.*apt install docker\.io.*--no-docker"):
         bridge.engine()
     gc.collect()

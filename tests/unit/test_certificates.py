@@ -32,7 +32,7 @@ def test_the_vectors_of_the_documented_format(golden: Callable[[str, str], None]
         },
         "record": {"name": "barge1", "tags": encode(plain), "wire": to_wire(plain).hex()},
         "delegated record": {"name": "barge2", "tags": encode(by_delegation), "wire": to_wire(by_delegation).hex()},
-        "goodbye": {"name": "barge1", "proof": tombstones.said(leaving).proof.hex()},
+        "goodbye": {"name": "barge1", "proof": tombstones.proof(tombstones.of_leaving(leaving)).hex()},
         "forget": {
             "name": "barge1",
             "seq": 7,

@@ -1,0 +1,42 @@
+"""One contract for the adapters of the real kernel and for the one in memory that the unit tests use."""
+
+from collections.abc import Callable
+from ipaddress import IPv4Address, IPv4Network
+
+import pytest
+
+from meshd.net import rules
+from meshd.net.firewall import Nftables
+from meshd.net.links import Links
+from meshd.net.resources import Adapter, Link, Resource, Route
+from meshd.net.routes import Routes
+from tests.adapters import InMemory, keeps_its_promises
+from tests.conftest import OVERLAY
+from tests.netns.conftest import Namespace
+
+pytestmark = [pytest.mark.root]
+
+ROUTES = (
+    Route(IPv4Network("172.20.7.0/24"), "u0", None),
+    Route(IPv4Network("172.20.7.0/24"), "u0", IPv4Address("10.9.0.1")),
+)
+LINKS = (Link("ovl0", "bridge", 1400), Link("ovl0", "bridge", 1300))
+TABLES = tuple(
+    rules.table(wireguard="wg0", port=port, bridge="ovl0", overlay=OVERLAY, subnet=IPv4Network("172.20.1.0/24"))
+    for port in (51820, 51821)
+)
+
+Case = tuple[Callable[[], Adapter], tuple[Resource, ...]]
+CASES: dict[str, Case] = {
+    "routes": (lambda: Routes("u0", OVERLAY), ROUTES),
+    "links": (lambda: Links(("ovl0",), ()), LINKS),
+    "nftables": (lambda: Nftables(TABLES[0].name), TABLES),
+    "in memory": (lambda: InMemory({"route"}), ROUTES),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_an_adapter_keeps_its_promises(case: Case, netns_pair: tuple[Namespace, Namespace]) -> None:
+    adapter, (first, second) = case
+    with netns_pair[0].entered():
+        keeps_its_promises(adapter(), first, second)

@@ -1,0 +1,89 @@
+"""What a host does with the other hosts' messages, by the daemon and by a lone handler."""
+
+from dataclasses import replace
+
+import pytest
+
+from meshd.gossip.messages import (
+    YES,
+    Applied,
+    AskConfirmation,
+    AskRecord,
+    AskTombstones,
+    TellRecord,
+    TellTombstones,
+)
+from meshd.gossip.responder import NOTHING, merge_tombstones, respond
+from meshd.mesh import certificates, tombstones
+from meshd.mesh.membership import Roster
+from meshd.mesh.records import read_certificate, to_wire
+from meshd.mesh.tombstones import Tombstones
+from meshd.state.directory import Claim, State
+from tests.conftest import AUTHORITY, MESH, delegated, delegation, record
+
+
+@pytest.fixture
+def two() -> Tombstones:
+    return Tombstones(revoked={n: certificates.revoke(AUTHORITY, "meshd", n, f"barge{n}") for n in (5, 6)})
+
+
+def test_tombstones_are_confirmed_by_a_host_that_has_all_of_them(state: State, two: Tombstones) -> None:
+    first = Tombstones(revoked={5: two.revoked[5]})
+    assert respond(state, TellTombstones(first)).answer == YES
+    forged = Tombstones(revoked={7: replace(two.revoked[5], serial=7)})
+    reply = respond(state, TellTombstones(forged.merged(first)))
+    assert (reply.answer, reply.tombstones) == (None, None), "one of them was not signed by the authority"
+    reply = respond(state, TellTombstones(two))
+    assert (reply.answer, reply.tombstones) == (YES, two)
+    assert state.roster().all_tombstones == two, "on disk before it is confirmed"
+    assert respond(state, TellTombstones(two)).tombstones is None, "no longer news"
+
+
+def test_a_host_answers_with_the_tombstones_that_the_asker_lacks(state: State, two: Tombstones) -> None:
+    merge_tombstones(state, two)
+    answer = respond(state, AskTombstones("barge2", Tombstones().digest)).answer
+    assert answer
+    assert Tombstones.read(answer, MESH) == two
+    assert respond(state, AskTombstones("barge2", two.digest)).answer == b""
+
+
+def test_a_host_answers_with_its_own_and_with_known_records(state: State) -> None:
+    state.save_roster(Roster({"barge2": record(2)}))
+    assert respond(state, AskRecord("barge2")).answer == to_wire(record(2))
+    assert respond(state, AskRecord("barge1")).answer is None, "not published yet"
+    state.save_claim(Claim(record(1), settled=True))
+    assert respond(state, AskRecord("barge1")).answer == to_wire(record(1))
+    assert respond(state, AskRecord("barge3")).answer is None
+
+
+def test_an_announced_record_counts_if_its_owner_signed_it(state: State) -> None:
+    reply = respond(state, TellRecord("barge2", to_wire(record(2))))
+    assert (reply.name, reply.record, reply.answer) == ("barge2", record(2), None)
+    assert respond(state, TellRecord("barge3", to_wire(record(2)))) == NOTHING
+    assert respond(state, TellRecord("barge2", b"noise")) == NOTHING
+
+
+def test_the_authority_alone_confirms_and_only_known_hosts(state: State) -> None:
+    joined = record(2, by=delegated("barge2", delegation()))
+    state.save_roster(Roster({"barge2": joined, "barge3": record(3)}))
+    assert respond(state, AskConfirmation("barge2")).answer is None, "this host does not hold the authority"
+    state.save_authority_key(AUTHORITY)
+    answer = respond(state, AskConfirmation("barge2")).answer
+    assert answer
+    certificate = read_certificate(answer, is_delegated=False)
+    MESH.trust.check_certificate("barge2", certificate)
+    assert certificate.identity == joined.certificate.identity
+    assert respond(state, AskConfirmation("barge3")).answer is None, "certified by the authority already"
+    assert respond(state, AskConfirmation("barge4")).answer is None
+
+
+def test_readiness_is_left_to_the_caller(state: State) -> None:
+    assert respond(state, Applied("barge2", 5)) == NOTHING
+
+
+def test_own_tombstone_of_a_leaving_host_does_not_end_it(state: State) -> None:
+    """Serf delivers a user event to its sender as well: without a daemon, the handler hears of its own host."""
+    last = record(1, seq=9, leaving=True)
+    state.save_claim(Claim(last, settled=True))
+    assert not merge_tombstones(state, Tombstones({"barge1": tombstones.of_leaving(last)}))
+    assert state.roster().gone == {}
