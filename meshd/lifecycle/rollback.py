@@ -1,6 +1,6 @@
 """Undo a command that failed half way: the host is as it was before."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 from meshd.daemon import service
@@ -13,48 +13,64 @@ from meshd.lifecycle.up import stop_serf
 from meshd.reconcile.run import Report, dismantle
 from meshd.state.directory import State
 
+Step = tuple[str, Callable[[], Report | None]]
+"""What is undone, for people, and how."""
+
 
 @contextmanager
 def all_or_nothing(state: State) -> Iterator[None]:
-    """Undo everything when the block fails or is interrupted; then nothing interrupts it."""
+    """Undo everything when the block fails or is interrupted; nothing interrupts the undoing."""
     existed = state.directory.exists()
+    with undoing(lambda: steps(state, existed=existed)):
+        yield
+
+
+@contextmanager
+def undoing(steps: Callable[[], Iterable[Step]]) -> Iterator[None]:
+    """Take these steps when the block fails or is interrupted; what is left becomes notes of the error."""
     with interruptible() as ignore:
         try:
             yield
         except BaseException as error:
             ignore()
-            for left in undo(state, existed=existed):
+            for left in undo(steps()):
                 error.add_note(left)
             raise
 
 
-def undo(state: State, *, existed: bool) -> list[str]:
-    """Take away all that there is, each part whatever becomes of the others; say what is left and why."""
+def undo(steps: Iterable[Step]) -> list[str]:
+    """Take each step whatever becomes of the others; return what is not undone, and why."""
     left: list[str] = []
-
-    def attempt(what: str, step: Callable[[], Report | None]) -> None:
+    for what, step in steps:
         try:
             report = step()
         except Exception as error:
             left.append(f"not undone: {what}: {error if isinstance(error, MeshdError) else repr(error)}")
         else:
-            left.extend(f"not undone: {failure}" for failure in (report.failures if report else ()))
-
-    if state.exists:
-        with suppress(Exception):
-            state.mark_down()  # it goes with the rest in a moment
-        attempt("the daemon", lambda: service.stop(state))
-        attempt("what others have heard of this host", lambda: _withdraw(state))
-        attempt("the Serf agent", lambda: stop_serf(state))
-        attempt("containers", lambda: disconnect(state.settings, attached_containers(state.settings, force=True)))
-        attempt("the network", lambda: dismantle(state))
-    attempt(str(state.directory), state.forget_everything)
-    if existed and not state.directory.exists():
-        attempt(str(state.directory), lambda: state.directory.mkdir(mode=0o700))
+            left += [f"not undone: {failure}" for failure in (report.failures if report else ())]
     return left
 
 
+def steps(state: State, *, existed: bool) -> Iterator[Step]:
+    """Yield what takes away all that meshd has put on this host, from traffic to files. Each is harmless twice.
+
+    `existed` says whether the state directory was there before.
+    """
+    if state.exists:
+        with suppress(Exception):
+            state.mark_down()  # it goes with the rest in a moment
+        settings = state.settings
+        yield "the daemon", lambda: service.stop(state)
+        yield "what other hosts have heard of this one", lambda: _withdraw(state)
+        yield "the Serf agent", lambda: stop_serf(state)
+        yield "containers", lambda: disconnect(settings, attached_containers(settings, force=True))
+        yield "the network", lambda: dismantle(state)
+    yield str(state.directory), state.forget_everything
+    if existed:
+        yield str(state.directory), lambda: state.directory.mkdir(mode=0o700, exist_ok=True)
+
+
 def _withdraw(state: State) -> None:
-    """Take back a claim that some members may have seen; not under a name that is another host's."""
+    """Take back a record that some members may have seen; not under a name that is another host's."""
     if serf.running(state.serf_config) is not None and not serf.name_conflict(state.serf_log):
         say_goodbye(state)
