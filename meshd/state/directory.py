@@ -1,12 +1,8 @@
 """The state directory: one place, mode 0700, that holds all that a host must remember."""
 
 import base64
-import errno
-import fcntl
-import os
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,13 +10,14 @@ from typing import Any, TypeVar
 
 from meshd import files, keys
 from meshd.endpoint import Endpoint
-from meshd.errors import InputError, MeshdError
+from meshd.errors import InputError
 from meshd.mesh.certificates import Trust
 from meshd.mesh.membership import Roster
 from meshd.mesh.model import Certificate, Record, Revocation, Tombstone
 from meshd.mesh.records import RecordError, from_wire, pack_certificate, read_certificate, to_wire
 from meshd.mesh.terms import Mesh
 from meshd.mesh.tombstones import proof, read_proof
+from meshd.state import locks
 from meshd.state import settings as config
 from meshd.state.settings import Settings
 
@@ -235,38 +232,28 @@ class State:
     def save_originals(self, originals: dict[str, str]) -> None:
         files.write_json(self.directory / "originals.json", originals)
 
-    @contextmanager
-    def lock(self, timeout: float = 60) -> Iterator[None]:
-        """Hold the lock that every pass takes, whoever runs it. Raises MeshdError after `timeout` seconds."""
-        with self._locked("lock", timeout, "another meshd is changing this host for more than a minute"):
-            yield
+    def lock(self, timeout: float = 60) -> AbstractContextManager[int]:
+        """Hold the lock of whoever changes this host. Raises MeshdError after `timeout` seconds."""
+        busy = "another meshd is changing this host for more than a minute"
+        return locks.held(self.directory / "lock", timeout, busy)
 
-    @contextmanager
-    def serf_lock(self) -> Iterator[None]:
+    def serf_lock(self) -> AbstractContextManager[int]:
         """Hold the lock of whoever starts Serf, so that daemon and command never start two."""
-        with self._locked("serf.lock", 20, "another meshd is starting the Serf agent for more than 20 s"):
-            yield
+        busy = "another meshd is starting the Serf agent for more than 20 s"
+        return locks.held(self.directory / "serf.lock", 20, busy)
 
     @contextmanager
     def agent_lock(self) -> Iterator[None]:
         """Hold the lock of the one daemon, its process id inside of the file. Raises MeshdError if one runs."""
-        # Not at once: whoever asks for the process id holds the lock for a moment too, and the start is watched so.
-        with self._locked("agent.pid", 0.5, "meshd agent is already running for this state directory") as descriptor:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        # Not at once: asking for the process id holds the lock for a moment too, and the start is watched that way.
+        busy = "meshd agent is already running for this state directory"
+        with locks.held(self.directory / "agent.pid", 0.5, busy) as descriptor:
+            locks.sign(descriptor)
             yield
 
     def agent_pid(self) -> int | None:
-        """Give the running daemon's process id: the file counts only while its lock is held."""
-        try:
-            with (self.directory / "agent.pid").open() as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            content = (files.read(self.directory / "agent.pid") or b"").strip()
-            return int(content) if content.isdigit() else None
-        except OSError:
-            return None
-        return None
+        """Return the running daemon's process id: the file counts only while its lock is held."""
+        return locks.holder(self.directory / "agent.pid")
 
     def forget_everything(self) -> None:
         """Remove meshd's files, and the directory if nothing else is in it."""
@@ -276,27 +263,6 @@ class State:
                 path.unlink(missing_ok=True)
         with suppress(OSError):
             self.directory.rmdir()
-
-    @contextmanager
-    def _locked(self, name: str, timeout: float, otherwise: str) -> Iterator[int]:
-        path = self.directory / name
-        try:
-            descriptor = _open(path)
-        except OSError as error:
-            raise MeshdError(f"opening {path}: {error.strerror}") from error
-        try:
-            deadline = time.monotonic() + timeout
-            while True:
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() >= deadline:
-                        raise MeshdError(otherwise) from None
-                    time.sleep(0.01)
-            yield descriptor
-        finally:
-            os.close(descriptor)
 
     def _json(self, name: str) -> dict[str, Any] | None:
         return files.read_json(self.directory / name)
@@ -316,16 +282,6 @@ _OURS = {
     *("wireguard.key", "gossip.key", "rpc.key", "serf.log", "agent.log"),
     *("agent.pid", "agent.sock", "lock", "serf.lock", "down"),
 }
-
-
-def _open(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        # What went read-only, as ext4 does after an error of the disk, can be locked all the same.
-        if error.errno != errno.EROFS:
-            raise
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _text(raw: bytes) -> str:
