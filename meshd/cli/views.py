@@ -7,8 +7,9 @@ from typing import Any
 
 from meshd.audit import openings
 from meshd.errors import MeshdError
-from meshd.mesh import membership
+from meshd.mesh import conflicts
 from meshd.mesh.model import Host, Member, Record, Status
+from meshd.mesh.roster import View
 from meshd.net import firewall, underlay
 from meshd.net.resources import Change, Peer
 from meshd.reconcile import plan
@@ -160,8 +161,8 @@ def status(state: State) -> dict[str, Any]:
 def _contested(state: State, claim: Claim | None, report: Report) -> list[str]:
     if claim is None:
         return []
-    own = Host(state.settings.name, claim.record)
-    rivals = membership.contested(own, report.members, state.mesh, report.roster, time.time())
+    view = View(Host(state.settings.name, claim.record), state.mesh, report.roster, time.time())
+    rivals = conflicts.contested(view, report.members)
     return [
         f"subnet: {name} has moved to {claim.record.subnet}, which is this host's: 'meshd renumber' on one of the two"
         for name in rivals

@@ -26,8 +26,8 @@ from meshd.errors import MeshdError, SerfError
 from meshd.gossip import calls, messages, serf_agent
 from meshd.gossip.messages import EVENT, GONE, QUERY, RECORD, YES, Applied, AskTombstones
 from meshd.gossip.responder import Reply, merge_tombstones, respond
-from meshd.mesh.membership import Roster
 from meshd.mesh.model import Record
+from meshd.mesh.roster import Roster
 from meshd.mesh.tombstones import Tombstones
 from meshd.reconcile.run import Report
 from meshd.state.directory import State

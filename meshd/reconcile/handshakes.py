@@ -3,8 +3,8 @@
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 
-from meshd.mesh.membership import Roster
 from meshd.mesh.model import Member, Record, Status
+from meshd.mesh.roster import Roster
 from meshd.net.resources import (
     Action,
     Change,

@@ -4,8 +4,9 @@ import time
 from ipaddress import IPv4Network
 
 from meshd.errors import ConflictError
-from meshd.mesh import membership
-from meshd.mesh.model import Record
+from meshd.mesh import conflicts
+from meshd.mesh.model import Host, Record
+from meshd.mesh.roster import View
 from meshd.net.resources import Action, Change
 from meshd.reconcile.machine import docker, this_machine
 from meshd.state.claim import choose_subnet, endpoint, publish, staying
@@ -23,7 +24,8 @@ def renumber(state: State, subnet: IPv4Network | None = None) -> Record:
         if network is not None and (attached := network.containers()):
             raise ConflictError(f"containers are attached to {settings.bridge}: {', '.join(attached)}")
         known, allowed = state.roster(), claim.record.certificate.subnets
-        taken = membership.claimed(settings.name, machine.members(), state.mesh, known, time.time())
+        view = View(Host(settings.name, claim.record), state.mesh, known, time.time())
+        taken = conflicts.claimed(view, machine.members())
         taken |= {record.subnet for record in known.hosts.values()}
         if subnet is not None and subnet in taken:
             raise ConflictError(f"the subnet {subnet} is taken by another host: 'meshd members' shows who has which")

@@ -8,9 +8,9 @@ from functools import partial
 from meshd import files
 from meshd.endpoint import Endpoint
 from meshd.errors import ApplyError, ConflictError, InputError, MeshdError, SerfError
-from meshd.mesh import membership
-from meshd.mesh.membership import Roster
+from meshd.mesh import conflicts, membership
 from meshd.mesh.model import Host, Member, Record
+from meshd.mesh.roster import Roster, View
 from meshd.net.netlink import one_socket
 from meshd.net.resources import Action, Change, Engine, Peer, Port, Resource, Route, Sysctl
 from meshd.reconcile import handshakes, plan
@@ -194,7 +194,8 @@ class _Run:
 
     def look(self) -> _Seen:
         """Ask Serf who is there, and decide who of them is a host. Without an answer what was known stays."""
-        own, known, trusted = self.own, self.known, self.state.mesh
+        own, known = self.own, self.known
+        view = View(own, self.state.mesh, known, self.now)
         failures: list[Failure] = []
         if ended := own_claim.ended(own, known, self.now):
             failures.append(Failure(Area.MEMBERSHIP, MeshdError(ended)))
@@ -202,18 +203,15 @@ class _Run:
         try:
             listed = [] if self.options.alone else self.machine.members()
             roster = membership.admit(
-                own,
-                trusted,
+                view,
                 listed,
-                known,
-                now=self.now,
                 heard=self.options.heard,
                 networks=self.machine.networks,
                 left_is_goodbye=not self.state.settings.daemon,
             )
         except (SerfError, ApplyError) as error:
             failures.append(Failure(Area.MEMBERS, error))
-        rival = membership.superseded_by(own, listed, trusted, known, self.now)
+        rival = conflicts.superseded_by(view, listed)
         if rival is not None and not ended:
             text = MUST_MOVE.format(subnet=own.record.subnet, rival=rival)
             failures.append(Failure(Area.SUBNET, ConflictError(text)))

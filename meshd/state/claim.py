@@ -8,16 +8,16 @@ from ipaddress import IPv4Network
 from meshd import keys
 from meshd.endpoint import Endpoint
 from meshd.errors import ConflictError, InputError
-from meshd.mesh import addressing, certificates, membership
-from meshd.mesh.membership import Roster
+from meshd.mesh import addressing, certificates, conflicts
 from meshd.mesh.model import Host, Member, Record
 from meshd.mesh.records import MAX_SEQ
+from meshd.mesh.roster import BURIED, REVOKED, Roster, View
 from meshd.state.directory import Claim, State
 from meshd.state.settings import Settings
 
 ENDED = {
-    membership.REVOKED: "the authority has revoked this host, or the invitation by which it came",
-    membership.BURIED: "the mesh has forgotten this host: run 'meshd leave --force' here, then 'meshd join' again",
+    REVOKED: "the authority has revoked this host, or the invitation by which it came",
+    BURIED: "the mesh has forgotten this host: run 'meshd leave --force' here, then 'meshd join' again",
 }
 EXPIRED = "this host is no longer a member, {reason}. To renew it, run 'meshd join' with a new invitation for its name"
 
@@ -121,10 +121,11 @@ def choose_subnet(
 
 def settle_subnet(state: State, claim: Claim, listed: Collection[Member]) -> IPv4Network:
     """Return the subnet to take: the claimed one, unless another member claims it too. Raises ConflictError."""
-    settings, record, now = state.settings, claim.record, time.time()
-    taken = membership.claimed(settings.name, listed, state.mesh, Roster(), now)
+    settings, record = state.settings, claim.record
+    view = View(Host(settings.name, record), state.mesh, Roster(), time.time())
+    taken = conflicts.claimed(view, listed)
     if settings.subnet is not None and settings.subnet in taken:
-        rivals = membership.subnet_rivals(Host(settings.name, record), listed, state.mesh, Roster(), now)
+        rivals = conflicts.subnet_rivals(view, listed)
         raise ConflictError(f"the subnet {settings.subnet} is taken by {', '.join(rivals)}: pass another --subnet")
     return choose_subnet(settings, taken, allowed=record.certificate.subnets, persisted=record.subnet)
 
@@ -132,7 +133,7 @@ def settle_subnet(state: State, claim: Claim, listed: Collection[Member]) -> IPv
 def ended(own: Host, known: Roster, now: float) -> str:
     """Return why this host is no longer a member, and what to do; the empty string while it is one."""
     reason = known.ended(own.name, own.record, now)
-    if reason == membership.BURIED and known.gone[own.name].public_key != own.record.public_key:
+    if reason == BURIED and known.gone[own.name].public_key != own.record.public_key:
         return ""  # it ended an earlier host of this name, and this one goes beyond it: see `refresh`
     return ENDED.get(reason, EXPIRED.format(reason=reason)) if reason else ""
 

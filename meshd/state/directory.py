@@ -12,9 +12,9 @@ from meshd import files, keys
 from meshd.endpoint import Endpoint
 from meshd.errors import InputError
 from meshd.mesh.certificates import Trust
-from meshd.mesh.membership import Roster
 from meshd.mesh.model import Certificate, Record, Revocation, Tombstone
 from meshd.mesh.records import RecordError, from_wire, pack_certificate, read_certificate, to_wire
+from meshd.mesh.roster import Roster
 from meshd.mesh.terms import Mesh
 from meshd.mesh.tombstones import proof, read_proof
 from meshd.state import locks

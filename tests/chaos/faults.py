@@ -44,7 +44,7 @@ TAKEN = r"WARNING refused .*: another host has its name and has not left"
 # Docker cannot change a network under its containers.
 HELD = r"WARNING set docker network ovl0 .*containers are attached"
 # A host that was forgotten comes back: all others refuse it, and it hears why.
-FORGOTTEN = r"WARNING (refused .*: it said goodbye, or was forgotten|membership: the mesh has forgotten this host)"
+FORGOTTEN = r"WARNING (refused .*: it left, or was forgotten|membership: the mesh has forgotten this host)"
 
 
 @dataclass(frozen=True, slots=True)

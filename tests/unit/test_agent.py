@@ -12,8 +12,8 @@ from meshd.daemon.agent import Agent
 from meshd.daemon.hints import READINESS, Hint, Source
 from meshd.errors import MeshdError
 from meshd.gossip.messages import APPLIED, QUERY, YES, Applied
-from meshd.mesh.membership import Roster
 from meshd.mesh.model import Tombstone
+from meshd.mesh.roster import Roster
 from meshd.net import links
 from meshd.net.resources import Action, Change, Route
 from meshd.reconcile.machine import Area, Failure

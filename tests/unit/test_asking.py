@@ -26,8 +26,8 @@ from meshd.daemon.asking import (
 )
 from meshd.endpoint import Endpoint
 from meshd.gossip.messages import AskTombstones
-from meshd.mesh.membership import Roster
 from meshd.mesh.model import Host
+from meshd.mesh.roster import Roster
 from meshd.reconcile.run import Report
 from tests.conftest import delegated, delegation, host, member, record
 

@@ -25,8 +25,8 @@ from meshd.gossip.messages import (
     TellRecord,
 )
 from meshd.mesh import certificates
-from meshd.mesh.membership import Roster
 from meshd.mesh.records import to_wire
+from meshd.mesh.roster import Roster
 from meshd.mesh.tombstones import Tombstones
 from meshd.reconcile.run import Report
 from meshd.state.directory import State

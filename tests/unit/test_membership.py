@@ -8,21 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshd.endpoint import Endpoint
-from meshd.mesh import certificates, membership, tombstones
-from meshd.mesh.membership import (
-    BURIED,
-    MOST_STRANGERS,
-    REVOKED,
-    TAKEN,
-    Roster,
-    admit,
-    claimed,
-    contacts,
-    contested,
-    subnet_rivals,
-    superseded_by,
-)
+from meshd.mesh import certificates, conflicts, membership, tombstones
+from meshd.mesh.membership import MAX_STRANGERS, admit, contacts
 from meshd.mesh.model import Certificate, Host, Member, Record, Status, Tombstone
+from meshd.mesh.roster import BURIED, REVOKED, TAKEN, Roster, View
 from meshd.mesh.terms import Mesh
 from meshd.mesh.tombstones import Tombstones
 from tests.conftest import (
@@ -43,7 +32,7 @@ OWN = host(1)
 
 
 def admitted(members: Sequence[Member], known: Roster | None = None, *, left_is_goodbye: bool = False) -> Roster:
-    return admit(OWN, MESH, members, known or Roster(), now=NOW, left_is_goodbye=left_is_goodbye)
+    return admit(View(OWN, MESH, known or Roster(), NOW), members, left_is_goodbye=left_is_goodbye)
 
 
 def merge_tombstones(known: Roster, mesh: Mesh, graves: Tombstones, own: Host | None = OWN) -> Roster:
@@ -78,7 +67,7 @@ def test_an_older_record_does_not_bring_a_departed_host_back() -> None:
     gone = Roster(gone={"barge2": Tombstone(2, public_key("barge2"))})
     roster = admitted([member(2, of=record(2, seq=2))], gone)
     assert roster.hosts == {}
-    assert "said goodbye, or was forgotten" in roster.refused["barge2"]
+    assert "left, or was forgotten" in roster.refused["barge2"]
     assert admitted([member(2, Status.LEFT, of=record(2, seq=2, leaving=True))], gone).refused == {}
 
 
@@ -127,7 +116,7 @@ def test_the_own_subnet_is_never_given_away() -> None:
     roster = admitted([thief])
     assert roster.hosts == {}
     assert roster.refused["barge2"] == "subnet 172.20.101.0/24 is held by barge1"
-    assert list(subnet_rivals(OWN, [member(1), thief, member(3)], MESH, Roster(), NOW)) == ["barge2"]
+    assert list(conflicts.subnet_rivals(View(OWN, MESH, Roster(), NOW), [member(1), thief, member(3)])) == ["barge2"]
 
 
 def test_an_incumbent_keeps_its_subnet() -> None:
@@ -171,7 +160,9 @@ def test_all_hosts_agree_on_the_winner_of_simultaneous_claims(order: list[int]) 
 def test_claims_of_departed_and_invalid_members_do_not_count() -> None:
     noise = replace(member(3), tags={"wg": "x"})
     goodbye = member(4, of=record(4, leaving=True))
-    assert claimed("barge1", [member(1), member(2), noise, goodbye], MESH, Roster(), NOW) == {record(2).subnet}
+    assert conflicts.claimed(View(host(1), MESH, Roster(), NOW), [member(1), member(2), noise, goodbye]) == {
+        record(2).subnet
+    }
 
 
 # --- who has signed it ---------------------------------------------------------------------------------------------
@@ -203,7 +194,7 @@ def test_a_certificate_that_expires_drops_the_host() -> None:
     soon = certificate("barge2", expires=int(NOW) + 10)
     known = admitted([member(2, of=record(2, by=soon))])
     assert sorted(known.hosts) == ["barge2"]
-    roster = admit(OWN, MESH, [], known, now=NOW + 10)
+    roster = admit(View(OWN, MESH, known, NOW + 10), [])
     assert roster.hosts == {}
     assert roster.refused["barge2"] == "its certificate expired on 1970-01-12 13:46 UTC"
 
@@ -220,7 +211,7 @@ def test_a_delegation_admits_within_its_terms() -> None:
     assert admitted([member(2, of=record(2, by=delegated("barge2", web)))]).refused == {}
     elsewhere = record(3, by=delegated("barge3", web))
     assert "does not allow the subnet" in admitted([member(3, of=elsewhere)]).refused["barge3"]
-    late = admit(OWN, MESH, [member(2, of=record(2, by=delegated("barge2", web)))], Roster(), now=NOW + 60)
+    late = admit(View(OWN, MESH, Roster(), NOW + 60), [member(2, of=record(2, by=delegated("barge2", web)))])
     assert "expired" in late.refused["barge2"]
     named = delegated("barge2", delegation("web-"))
     assert "begin with 'web-'" in admitted([member(2, of=record(2, by=named))]).refused["barge2"]
@@ -267,7 +258,7 @@ def test_who_is_not_the_authority_revokes_and_forgets_nobody() -> None:
 
 def test_a_newer_record_that_was_heard_goes_before_the_tags() -> None:
     moved = record(2, seq=2, endpoint=Endpoint(record(9).endpoint.address, 51820))
-    roster = admit(OWN, MESH, [member(2)], Roster(), now=NOW, heard={"barge2": moved})
+    roster = admit(View(OWN, MESH, Roster(), NOW), [member(2)], heard={"barge2": moved})
     assert roster.hosts == {"barge2": moved}
     again = admitted([member(2)], roster)
     assert again.hosts == {"barge2": moved}
@@ -277,7 +268,7 @@ def test_a_newer_record_that_was_heard_goes_before_the_tags() -> None:
 
 def test_a_record_that_was_heard_replaces_spoiled_tags() -> None:
     spoiled = replace(member(2), tags={"wg": "noise"})
-    assert admit(OWN, MESH, [spoiled], Roster(), now=NOW, heard={"barge2": record(2)}).hosts == {"barge2": record(2)}
+    assert admit(View(OWN, MESH, Roster(), NOW), [spoiled], heard={"barge2": record(2)}).hosts == {"barge2": record(2)}
 
 
 @pytest.mark.parametrize("what", ["forged", "older", "own", "leaving", "expired"])
@@ -291,7 +282,7 @@ def test_a_record_that_was_heard_counts_as_little_as_tags_if_it_is_bad(what: str
         "expired": record(2, seq=6, by=certificate("barge2", expires=int(NOW) - 1)),
     }
     name = "barge1" if what == "own" else "barge2"
-    assert admit(OWN, MESH, [], known, now=NOW, heard={name: bad[what]}).hosts == known.hosts
+    assert admit(View(OWN, MESH, known, NOW), [], heard={name: bad[what]}).hosts == known.hosts
 
 
 # --- what a record must not touch ------------------------------------------------------------------------------------
@@ -315,10 +306,10 @@ def test_two_hosts_can_swap_their_addresses() -> None:
 
 def test_a_subnet_that_overlaps_an_own_network_is_not_taken_and_an_incumbents_stays() -> None:
     network = record(2).subnet.supernet()
-    roster = admit(OWN, MESH, [member(2)], Roster(), now=NOW, networks=lambda: [network])
+    roster = admit(View(OWN, MESH, Roster(), NOW), [member(2)], networks=lambda: [network])
     assert roster.refused == {"barge2": f"subnet 172.20.102.0/24 overlaps this host's own network {network}"}
     known = admitted([member(2)])
-    assert admit(OWN, MESH, [member(2)], known, now=NOW, networks=lambda: [network]).hosts == known.hosts
+    assert admit(View(OWN, MESH, known, NOW), [member(2)], networks=lambda: [network]).hosts == known.hosts
 
 
 # --- goodbyes that others tell of, and subnets that two hosts claim -------------------------------------------------
@@ -404,8 +395,8 @@ def test_a_reusable_invitation_gives_the_name_of_a_host_to_nobody_else() -> None
     known = admitted([member(2)])
     roster = admitted([member(2, of=by_thief(2))], known)
     assert (roster.hosts, roster.refused) == (known.hosts, {"barge2": TAKEN})
-    assert admit(OWN, MESH, [member(2)], known, now=NOW, heard={"barge2": by_thief(2)}).hosts == known.hosts
-    assert not claimed("barge1", [member(2, of=by_thief(2))], MESH, known, NOW)
+    assert admit(View(OWN, MESH, known, NOW), [member(2)], heard={"barge2": by_thief(2)}).hosts == known.hosts
+    assert not conflicts.claimed(View(host(1), MESH, known, NOW), [member(2, of=by_thief(2))])
 
 
 def test_the_authoritys_certificate_gives_a_name_to_another_identity() -> None:
@@ -462,20 +453,20 @@ def test_what_a_reusable_invitation_says_does_not_hide_a_goodbye_of_the_authorit
 
 
 def test_of_names_never_met_so_many_goodbyes_are_kept_and_those_of_hosts_always() -> None:
-    noise = {f"barge{n}": tombstones.of_leaving(by_noise(n)) for n in range(3, MOST_STRANGERS + 9)}
+    noise = {f"barge{n}": tombstones.of_leaving(by_noise(n)) for n in range(3, MAX_STRANGERS + 9)}
     known = merge_tombstones(
         admitted([member(2, of=record(2, by=delegated("barge2", delegation())))]), MESH, Tombstones(noise)
     )
-    assert len(known.gone) == MOST_STRANGERS
+    assert len(known.gone) == MAX_STRANGERS
     assert (
         len(merge_tombstones(known, MESH, Tombstones({"barge999": tombstones.of_leaving(by_noise(999))})).gone)
-        == MOST_STRANGERS
+        == MAX_STRANGERS
     )
-    assert len(admitted([replace(member(3, of=by_noise(999)), name="barge999")], known).gone) == MOST_STRANGERS
+    assert len(admitted([replace(member(3, of=by_noise(999)), name="barge999")], known).gone) == MAX_STRANGERS
     mine = tombstones.of_leaving(record(2, seq=2, leaving=True, by=delegated("barge2", delegation())))
     others = tombstones.of_leaving(record(1, leaving=True))
     more = merge_tombstones(known, MESH, Tombstones({"barge2": mine, "barge1": others}), own=None)
-    assert len(more.gone) == MOST_STRANGERS + 2, "a host's own, and one by the authority's certificate"
+    assert len(more.gone) == MAX_STRANGERS + 2, "a host's own, and one by the authority's certificate"
 
 
 def by_noise(number: int) -> Record:
@@ -495,9 +486,9 @@ def test_an_earlier_host_of_the_own_name_is_remembered_until_this_one_has_gone_b
     word = tombstones.of_leaving(certificates.sign(THIEF, "meshd", "barge1", earlier))
     own = Host("barge1", record(1, by=joined))
     known = merge_tombstones(Roster(), MESH, Tombstones({"barge1": word}), own)
-    assert admit(own, MESH, [], known, now=NOW).gone == {"barge1": word}
+    assert admit(View(own, MESH, known, NOW), []).gone == {"barge1": word}
     beyond = Host("barge1", record(1, seq=2**40 + 1, by=by_invitation))
-    assert admit(beyond, MESH, [], known, now=NOW).gone == {}
+    assert admit(View(beyond, MESH, known, NOW), []).gone == {}
 
 
 def test_an_address_of_a_revoked_host_is_forgotten_and_that_of_an_expired_one_is_not() -> None:
@@ -524,7 +515,7 @@ def rival_record(serial: int) -> Record:
 
 
 def superseded(own: Host, *members: Member, known: Roster | None = None) -> str | None:
-    return superseded_by(own, members, MESH, known or Roster(), NOW)
+    return conflicts.superseded_by(View(own, MESH, known or Roster(), NOW), members)
 
 
 @pytest.mark.parametrize("seq", [1, 2**40], ids=["its clock is behind", "its clock is ahead"])
@@ -572,5 +563,7 @@ def test_two_hosts_that_know_each_other_and_claim_one_subnet_are_both_told_and_n
     for own, other in ((one, two), (two, one)):
         known = Roster({other.name: record(int(other.name[-1]))})
         listed = [member(int(other.name[-1]), of=other.record), member(3, of=record(3, subnet=new))]
-        assert contested(own, listed, MESH, known, NOW) == [other.name], "and a stranger is told otherwise"
+        assert conflicts.contested(View(own, MESH, known, NOW), listed) == [other.name], (
+            "and a stranger is told otherwise"
+        )
         assert superseded(own, listed[0], known=known) is None

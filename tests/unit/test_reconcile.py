@@ -8,8 +8,8 @@ import pytest
 
 from meshd.errors import ApplyError, InputError, MeshdError, MissingError, SerfError
 from meshd.mesh import certificates, tombstones
-from meshd.mesh.membership import Roster
 from meshd.mesh.model import Host, Member, Status
+from meshd.mesh.roster import Roster
 from meshd.net.links import Links
 from meshd.net.resources import Action, Change, Engine, Link, Network, Peer, Resource, Route, Sysctl, Table, Tags
 from meshd.reconcile import plan

@@ -15,8 +15,8 @@ from meshd.gossip.messages import (
 )
 from meshd.gossip.responder import NOTHING, merge_tombstones, respond
 from meshd.mesh import certificates, tombstones
-from meshd.mesh.membership import Roster
 from meshd.mesh.records import read_certificate, to_wire
+from meshd.mesh.roster import Roster
 from meshd.mesh.tombstones import Tombstones
 from meshd.state.directory import Claim, State
 from tests.conftest import AUTHORITY, MESH, delegated, delegation, record

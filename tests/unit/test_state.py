@@ -15,9 +15,9 @@ from meshd import files
 from meshd.endpoint import Endpoint
 from meshd.errors import InputError, MeshdError
 from meshd.gossip.responder import merge_tombstones
-from meshd.mesh.membership import Roster
 from meshd.mesh.model import Host, Revocation, Tombstone
 from meshd.mesh.records import MAX_SEQ
+from meshd.mesh.roster import Roster
 from meshd.mesh.tombstones import Tombstones, of_leaving
 from meshd.state.claim import ended, endpoint, publish, refresh
 from meshd.state.directory import _OURS, Claim, State

@@ -7,8 +7,8 @@ import pytest
 
 from meshd.cli import views
 from meshd.endpoint import Endpoint
-from meshd.mesh.membership import Roster
 from meshd.mesh.model import Member, Record, Status, Tombstone
+from meshd.mesh.roster import Roster
 from meshd.net.resources import Action, Change, Peer, Route
 from meshd.reconcile.run import Report
 from meshd.state.directory import Claim, State

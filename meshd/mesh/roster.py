@@ -1,0 +1,115 @@
+"""What a host knows of the others, and how it judges by that what a member says. Pure."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from meshd.mesh.certificates import CredentialError, check_time
+from meshd.mesh.model import Certificate, Host, Member, Record, Revocation, Status, Tombstone
+from meshd.mesh.records import RecordError, decode
+from meshd.mesh.terms import Mesh
+from meshd.mesh.tombstones import Tombstones
+
+REVOKED = "its certificate was revoked"
+BURIED = "it left, or was forgotten: it has to leave and to join again"
+TAKEN = (
+    "another host has its name and has not left: it needs an invitation for that name ('meshd invite NAME'), or that "
+    "one has to be forgotten before it joins ('meshd forget NAME')"
+)
+
+
+class StaleError(RecordError):
+    """A member's tags hold an older record than the one that is in force for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Roster:
+    """What is known of all members but oneself: `hosts` are in force, `refused` gives a reason for each name.
+
+    `revoked` are the authority's revocations by serial, `gone` the tombstones by name. `stale` are hosts whose tags
+    hold an older record than the one in force: Serf is slower than an announcement, or someone replays it.
+    """
+
+    hosts: Mapping[str, Record] = field(default_factory=dict)
+    gone: Mapping[str, Tombstone] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    revoked: Mapping[int, Revocation] = field(default_factory=dict)
+    stale: Mapping[str, str] = field(default_factory=dict)
+
+    def sorted_hosts(self) -> tuple[Host, ...]:
+        return tuple(Host(name, record) for name, record in sorted(self.hosts.items()))
+
+    @property
+    def all_tombstones(self) -> Tombstones:
+        """The tombstones and revocations, as other hosts are told of them."""
+        return Tombstones(self.gone, self.revoked)
+
+    def ended(self, name: str, record: Record, now: float) -> str:
+        """Return why a record, the one in force or another one of that name, makes no host; else the empty string.
+
+        Only the authority gives a host's name to another identity: a reusable invitation is in many hands.
+        """
+        if lapsed := self.lapsed(record.certificate, now):
+            return lapsed
+        tombstone = self.gone.get(name)
+        if tombstone is not None and tombstone.voids(record):
+            return "" if tombstone.is_outranked(record.certificate) else BURIED
+        last = self.hosts.get(name)
+        if last is None or record.certificate.delegation is None:
+            return ""
+        return TAKEN if record.certificate.identity != last.certificate.identity and self.has(name, now) else ""
+
+    def lapsed(self, certificate: Certificate, now: float) -> str:
+        """Return why a certificate no longer counts, revoked or expired; the empty string while it does."""
+        if not self.revoked.keys().isdisjoint(certificate.serials):
+            return REVOKED
+        try:
+            check_time(certificate, now)
+        except CredentialError as error:
+            return str(error)
+        return ""
+
+    def has(self, name: str, now: float) -> bool:
+        """Return whether a host of this name is known, and nothing has ended it."""
+        return name in self.hosts and not self.ended(name, self.hosts[name], now)
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """All by which one host judges members: itself with its own record, its mesh, what it knows, and Unix time."""
+
+    own: Host
+    mesh: Mesh
+    known: Roster
+    now: float
+
+    def newest(self, member: Member) -> Record | None:
+        """Return the member's record if it is news or confirms what is known; None if a tombstone voids it.
+
+        Raises StaleError, RecordError or CredentialError for any other.
+        """
+        last = self.known.hosts.get(member.name)
+        record = self.mesh.read(member) if last is None else self._read_again(member, last)
+        if why := self.known.ended(member.name, record, self.now):
+            if member.name in self.known.gone and (member.status is not Status.ALIVE or record.leaving):
+                return None
+            raise RecordError(why)
+        if last is not None and record.seq < last.seq:
+            raise StaleError(f"its record {record.seq} is older than {last.seq}, which stays in force")
+        if last is not None and record.seq == last.seq and record != last:
+            raise RecordError(f"two different records with the sequence number {record.seq}; the first stays in force")
+        return record
+
+    def claims(self, members: Iterable[Member]) -> Iterator[tuple[str, Record]]:
+        """Yield the valid records of the other members that stay, sorted by name."""
+        for member in sorted(members, key=lambda m: m.name):
+            try:
+                record = None if member.name == self.own.name else self.newest(member)
+            except (RecordError, CredentialError):
+                continue
+            if record is not None and not record.leaving:
+                yield member.name, record
+
+    def _read_again(self, member: Member, last: Record) -> Record:
+        """Skip checking the signatures of a record that is the one in force to the last bit."""
+        record = decode(member.tags, self.mesh.overlay, self.mesh.subnet_length)
+        return last if record == last else self.mesh.read(member)
