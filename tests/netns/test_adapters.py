@@ -20,7 +20,7 @@ ROUTES = (
     Route(IPv4Network("172.20.7.0/24"), "u0", None),
     Route(IPv4Network("172.20.7.0/24"), "u0", IPv4Address("10.9.0.1")),
 )
-LINKS = (Link("ovl0", "bridge", 1400), Link("ovl0", "bridge", 1300))
+LINKS = tuple(Link("ovl0", "bridge", mtu, mac="02:42:ac:14:01:00") for mtu in (1400, 1300))
 TABLES = tuple(
     rules.table(wireguard="wg0", port=port, bridge="ovl0", overlay=OVERLAY, subnet=IPv4Network("172.20.1.0/24"))
     for port in (51820, 51821)
