@@ -30,6 +30,7 @@ def init(state: State, settings: Settings) -> None:
 def join(state: State, settings: Settings, invitation: Invitation, admission: Admission, member: Endpoint) -> None:
     """Join the mesh of the member at `member`. On any error the host is as it was before."""
     _not_set_up(state)
+    preflight.member_address(member, settings.overlay)
     preflight.reachable(member)
     with all_or_nothing(state):
         _settle_in(state, settings, invitation.gossip_key)

@@ -3,8 +3,9 @@
 import os
 import shutil
 import socket
+from ipaddress import IPv4Network
 
-from meshd.endpoint import Endpoint, IPAddress
+from meshd.endpoint import Endpoint, IPAddress, unusable
 from meshd.errors import ConflictError, InputError, MissingError
 from meshd.gossip import serf
 from meshd.net import links, routes, underlay, wireguard
@@ -37,6 +38,12 @@ def check(settings: Settings, private_key: bytes) -> None:
             raise ConflictError(problem)
         _networks(settings, docker)
     _routes(settings)
+
+
+def member_address(member: Endpoint, overlay: IPv4Network) -> None:
+    """Require that a member can be at this address. Raises InputError."""
+    if problem := unusable(member.address, overlay):
+        raise InputError(f"{member.address} is {problem}: give a member's underlay address")
 
 
 def reachable(member: Endpoint, timeout: float = 5.0) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address
 
-from meshd.endpoint import Endpoint, IPAddress
+from meshd.endpoint import Endpoint, IPAddress, unusable
 from meshd.errors import InputError
 from meshd.mesh.addressing import is_usable
 from meshd.mesh.certificates import SIGNATURE, delegated, pack_subnets
@@ -248,14 +248,3 @@ def _endpoint(packed: bytes, port: int, overlay: IPv4Network) -> Endpoint:
     if problem := "no port" if port == 0 else unusable(address, overlay):
         raise RecordError(f"endpoint {endpoint} is {problem}")
     return endpoint
-
-
-def unusable(address: IPAddress, overlay: IPv4Network) -> str:
-    """Say why no other host can reach a host at this address, or the empty string."""
-    if address.version == 6 and address.is_link_local:
-        return "local to one link"
-    if address.is_unspecified or address.is_multicast or address.is_loopback:
-        return "no address of a host"
-    if address in overlay:
-        return f"inside of the overlay {overlay}"
-    return ""

@@ -180,7 +180,7 @@ class State:
 
     def _roster(self, values: dict[str, Any]) -> Roster:
         return Roster(
-            {str(name): self._record(text) for name, text in values["hosts"].items()},
+            self._hosts(values["hosts"]),
             {
                 str(name): self._tombstone(int(g["seq"]), str(g["public_key"]), _bytes(g["proof"]))
                 for name, g in values["gone"].items()
@@ -190,6 +190,14 @@ class State:
                 for serial, r in values["revoked"].items()
             },
         )
+
+    def _hosts(self, values: Mapping[Any, Any]) -> dict[str, Record]:
+        """Return the records that this version accepts. What an older one took and this one refuses is learnt again."""
+        hosts = {}
+        for name, text in values.items():
+            with suppress(RecordError):
+                hosts[str(name)] = self._record(text)
+        return hosts
 
     def _tombstone(self, seq: int, public_key: str, raw: bytes) -> Tombstone:
         try:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from ipaddress import IPv4Network, ip_address
 from typing import Any
 
-from meshd.endpoint import IPAddress
+from meshd.endpoint import IPAddress, unusable
 from meshd.errors import InputError
 from meshd.mesh.addressing import check_overlay, is_usable
 from meshd.mesh.model import is_name
@@ -83,9 +83,11 @@ class Settings:
                 raise InputError(
                     f"the subnet {self.subnet} is the first or last of {self.overlay}, which are not usable"
                 )
-        for address in (self.bind, self.advertise):
-            if address is not None and (address.is_unspecified or address.is_multicast or address in self.overlay):
-                raise InputError(f"{address} is not an underlay address of this host")
+        for option, address in (("--bind", self.bind), ("--advertise", self.advertise)):
+            if address is not None and (problem := unusable(address, self.overlay)):
+                raise InputError(
+                    f"{option} {address} is {problem}: give the address by which other hosts reach this one"
+                )
 
     @property
     def advertised(self) -> IPAddress:

@@ -87,7 +87,7 @@ def test_alone_it_makes_a_pass_and_says_what_is_wrong(state: State) -> None:
     state.save_settings(Settings(name=settings.name, bind=settings.bind, daemon=False, docker=False))
     done = run(state, "member-join")
     assert done.returncode == 1
-    assert "this host has not claimed its subnet yet" in done.stderr
+    assert "this host has not finished joining" in done.stderr
 
 
 def test_where_nothing_is_set_up_it_does_nothing(tmp_path: Path) -> None:

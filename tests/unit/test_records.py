@@ -66,7 +66,7 @@ BAD: dict[str, dict[str, str | None]] = {
     "not base64url ": {"meshd": encode(record(1))["meshd"] + "="},
     "flags that this meshd does not know": {"meshd": packed(0, b"\x08")},
     "sequence number is 0": {"meshd": packed(1, bytes(6))},
-    "inside of the overlay": {"meshd": packed(7, bytes([172, 20, 1, 1]))},
+    "inside the overlay": {"meshd": packed(7, bytes([172, 20, 1, 1]))},
     "no address of a host": {"meshd": packed(7, bytes([127, 0, 0, 1]))},
     "no port": {"meshd": packed(11, bytes(2))},
     "too many subnets": {"meshd": packed(13 + 96 + 12, b"\x05")},

@@ -89,7 +89,7 @@ def test_names_and_tags_that_are_not_utf8_are_read() -> None:
     raw = msgpack.unpackb(packed({**ENTRY, "Tags": {b"\xff": b"\xfe\x00"}}), raw=True)
     member = decode_member(raw)
     assert member is not None
-    assert member.tags == {"\ufffd": "\ufffd\x00"}
+    assert member.tags == {"\ufffd": "\ufffd\\x00"}, "and made safe to show"
 
 
 def test_ipv4_in_ipv6_is_ipv4() -> None:

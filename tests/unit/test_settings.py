@@ -41,8 +41,8 @@ def test_round_trip_through_json() -> None:
         ({"subnet_length": 16}, "cannot be cut"),
         ({"subnet": IPv4Network("10.0.0.0/24")}, "subnet 10.0.0.0/24"),
         ({"subnet": IPv4Network("172.20.0.0/24")}, "first or last"),
-        ({"bind": ip_address("172.20.1.1")}, "172.20.1.1 is not an underlay address"),
-        ({"advertise": ip_address("0.0.0.0")}, "0.0.0.0 is not an underlay address"),
+        ({"bind": ip_address("172.20.1.1")}, "--bind 172.20.1.1 is inside the overlay 172.20.0.0/16"),
+        ({"advertise": ip_address("0.0.0.0")}, "--advertise 0.0.0.0 is no address of a host"),
     ],
 )
 def test_bad_values_are_named(change: dict[str, Any], message: str) -> None:

@@ -19,6 +19,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt
 from meshd.endpoint import IPAddress
 from meshd.errors import SerfError
 from meshd.mesh.model import Member, Status
+from meshd.printable import printable
 
 # 10,000 members with 512 bytes of tags each are 10 MB.
 LIMIT = 64 * 2**20
@@ -175,7 +176,7 @@ class Serf:
         error = self._header(seq, tell=False)
         answer = self._read() if body and (not error or command == "join") else {}
         if error:
-            raise SerfError(f"{command}: {' '.join(error.split())}")
+            raise SerfError(f"{command}: {error}")
         return answer
 
     def _follow(self, command: str, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -205,7 +206,7 @@ class Serf:
         header = self._read()
         while header.get("Seq") != seq:
             header = self._read()
-        error = _text(header.get("Error", ""))
+        error = _text(b" ".join(raw.split())) if isinstance(raw := header.get("Error"), bytes) else ""
         if error and tell:
             raise SerfError(error)
         return error
@@ -257,6 +258,6 @@ def _unpacked(raw: bytes) -> IPAddress:
 
 
 def _text(value: object) -> str:
-    if isinstance(value, bytes):
-        return value.decode(errors="replace")
-    return value if isinstance(value, str) else ""
+    """Return a text that other members may have written, safe to be shown: this is where all of it comes in."""
+    text = value.decode(errors="replace") if isinstance(value, bytes) else value
+    return printable(text) if isinstance(text, str) else ""
