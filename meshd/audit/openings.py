@@ -17,11 +17,14 @@ class Opening:
     remedies: Mapping[str, str]
 
 
-def needed(settings: Settings, underlay: str | None) -> Iterator[Opening]:
-    """Give what has to pass on a host whose link `underlay`, None if it is gone, leads to the others."""
+def needed(settings: Settings, underlay: str | None, version: int) -> Iterator[Opening]:
+    """Return what has to pass on a host whose link `underlay`, None if it is gone, leads to the others.
+
+    `version` is the underlay's version of IP.
+    """
     ports = (("gossip", "tcp", settings.gossip_port), ("gossip", "udp", settings.gossip_port))
     for name, protocol, port in (*ports, ("WireGuard", "udp", settings.wireguard_port)):
-        packet = Packet("input", underlay, protocol=protocol, port=port, version=settings.bind.version)
+        packet = Packet("input", underlay, protocol=protocol, port=port, version=version)
         remedies = {
             "firewalld": f"firewall-cmd --permanent --add-port={port}/{protocol}; firewall-cmd --reload",
             "ufw": f"ufw allow {port}/{protocol}",

@@ -1,34 +1,47 @@
-"""The commands of who may join: `invite`, `forget`, `revoke` and `authority`, on the host that holds the authority."""
+"""The commands that decide who may join, on the host that holds the authority."""
 
 from ipaddress import IPv4Network
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from meshd.cli import output
+from meshd.cli.options import as_root
 from meshd.cli.types import Duration, Prefix
 from meshd.errors import InputError
+from meshd.gossip.delivery import Readiness
+from meshd.lifecycle import revoke as lifecycle
+from meshd.mesh import invitations
+from meshd.mesh.certificates import date
+from meshd.mesh.invitations import Invitation
+from meshd.state import authority as keeper
+from meshd.state.authority import Terms, expiry, label
 from meshd.state.directory import State
 
-if TYPE_CHECKING:
-    from meshd.gossip.delivery import Readiness
-
-# How long a reusable invitation holds, in seconds, unless somebody says otherwise.
+# How long a reusable invitation holds, in seconds, unless --ttl says otherwise.
 REUSABLE = 86400
 
 
 @click.command()
 @click.argument("name", required=False)
 @click.option(
-    "--ttl", type=Duration(), help="How long it holds: 90m, 24h, 30d, 8w.  [default: for ever; reusable: 24h]"
+    "--ttl", type=Duration(), help="How long it is valid: 90m, 24h, 30d, 8w.  [default: no limit; reusable: 24h]"
 )
-@click.option("--subnet", "subnets", type=Prefix(), multiple=True, help="What the host may own; by default any subnet.")
-@click.option("--reusable", is_flag=True, help="For any number of hosts, whose names begin with NAME if it is given.")
+@click.option(
+    "--subnet",
+    "subnets",
+    type=Prefix(),
+    multiple=True,
+    help="A range in which the host may have its subnet. Repeatable.  [default: any]",
+)
+@click.option("--reusable", is_flag=True, help="Admit any number of hosts, whose names begin with NAME if it is given.")
 @click.pass_obj
 def invite(state: State, name: str | None, ttl: int | None, subnets: tuple[IPv4Network, ...], reusable: bool) -> None:
-    """Print the line by which the host NAME joins. It is a secret: whoever runs it first is NAME.
+    """Print the line with which a host joins.
 
-    With --ttl the host's membership ends then, unless it joins again with a new invitation. Hosts that come by a
-    reusable invitation stay for good as soon as the host with the authority has met them.
+    The line is a secret: the first host that runs it becomes NAME. With --ttl the host's membership ends after that
+    time, unless it joins again with a new invitation. Hosts that join with a reusable invitation become permanent
+    members as soon as the host with the authority has met them.
 
     \b
     Example:
@@ -36,94 +49,93 @@ def invite(state: State, name: str | None, ttl: int | None, subnets: tuple[IPv4N
       meshd invite db1 --subnet 172.20.7.0/24 --ttl 90d
       meshd invite --reusable web- --ttl 30d
     """
-    from meshd.state import authority  # noqa: PLC0415  300 ms of imports that --help does without
-    from meshd.state.authority import Terms, expiry  # noqa: PLC0415
-
-    authority.key(state)
+    keeper.key(state)
     if reusable:
-        print_invitation(state, authority.invite_many(state, name or "", Terms(expiry(ttl or REUSABLE), subnets)))
+        print_invitation(state, keeper.invite_many(state, name or "", Terms(expiry(ttl or REUSABLE), subnets)))
     elif name is None:
         raise InputError("whom to invite? 'meshd invite NAME' for one host, 'meshd invite --reusable' for any number")
     else:
-        print_invitation(state, authority.invite(state, name, Terms(expiry(ttl) if ttl else 0, subnets)))
+        print_invitation(state, keeper.invite(state, name, Terms(expiry(ttl) if ttl else 0, subnets)))
 
 
-def print_invitation(state: State, invitation: Any) -> None:
-    """Print the line that joins, and for whom and until when it is."""
-    from meshd.mesh import invitations  # noqa: PLC0415  as above
-    from meshd.mesh.certificates import date  # noqa: PLC0415
-    from meshd.state.authority import label  # noqa: PLC0415
-
-    settings, delegation = state.settings, invitation.delegation
-    port = "" if settings.gossip_port == 7946 else f":{settings.gossip_port}"
+def print_invitation(state: State, invitation: Invitation) -> None:
+    """Print the line with which a host joins, and for whom and until when it is valid."""
+    delegation = invitation.delegation
     terms = delegation or invitation.certificate
-    until = f", until {date(terms.expires)}" if terms.expires else ""
+    until = f", until {date(terms.expires)}" if terms is not None and terms.expires else ""
     if delegation:
         whose = f"whose name begins with {delegation.prefix!r}" if delegation.prefix else "that is to join"
         click.echo(f"On every host {whose}{until}, run this line. It is a secret; '{label(delegation.serial)}' is its")
         click.echo("name for 'meshd revoke'.\n")
     else:
         click.echo(f"On the host that is to be {invitation.name}{until}, run this line. It is a secret.\n")
-    click.echo(f"    MESHD_INVITE={invitations.encode(invitation)} meshd join {settings.advertised}{port}\n")
+    click.echo(f"    MESHD_INVITE={invitations.encode(invitation)} meshd join {state.advertised}\n")
 
 
 @click.command()
 @click.argument("name")
 @click.pass_obj
+@as_root
 def forget(state: State, name: str) -> None:
-    """Remove the host NAME, which is dead and will not come back, from the whole mesh; its subnet is free again.
+    """Remove a dead host from the mesh.
 
-    Hosts that are down now hear of it when they are back. NAME itself, should it come back, has to join anew.
+    All others drop NAME, and its subnet is free again. Hosts that are down now learn of it when they are back. If NAME
+    itself comes back, it has to join again.
 
     \b
     Example:
       meshd forget barge3
     """
-    from meshd.lifecycle import revoke  # noqa: PLC0415  as above
-
-    heard = revoke.forget(state, name)
+    heard = lifecycle.forget(state, name)
     click.echo(f"{name} is forgotten.")
-    _say_who_has_heard(heard)
+    _print_who_has_heard(heard)
 
 
 @click.command()
 @click.argument("name")
 @click.pass_obj
+@as_root
 def revoke(state: State, name: str) -> None:
-    """Cut the host NAME off everywhere and for good, or end an invitation that was not used yet.
+    """Exclude a host, or end an invitation.
 
-    A reusable invitation by which NAME came ends too; hosts that the authority has not met since then have to join
-    anew. NAME keeps the gossip key, so it can still see who is in the mesh, but nobody speaks to it.
+    All others cut off the host NAME permanently. A reusable invitation with which NAME joined ends too; hosts that
+    joined with it, and that the authority has not met since, have to join again. NAME keeps the gossip key: it can
+    still see who is in the mesh, but nobody talks to it.
 
     \b
     Example:
       meshd revoke web3
       meshd revoke invitation-1f2e3d4c5b6a7988
     """
-    from meshd.lifecycle import revoke  # noqa: PLC0415  as above
-
-    names, heard = revoke.revoke(state, name)
+    names, heard = lifecycle.revoke(state, name)
     for revoked in names:
         click.echo(f"{revoked} is revoked.")
-    _say_who_has_heard(heard)
+    _print_who_has_heard(heard)
 
 
-def _say_who_has_heard(heard: "Readiness") -> None:
+def _print_who_has_heard(heard: Readiness) -> None:
     alive = len(heard.ready) + len(heard.missing)
     if alive:
         click.echo(f"{len(heard.ready)} of {alive} other hosts that are alive have confirmed it.")
     if heard.missing:
         names = ", ".join(sorted(heard.missing))
-        click.echo(f"Warning: no answer from {names}: to be told by the others, or asks for it later", err=True)
+        output.warn(f"no answer from {names}; they will learn it from other hosts, or when they reconnect")
 
 
 @click.group()
 def authority() -> None:
-    """Hand the mesh's authority on, so that it survives the host where 'meshd init' ran."""
+    """Copy the authority to another host.
+
+    Only a host with the authority can invite, forget and revoke. A copy survives the host where 'meshd init' ran.
+
+    \b
+    Example:
+      meshd authority export authority.json
+    """
 
 
 passphrase_option = click.option(
-    "--passphrase-file", type=click.File(), help="A file that holds the passphrase; by default it is asked for."
+    "--passphrase-file", type=click.File(), help="A file that holds the passphrase.  [default: a prompt]"
 )
 
 
@@ -132,16 +144,16 @@ passphrase_option = click.option(
 @passphrase_option
 @click.pass_obj
 def export(state: State, file: Any, passphrase_file: Any) -> None:
-    """Write the authority's key to FILE (or print it), encrypted with a passphrase.
+    """Write the authority's key to FILE.
+
+    It is encrypted with a passphrase. Without FILE it is printed.
 
     \b
     Example:
       meshd authority export authority.json
     """
-    from meshd.state.authority import export, key  # noqa: PLC0415  as above
-
-    key(state)
-    file.write(export(state, _passphrase(passphrase_file, confirm=True)))
+    keeper.key(state)
+    file.write(keeper.export(state, _passphrase(passphrase_file, confirm=True)))
 
 
 @authority.command("import")
@@ -149,15 +161,15 @@ def export(state: State, file: Any, passphrase_file: Any) -> None:
 @passphrase_option
 @click.pass_obj
 def restore(state: State, file: Any, passphrase_file: Any) -> None:
-    """Take the authority over from FILE: this host can then invite, forget and revoke.
+    """Take over the authority from FILE.
+
+    This host can then invite, forget and revoke.
 
     \b
     Example:
       meshd authority import authority.json
     """
-    from meshd.state.authority import restore  # noqa: PLC0415  as above
-
-    restore(state, file.read(2**20), _passphrase(passphrase_file, confirm=False))
+    keeper.restore(state, file.read(2**20), _passphrase(passphrase_file, confirm=False))
     click.echo(f"This host holds the authority of the mesh {state.settings.mesh!r} now.")
 
 

@@ -11,12 +11,11 @@ from meshd.mesh import conflicts
 from meshd.mesh.model import Host, Member, Record, Status
 from meshd.mesh.roster import View
 from meshd.net import firewall, underlay
-from meshd.net.resources import Change, Peer
+from meshd.net.resources import Change
 from meshd.reconcile import plan
 from meshd.reconcile.machine import Area, wireguard
 from meshd.reconcile.run import Options, Report, sync
 from meshd.state.directory import Claim, State
-from meshd.state.settings import Settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +113,7 @@ def changes_text(changes: Sequence[Change], withheld: Sequence[Change] = ()) -> 
     """Give one line a change, `+` for add, `~` for set and `-` for remove."""
     sign = {"add": "+", "set": "~", "remove": "-"}
     lines = [f"{sign[change.action]} {change.resource}" for change in changes]
-    lines += [f"! withheld without evidence: {change}" for change in withheld]
+    lines += [f"! {plan.withheld_text(change)}" for change in withheld]
     return "\n".join(lines) if lines else "no changes"
 
 
@@ -129,39 +128,123 @@ def changes_json(report: Report) -> dict[str, Any]:
     }
 
 
-def status(state: State) -> dict[str, Any]:
-    """Give the facts of `meshd status`: strings, numbers and lists only."""
-    settings, report = state.settings, sync(state, Options(dry=True))
-    claim = state.claim()
-    pid = state.agent_pid()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What `meshd status` shows. Its JSON has these names and values; None is what is not known or not there.
+
+    `refused` gives the reason by name. A handshake is recent if it proves that the peer is reachable now.
+    """
+
+    mesh: str
+    host: str
+    overlay: str
+    subnet: str | None
+    address: str | None
+    endpoint: str | None
+    state_dir: str
+    daemon: bool
+    daemon_pid: int | None
+    serf_members: int | None
+    serf_members_alive: int | None
+    wireguard_interface: str
+    wireguard_backend: str
+    wireguard_port: int
+    docker: bool
+    docker_version: str | None
+    docker_firewall: str | None
+    docker_error: str | None
+    allow: list[str]
+    peers: int
+    peers_with_recent_handshake: int
+    pending: list[str]
+    refused: dict[str, str]
+    problems: list[str]
+
+
+def status(state: State) -> Facts:
+    """Look at everything, and change nothing."""
+    return facts(state, sync(state, Options(dry=True)), wireguard(state).backend, blocked(state), time.time())
+
+
+def facts(state: State, report: Report, backend: str, blocked: Sequence[str], now: float) -> Facts:
+    """Return what a report says of this host; `backend` is its WireGuard, `blocked` what its firewall blocks."""
+    settings, claim, engine = state.settings, state.claim(), report.engine
+    record = claim.record if claim else None
     present = [member for member in report.members if member.status is not Status.LEFT]
-    alive = sum(member.status is Status.ALIVE for member in present)
-    unread = [f for f in report.failures if f.area is Area.DOCKER or f.subject == "network"]
-    docker = f"{report.engine.version} ({report.engine.firewall})" if report.engine else ""
-    return {
-        "mesh": settings.mesh,
-        "host": settings.name,
-        "overlay": str(settings.overlay),
-        "subnet": str(claim.record.subnet) if claim else None,
-        "address": str(claim.record.address) if claim else None,
-        "endpoint": str(claim.record.endpoint) if claim else None,
-        "daemon": (f"running (pid {pid})" if pid else "not running") if settings.daemon else "none (Serf's handlers)",
-        "serf": f"{alive} of {len(present)} members alive" if report.members else "not answering",
-        "wireguard": f"{settings.wireguard} ({wireguard(state).backend}), udp port {settings.wireguard_port}",
-        "docker": (f"not answering ({unread[0].error})" if unread else docker) if settings.docker else "not used",
-        "reachable by the overlay": "ICMP" + "".join(f", {entry}" for entry in settings.allow),
-        "peers": f"{len(report.peers)}, {_fresh(report.peers)} with a handshake in the last 3 minutes",
-        "pending": [str(change) for change in report.changes],
-        "refused": [f"{name}: {reason}" for name, reason in sorted(report.roster.refused.items())],
-        "problems": [*map(str, report.failures), *_contested(state, claim, report), *shut(settings)],
-        "state directory": str(state.directory),
+    unread = [str(f.error) for f in report.failures if f.area is Area.DOCKER or f.subject == "network"]
+    return Facts(
+        mesh=settings.mesh,
+        host=settings.name,
+        overlay=str(settings.overlay),
+        subnet=str(record.subnet) if record else None,
+        address=str(record.address) if record else None,
+        endpoint=str(record.endpoint) if record else None,
+        state_dir=str(state.directory),
+        daemon=settings.daemon,
+        daemon_pid=state.agent_pid(),
+        serf_members=len(present) if report.members else None,
+        serf_members_alive=sum(m.status is Status.ALIVE for m in present) if report.members else None,
+        wireguard_interface=settings.wireguard,
+        wireguard_backend=backend,
+        wireguard_port=settings.wireguard_port,
+        docker=settings.docker,
+        docker_version=engine.version if engine else None,
+        docker_firewall=engine.firewall if engine else None,
+        docker_error=unread[0] if unread else None,
+        allow=list(settings.allow),
+        peers=len(report.peers),
+        peers_with_recent_handshake=sum(now - peer.handshake < plan.FRESH for peer in report.peers),
+        pending=[str(change) for change in report.changes],
+        refused=dict(sorted(report.roster.refused.items())),
+        problems=[*map(str, report.failures), *_contested(state, claim, report, now), *blocked],
+    )
+
+
+def status_json(facts: Facts) -> dict[str, Any]:
+    return asdict(facts)
+
+
+def status_text(facts: Facts) -> str:
+    """Return one line a fact, and an indented line for each entry of a list."""
+    alive = f"{facts.serf_members_alive} of {facts.serf_members} members alive"
+    daemon = f"running (pid {facts.daemon_pid})" if facts.daemon_pid else "not running"
+    engine = f"{facts.docker_version} ({facts.docker_firewall})" if facts.docker_version else "not answering"
+    lines: dict[str, object] = {
+        "mesh": facts.mesh,
+        "host": facts.host,
+        "overlay": facts.overlay,
+        "subnet": facts.subnet,
+        "address": facts.address,
+        "endpoint": facts.endpoint,
+        "daemon": daemon if facts.daemon else "none (Serf's handlers)",
+        "serf": "not answering" if facts.serf_members is None else alive,
+        "wireguard": f"{facts.wireguard_interface} ({facts.wireguard_backend}), udp port {facts.wireguard_port}",
+        "docker": f"not answering ({facts.docker_error})" if facts.docker_error else engine,
+        "reachable by the overlay": ", ".join(["ICMP", *facts.allow]),
+        "peers": f"{facts.peers}, {facts.peers_with_recent_handshake} with a handshake in the last 3 minutes",
+        "pending": facts.pending,
+        "refused": [f"{name}: {reason}" for name, reason in facts.refused.items()],
+        "problems": facts.problems,
+        "state directory": facts.state_dir,
     }
+    return _aligned(lines if facts.docker else {**lines, "docker": "not used"})
 
 
-def _contested(state: State, claim: Claim | None, report: Report) -> list[str]:
+def _aligned(lines: Mapping[str, object]) -> str:
+    width = max(map(len, lines)) + 1
+    text: list[str] = []
+    for name, value in lines.items():
+        if isinstance(value, list):
+            text += [f"{name + ':':<{width}} {len(value) or 'none'}", *(f"  {entry}" for entry in value)]
+        else:
+            text.append(f"{name + ':':<{width}} {value}")
+    return "\n".join(text)
+
+
+def _contested(state: State, claim: Claim | None, report: Report, now: float) -> list[str]:
     if claim is None:
         return []
-    view = View(Host(state.settings.name, claim.record), state.mesh, report.roster, time.time())
+    view = View(Host(state.settings.name, claim.record), state.mesh, report.roster, now)
     rivals = conflicts.contested(view, report.members)
     return [
         f"subnet: {name} has moved to {claim.record.subnet}, which is this host's: 'meshd renumber' on one of the two"
@@ -169,27 +252,11 @@ def _contested(state: State, claim: Claim | None, report: Report) -> list[str]:
     ]
 
 
-def shut(settings: Settings) -> list[str]:
-    """Give a line for each thing that the firewall of this host shuts, though meshd needs it open."""
-    versions = {4, settings.bind.version}
+def blocked(state: State) -> list[str]:
+    """Return a line for each thing that the firewall of this host blocks, though meshd needs it open."""
     try:
-        needed = openings.needed(settings, underlay.holder(settings.bind))
-        return list(openings.shut(needed, firewall.ruleset(), {v: firewall.saved(v) for v in versions}))
+        bind = state.bind
+        needed = openings.needed(state.settings, underlay.holder(bind), bind.version)
+        return list(openings.shut(needed, firewall.ruleset(), {v: firewall.saved(v) for v in {4, bind.version}}))
     except MeshdError as error:
         return [f"firewall: {error}"]
-
-
-def status_text(facts: Mapping[str, Any]) -> str:
-    """Give one line a fact, and an indented line for each entry of a list."""
-    width = max(map(len, facts)) + 1
-    lines: list[str] = []
-    for name, value in facts.items():
-        if isinstance(value, list):
-            lines += [f"{name + ':':<{width}} {len(value) or 'none'}", *(f"  {entry}" for entry in value)]
-        else:
-            lines.append(f"{name + ':':<{width}} {value}")
-    return "\n".join(lines)
-
-
-def _fresh(peers: Iterable[Peer]) -> int:
-    return sum(time.time() - peer.handshake < plan.FRESH for peer in peers)

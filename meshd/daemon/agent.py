@@ -13,7 +13,6 @@ import socket
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from threading import Event, Thread
 
@@ -205,7 +204,7 @@ class Agent:
         """Move to the address that this host has now; False while it has none: the next one may come at any time."""
         try:
             if follow_underlay(self.state):
-                log.warning("this host's underlay address is now %s", self.state.settings.bind)
+                log.warning("this host's underlay address is now %s", self.state.bind)
         except MeshdError as error:
             log.debug("underlay: %s", error)
             return False
@@ -271,7 +270,7 @@ class Agent:
         refused = [f"refused {name}: {reason}" for name, reason in sorted(report.roster.refused.items())]
         refused += self._replayed(report)
         reasons = {*refused[:MOST_REFUSED], *(["refused more than these"] if refused[MOST_REFUSED:] else [])}
-        held = {f"withheld without evidence: {change} (meshd sync --force does it)" for change in report.withheld}
+        held = {plan.withheld_text(change) for change in report.withheld}
         self._complain({str(failure) for failure in report.failures} | reasons | held)
 
     def _overdue(self) -> set[str]:
@@ -404,15 +403,16 @@ def _trim(state: State) -> None:
 
 
 def follow_underlay(state: State) -> bool:
-    """Move to the address that this host has now, unless one was chosen for good; True if it is another one.
+    """Move to the address that this host has now, unless somebody chose one; return whether it is another one.
 
     Serf, which is bound to the old one, is ended; whoever starts it next starts it on the new one.
     """
-    settings = state.settings
-    if settings.bind_chosen or underlay.holder(settings.bind) is not None:
+    settings, found = state.settings, state.found_bind()
+    if settings.bind is not None or (found is not None and underlay.holder(found) is not None):
         return False
     contact = next(iter(state.contacts().values()), None)
     bind = underlay.source_address(contact.address if contact else None)
-    state.save_settings(replace(settings, bind=bind))
+    settings.check_underlay(bind)
+    state.save_found_bind(bind)
     stop(state)
     return True

@@ -47,8 +47,8 @@ def configure(state: State) -> Path:
     settings, claim = state.settings, state.claim()
     config = serf.agent_config(
         name=settings.name,
-        bind=Endpoint(settings.bind, settings.gossip_port),
-        advertise=Endpoint(settings.advertised, settings.gossip_port),
+        bind=Endpoint(state.bind, settings.gossip_port),
+        advertise=Endpoint(state.advertised, settings.gossip_port),
         encrypt_key=state.gossip_key,
         rpc_port=settings.rpc_port,
         rpc_auth=state.rpc_key,

@@ -22,9 +22,10 @@ from meshd.lab.hosts import DEFAULT, Lab
 )
 @click.pass_context
 def lab(ctx: click.Context, directory: Path) -> None:
-    """Try a mesh on this machine: stand-in hosts with networks, processes and Docker engines of their own.
+    """Try a mesh of several hosts on this machine.
 
-    Hosts are barge1, barge2, … at 10.10.10.101, 10.10.10.102, … on a network that only they can see.
+    Each stand-in host has a network, processes and, if you like, a Docker engine of its own. The hosts are barge1,
+    barge2, … at 10.10.10.101, 10.10.10.102, … on a network that only they can see.
 
     \b
     Example:

@@ -1,17 +1,21 @@
 """Make a mesh, or join one. On any error the host is as it was before."""
 
+import time
+
 from meshd import files
 from meshd.daemon import hints, service
-from meshd.endpoint import Endpoint
+from meshd.endpoint import Endpoint, IPAddress
 from meshd.errors import ConflictError, InputError, SerfError
 from meshd.gossip import serf, serf_agent
-from meshd.lifecycle import preflight
+from meshd.gossip.delivery import Progress, Readiness, wait_ready
+from meshd.lifecycle import leave, preflight
 from meshd.lifecycle.rollback import all_or_nothing
-from meshd.lifecycle.up import begin
+from meshd.lifecycle.up import begin, up
 from meshd.mesh import addressing
 from meshd.mesh.invitations import Admission, Invitation
+from meshd.net import underlay
 from meshd.state import authority
-from meshd.state.claim import choose_subnet, endpoint, publish, settle_subnet
+from meshd.state.claim import choose_subnet, endpoint, has_ended, publish, settle_subnet
 from meshd.state.directory import Claim, State
 from meshd.state.settings import Settings
 
@@ -19,11 +23,12 @@ from meshd.state.settings import Settings
 def init(state: State, settings: Settings) -> None:
     """Make a mesh with this host as its first. On any error the host is as it was before."""
     _not_set_up(state)
+    bind = _bind(settings, towards=None)
     with all_or_nothing(state):
-        _settle_in(state, settings)
+        _settle_in(state, settings, bind)
         authority.found(state, settings.mesh, settings.name)
-        subnet = settings.subnet or choose_subnet(settings)
-        publish(state, None, subnet=subnet, endpoint=endpoint(settings), settled=True)
+        subnet = settings.subnet or choose_subnet(state)
+        publish(state, None, subnet=subnet, endpoint=endpoint(state), settled=True)
         begin(state)
 
 
@@ -31,20 +36,19 @@ def join(state: State, settings: Settings, invitation: Invitation, admission: Ad
     """Join the mesh of the member at `member`. On any error the host is as it was before."""
     _not_set_up(state)
     preflight.member_address(member, settings.overlay)
+    allowed = admission.certificate.subnets
+    if settings.subnet is not None and not addressing.is_allowed(settings.subnet, allowed):
+        raise InputError(f"the invitation allows subnets of {', '.join(map(str, allowed))} only, not {settings.subnet}")
+    bind = _bind(settings, member.address)
     preflight.reachable(member)
     with all_or_nothing(state):
-        _settle_in(state, settings, invitation.gossip_key)
+        _settle_in(state, settings, bind, invitation.gossip_key)
         state.save_authority(invitation.authority)
         state.save_certificate(admission.certificate, admission.seed)
         state.save_contacts({"": member})
-        allowed = admission.certificate.subnets
-        if settings.subnet is not None and not addressing.is_allowed(settings.subnet, allowed):
-            raise InputError(
-                f"the invitation allows subnets of {', '.join(map(str, allowed))} only, not {settings.subnet}"
-            )
-        subnet = settings.subnet or choose_subnet(settings, allowed=allowed)
+        subnet = settings.subnet or choose_subnet(state, allowed=allowed)
         # Without a daemon nobody can be asked before the agent is started by hand.
-        claim = publish(state, None, subnet=subnet, endpoint=endpoint(settings), settled=not settings.daemon)
+        claim = publish(state, None, subnet=subnet, endpoint=endpoint(state), settled=not settings.daemon)
         if settings.daemon:
             service.start(state)
             _enter(state, claim, member)
@@ -65,12 +69,31 @@ def _enter(state: State, claim: Claim, member: Endpoint) -> None:
         if holder := serf.name_conflict(state.serf_log):
             raise ConflictError(f"the name {settings.name} is already in the mesh ({holder}): pass --name")
         subnet = settle_subnet(state, claim, client.members())
-        publish(state, claim, subnet=subnet, endpoint=endpoint(settings), settled=True)
+        publish(state, claim, subnet=subnet, endpoint=endpoint(state), settled=True)
 
 
-def renew(state: State, admission: Admission) -> None:
+def join_again(state: State, invitation: Invitation | None) -> None:
+    """Start this host, which is a member, and take over the certificate of a new invitation.
+
+    That is harmless. Raises InputError for an invitation to another mesh.
+    """
+    if invitation is not None:
+        if invitation.authority != state.mesh.trust.authority:
+            raise InputError(
+                f"this host is in the mesh {state.settings.mesh!r} already, and the invitation is of another one: "
+                "run 'meshd leave' first, or pass another --state-dir, --interface, --bridge and ports"
+            )
+        # A reusable invitation gives nothing that a certificate by the authority itself does not have.
+        if invitation.certificate is not None or state.certificate.delegation is not None:
+            # Nobody takes another identity for this host's while it is one; a revoked one is nobody's any more.
+            keeps = invitation.certificate is None and state.certificate.serial not in state.roster().revoked
+            name, identity_key = state.settings.name, state.identity_key if keeps else None
+            _renew(state, invitation.redeem(name, name, time.time(), identity_key))
+    up(state)
+
+
+def _renew(state: State, admission: Admission) -> None:
     """Take over a new certificate for this host, if it is one; nothing else changes, and no packet is lost."""
-    preflight.root()
     if admission.certificate == state.certificate:
         return
     with state.lock():
@@ -78,8 +101,22 @@ def renew(state: State, admission: Admission) -> None:
     hints.wake(state.socket, "a new certificate")
 
 
+def wait_for_others(state: State, timeout: float, progress: Progress, *, is_new: bool) -> Readiness:
+    """Wait until the others have configured this host, and return who has.
+
+    Raises InputError if this host is no longer a member. One that `is_new`, and hears only now that its invitation was
+    revoked, is as it was before.
+    """
+    claim = state.claim()
+    readiness = wait_ready(state, claim.record.seq if claim else 0, timeout, progress)
+    if reason := has_ended(state):
+        if is_new:
+            leave.leave(state, force=True)
+        raise InputError(reason)
+    return readiness
+
+
 def _not_set_up(state: State) -> None:
-    preflight.root()
     if state.exists:
         settings = state.settings
         raise ConflictError(
@@ -88,11 +125,20 @@ def _not_set_up(state: State) -> None:
         )
 
 
-def _settle_in(state: State, settings: Settings, gossip_key: bytes | None = None) -> None:
+def _bind(settings: Settings, towards: IPAddress | None) -> IPAddress:
+    """Return the underlay address: the chosen one, or the one that the kernel would use towards a member."""
+    bind = settings.bind or underlay.source_address(towards)
+    settings.check_underlay(bind)
+    return bind
+
+
+def _settle_in(state: State, settings: Settings, bind: IPAddress, gossip_key: bytes | None = None) -> None:
     """Check the machine, then write everything that starting needs."""
     files.private_directory(state.directory)
-    preflight.check(settings, state.wireguard_key)
+    preflight.check(settings, bind, state.wireguard_key)
     if gossip_key is not None:
         state.save_gossip_key(gossip_key)
     _ = state.gossip_key, state.rpc_key
+    if settings.bind is None:
+        state.save_found_bind(bind)
     state.save_settings(settings)

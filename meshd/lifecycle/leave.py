@@ -7,7 +7,6 @@ from meshd.daemon import service
 from meshd.errors import ConflictError, InputError, MeshdError, SerfError
 from meshd.gossip import calls, serf, serf_agent
 from meshd.gossip.delivery import ASK, MEETING, wait_ready
-from meshd.lifecycle import preflight
 from meshd.lifecycle.containers import attached_containers
 from meshd.lifecycle.up import take_down
 from meshd.mesh import membership, tombstones
@@ -25,7 +24,6 @@ def leave(state: State, *, force: bool = False, say: Callable[[str], None] = lam
 
     Where no goodbye can be said, raises MeshdError and changes nothing; with `force` it goes on, and `say` is told.
     """
-    preflight.root()
     settings = state.settings
     if not force and state.authority_key is not None and not state.authority_exported and state.roster().hosts:
         raise ConflictError(

@@ -1,6 +1,5 @@
 """What must be so before `init` and `join` touch the host: each failure names what is in the way and what to do."""
 
-import os
 import shutil
 import socket
 from ipaddress import IPv4Network
@@ -15,22 +14,19 @@ from meshd.state.settings import Settings
 PACKAGES = {"serf": "serf", "nft": "nftables"}
 
 
-def root() -> None:
-    """Require root: links, routes and rules are the kernel's."""
-    if os.geteuid() != 0:
-        raise InputError("meshd changes links, routes and firewall rules: run it as root (sudo meshd …)")
+def check(settings: Settings, bind: IPAddress, private_key: bytes) -> None:
+    """Check the machine for what `settings` want, with the underlay address `bind`. Nothing is changed.
 
-
-def check(settings: Settings, private_key: bytes) -> None:
-    """Check the machine for what `settings` want. Nothing is changed. Raises MissingError or ConflictError."""
+    Raises InputError, MissingError or ConflictError.
+    """
     programs = PACKAGES | ({"iptables": "iptables"} if settings.docker else {})
     for program, package in programs.items():
         if shutil.which(program) is None:
             raise MissingError(f"{program} is not installed: apt install {package}")
     wireguard.find(settings.wireguard, private_key, settings.wireguard_backend)
-    _addresses(settings)
+    _address(bind)
     _names(settings)
-    _ports(settings)
+    _ports(settings, bind)
     docker = DockerNetwork(settings.mesh, settings.bridge) if settings.docker else None
     if docker is not None:
         docker.engine()
@@ -58,9 +54,9 @@ def reachable(member: Endpoint, timeout: float = 5.0) -> None:
         ) from None
 
 
-def _addresses(settings: Settings) -> None:
-    if underlay.holder(settings.bind) is None:
-        raise InputError(f"this host has no address {settings.bind}: pass --bind with one of its underlay addresses")
+def _address(bind: IPAddress) -> None:
+    if underlay.holder(bind) is None:
+        raise InputError(f"this host has no address {bind}: pass --bind with one of its underlay addresses")
 
 
 def _names(settings: Settings) -> None:
@@ -76,13 +72,13 @@ def _names(settings: Settings) -> None:
         )
 
 
-def _ports(settings: Settings) -> None:
-    family = socket.AF_INET6 if settings.bind.version == 6 else socket.AF_INET
-    anywhere = "::" if settings.bind.version == 6 else "0.0.0.0"  # noqa: S104  WireGuard listens everywhere
+def _ports(settings: Settings, bind: IPAddress) -> None:
+    family = socket.AF_INET6 if bind.version == 6 else socket.AF_INET
+    anywhere = "::" if bind.version == 6 else "0.0.0.0"  # noqa: S104  WireGuard listens everywhere
     wanted: tuple[tuple[str, int, socket.SocketKind, int, str, str], ...] = (
         ("WireGuard's UDP", family, socket.SOCK_DGRAM, settings.wireguard_port, anywhere, "--wireguard-port"),
-        ("gossip's TCP", family, socket.SOCK_STREAM, settings.gossip_port, str(settings.bind), "--gossip-port"),
-        ("gossip's UDP", family, socket.SOCK_DGRAM, settings.gossip_port, str(settings.bind), "--gossip-port"),
+        ("gossip's TCP", family, socket.SOCK_STREAM, settings.gossip_port, str(bind), "--gossip-port"),
+        ("gossip's UDP", family, socket.SOCK_DGRAM, settings.gossip_port, str(bind), "--gossip-port"),
         ("Serf RPC's TCP", socket.AF_INET, socket.SOCK_STREAM, settings.rpc_port, "127.0.0.1", "--rpc-port"),
     )
     for what, domain, kind, port, address, option in wanted:
@@ -121,8 +117,3 @@ def _routes(settings: Settings) -> None:
             f"the overlay {settings.overlay} overlaps the route {prefix} dev {link}: "
             f"choose another overlay (meshd init --overlay)"
         )
-
-
-def bind_address(chosen: IPAddress | None, towards: IPAddress | None) -> IPAddress:
-    """Give the underlay address: the chosen one, or the one that the kernel would use towards a member."""
-    return chosen if chosen is not None else underlay.source_address(towards)

@@ -6,7 +6,6 @@ from ipaddress import IPv4Network
 
 from meshd.daemon import hints
 from meshd.errors import InputError, MeshdError
-from meshd.lifecycle import preflight
 from meshd.lifecycle.containers import attach, attached_containers, disconnect
 from meshd.lifecycle.interrupts import interruptible
 from meshd.net.docker import DockerNetwork
@@ -17,7 +16,6 @@ from meshd.state.directory import State
 
 def renumber(state: State, subnet: IPv4Network | None, *, force: bool, say: Callable[[str], None]) -> None:
     """Give this host another subnet, and with `force` its containers other addresses. `say` is told of each step."""
-    preflight.root()
     settings, claim = state.settings, state.claim()
     if subnet is not None:
         replace(settings, subnet=subnet)  # its checks

@@ -7,7 +7,6 @@ from meshd.errors import ConflictError, InputError, SerfError
 from meshd.gossip import calls, serf_agent
 from meshd.gossip.delivery import Readiness, tell_tombstones
 from meshd.gossip.responder import merge_tombstones
-from meshd.lifecycle import preflight
 from meshd.mesh.model import Status
 from meshd.mesh.tombstones import Tombstones
 from meshd.reconcile.run import sync
@@ -20,7 +19,6 @@ def forget(state: State, name: str) -> Readiness:
 
     Raises InputError for a name that is not known or without the authority, ConflictError for a host that is alive.
     """
-    preflight.root()
     settings, roster = state.settings, state.roster()
     if name == settings.name:
         raise InputError(f"{name} is this host: 'meshd leave' says its goodbye")
@@ -41,7 +39,6 @@ def revoke(state: State, name: str) -> tuple[list[str], Readiness]:
 
     Give the names of all that is revoked with it, and who has heard of it.
     """
-    preflight.root()
     if name == state.settings.name:
         raise InputError(f"{name} is this host: bring the authority to another one and revoke it from there")
     revoked = authority.revoke(state, name)

@@ -8,7 +8,6 @@ from meshd.daemon import hints, service
 from meshd.errors import InputError, MeshdError
 from meshd.gossip import serf, serf_agent
 from meshd.gossip.delivery import ASK
-from meshd.lifecycle import preflight
 from meshd.lifecycle.containers import attached_containers, disconnect
 from meshd.net import links
 from meshd.net.docker import Attachment
@@ -21,7 +20,6 @@ from meshd.state.directory import State
 
 def up(state: State) -> Report:
     """Start what `down` stopped: the same keys, the same subnet."""
-    preflight.root()
     staying(state)
     state.mark_up()
     return begin(state)
@@ -29,7 +27,6 @@ def up(state: State) -> Report:
 
 def allow(state: State, entries: tuple[str, ...]) -> None:
     """Set what the overlay may reach on this host itself, from the next pass on. Raises InputError."""
-    preflight.root()
     with state.lock():
         state.save_settings(replace(state.settings, allow=entries))
     hints.wake(state.socket, "settings")
@@ -37,7 +34,6 @@ def allow(state: State, entries: tuple[str, ...]) -> None:
 
 def down(state: State, *, force: bool = False) -> Report:
     """Stop everything and leave the host as it was found; keep the identity and the subnet; say no goodbye."""
-    preflight.root()
     settings, was_up = state.settings, _is_up(state)
     containers = attached_containers(settings, force=force)
     # Before anything else: a disk that is full stops it here, and from here on nobody brings back what is taken down.

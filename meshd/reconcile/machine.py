@@ -119,7 +119,7 @@ def this_machine(state: State) -> Machine:
         adapters,
         listed,
         engine=network.engine if network is not None else lambda: None,
-        mtu=lambda: underlay.mtu(settings.bind),
+        mtu=lambda: underlay.mtu(state.bind),
         networks=lambda: underlay.networks(settings.overlay, {settings.wireguard, settings.bridge}),
     )
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+from ipaddress import IPv4Address, IPv4Interface
 
 from meshd.mesh.model import Host, Record
 from meshd.mesh.records import encode
@@ -23,6 +23,7 @@ from meshd.net.resources import (
     Tags,
 )
 from meshd.reconcile.handshakes import keep_quiet
+from meshd.state.settings import Settings
 
 # An endpoint that WireGuard has learned from an authenticated packet is better than ours. WireGuard rekeys after
 # 120 s and gives a session up after 180 s (REJECT_AFTER_TIME), so a younger handshake proves the endpoint.
@@ -41,35 +42,33 @@ class Local:
     """This host, as far as the desired state depends on it. Without Docker there is no bridge and no engine."""
 
     host: Host
-    overlay: IPv4Network
-    wireguard: str
-    port: int
+    settings: Settings
     mtu: int
-    keepalive: int
-    owner: str
-    bridge: str | None = None
     engine: Engine | None = None
-    allow: tuple[str, ...] = ()
     # The links of the containers that have lost the bridge.
     loose: tuple[str, ...] = ()
+
+    @property
+    def bridge(self) -> str | None:
+        return self.settings.bridge if self.settings.docker else None
 
 
 def desired(local: Local, hosts: Iterable[Host]) -> tuple[Resource, ...]:
     """Give everything that should be on this host; `diff` puts it into the order in which it is made."""
-    record = local.host.record
+    record, settings = local.host.record, local.settings
     resources: list[Resource] = [
         rules.table(
-            wireguard=local.wireguard,
-            port=local.port,
+            wireguard=settings.wireguard,
+            port=settings.wireguard_port,
             bridge=local.bridge,
-            overlay=local.overlay,
+            overlay=settings.overlay,
             subnet=record.subnet,
-            allow=local.allow,
+            allow=settings.allow,
         ),
-        Device(local.wireguard, record.public_key, local.port),
-        Link(local.wireguard, "wireguard", local.mtu),
-        Address(local.wireguard, IPv4Interface((record.address, 32))),
-        Route(local.overlay, None, metric=LAST_METRIC),
+        Device(settings.wireguard, record.public_key, settings.wireguard_port),
+        Link(settings.wireguard, "wireguard", local.mtu),
+        Address(settings.wireguard, IPv4Interface((record.address, 32))),
+        Route(settings.overlay, None, metric=LAST_METRIC),
         Tags(tuple(sorted(encode(record).items()))),
     ]
     if local.bridge is not None:
@@ -91,7 +90,7 @@ def _bridge(local: Local, bridge: str) -> list[Resource]:
         *(Port(link, bridge) for link in local.loose),
         # The whole overlay is on-link here: Docker adopts the address, and no packet for an unknown subnet can
         # leave by the default route.
-        Address(bridge, IPv4Interface((record.address, local.overlay.prefixlen))),
+        Address(bridge, IPv4Interface((record.address, local.settings.overlay.prefixlen))),
         Sysctl(f"net/ipv4/conf/{bridge}/proxy_arp", "1"),
         # The kernel's default of 0.8 s delays the first packet to each address.
         Sysctl(f"net/ipv4/neigh/{bridge}/proxy_delay", "0"),
@@ -100,11 +99,11 @@ def _bridge(local: Local, bridge: str) -> list[Resource]:
         # Not before the engine runs: Docker closes its FORWARD policy only when it turns forwarding on itself.
         resources.append(Sysctl(IP_FORWARD, "1"))
         resources += rules.iptables(
-            wireguard=local.wireguard,
+            wireguard=local.settings.wireguard,
             bridge=bridge,
             subnet=record.subnet,
             engine=local.engine,
-            owner=local.owner,
+            owner=local.settings.owner,
         )
         resources.append(_network(local, bridge, record.address, local.engine))
     return resources
@@ -120,14 +119,14 @@ def _mac(address: IPv4Address) -> str:
 
 
 def _network(local: Local, bridge: str, gateway: IPv4Address, engine: Engine) -> Network:
-    options = {"com.docker.network.bridge.trusted_host_interfaces": local.wireguard}
+    options = {"com.docker.network.bridge.trusted_host_interfaces": local.settings.wireguard}
     if engine.firewall == "nftables":
         # On that backend nothing but this admits routed packets to containers (Docker 29); it is an error before 28.
         options["com.docker.network.bridge.gateway_mode_ipv4"] = "nat-unprotected"
     return Network(
         name=bridge,
         bridge=bridge,
-        subnet=local.overlay,
+        subnet=local.settings.overlay,
         ip_range=local.host.record.subnet,
         gateway=gateway,
         mtu=local.mtu,
@@ -137,8 +136,8 @@ def _network(local: Local, bridge: str, gateway: IPv4Address, engine: Engine) ->
 
 def _peer(local: Local, record: Record) -> list[Resource]:
     return [
-        Peer(record.public_key, record.endpoint, (record.subnet,), local.keepalive),
-        Route(record.subnet, local.wireguard, local.host.record.address),
+        Peer(record.public_key, record.endpoint, (record.subnet,), local.settings.keepalive),
+        Route(record.subnet, local.settings.wireguard, local.host.record.address),
     ]
 
 
@@ -220,6 +219,11 @@ def guard(
         return resource in doubtful or (isinstance(resource, Route) and resource.prefix in prefixes)
 
     return tuple(c for c in changes if not withheld(c)), tuple(c for c in changes if withheld(c))
+
+
+def withheld_text(change: Change) -> str:
+    """Return what users are told of a change that `guard` withheld."""
+    return f"not removed, because nobody said that it left: {change.resource}; 'meshd sync --force' removes it"
 
 
 def restored(originals: Mapping[str, str]) -> tuple[Sysctl, ...]:

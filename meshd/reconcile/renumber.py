@@ -29,11 +29,11 @@ def renumber(state: State, subnet: IPv4Network | None = None) -> Record:
         taken |= {record.subnet for record in known.hosts.values()}
         if subnet is not None and subnet in taken:
             raise ConflictError(f"the subnet {subnet} is taken by another host: 'meshd members' shows who has which")
-        new = subnet or choose_subnet(settings, taken | {claim.record.subnet}, allowed=allowed)
+        new = subnet or choose_subnet(state, taken | {claim.record.subnet}, allowed=allowed)
         # Docker refuses a bridge whose address is not the network's gateway: the network goes before the address does.
         observed, _, failures = machine.observe({"network", "address"})
         old = [r for kind in ("network", "address") for r in observed if r.kind == kind]
         failures += machine.apply(Change(Action.REMOVE, resource) for resource in old)
         if failures:
             raise failures[0].error
-        return publish(state, claim, subnet=new, endpoint=endpoint(settings), settled=True).record
+        return publish(state, claim, subnet=new, endpoint=endpoint(state), settled=True).record

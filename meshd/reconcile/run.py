@@ -233,7 +233,9 @@ class _Run:
     def decide(self, seen: _Seen, facts: _Facts) -> _Decision:
         """Compare what should be with what is. Pure."""
         settings, known, roster = self.state.settings, self.known.hosts, seen.roster
-        wanted = plan.desired(local(settings, self.own, facts), roster.sorted_hosts())
+        loose = tuple(r.link for r in facts.resources if isinstance(r, Port))
+        here = plan.Local(host=self.own, settings=settings, mtu=facts.mtu, engine=facts.engine, loose=loose)
+        wanted = plan.desired(here, roster.sorted_hosts())
         moved = {r.public_key for n, r in roster.hosts.items() if n in known and r.endpoint != known[n].endpoint}
         patient = frozenset(handshakes.patient_keys(settings, self.own.record, roster, seen.members))
         changes = plan.diff(wanted, facts.resources, now=self.now, moved=moved, patient=patient, kinds=facts.readable)
@@ -271,23 +273,6 @@ def _mtu(machine: Machine, settings: Settings, kinds: Collection[str]) -> tuple[
         return settings.mtu or machine.mtu() - OVERHEAD, ()
     except MeshdError as error:
         return 0, (Failure(Area.UNDERLAY, error),)
-
-
-def local(settings: Settings, own: Host, facts: _Facts) -> plan.Local:
-    """Put together what the desired state depends on."""
-    return plan.Local(
-        host=own,
-        overlay=settings.overlay,
-        wireguard=settings.wireguard,
-        port=settings.wireguard_port,
-        mtu=facts.mtu,
-        keepalive=settings.keepalive,
-        owner=settings.owner,
-        bridge=settings.bridge if settings.docker else None,
-        engine=facts.engine,
-        allow=settings.allow,
-        loose=tuple(r.link for r in facts.resources if isinstance(r, Port)),
-    )
 
 
 def _departed(known: Roster, roster: Roster) -> set[str]:

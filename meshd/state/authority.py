@@ -116,7 +116,7 @@ def _invitation(
         name,
         certificate,
         delegation,
-        (Endpoint(settings.advertised, settings.gossip_port),),
+        (Endpoint(state.advertised, settings.gossip_port),),
     )
 
 

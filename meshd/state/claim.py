@@ -13,7 +13,6 @@ from meshd.mesh.model import Host, Member, Record
 from meshd.mesh.records import MAX_SEQ
 from meshd.mesh.roster import BURIED, REVOKED, Roster, View
 from meshd.state.directory import Claim, State
-from meshd.state.settings import Settings
 
 ENDED = {
     REVOKED: "the authority has revoked this host, or the invitation by which it came",
@@ -88,31 +87,32 @@ def refresh(state: State, claim: Claim, known: Roster, now: float | None = None)
         state,
         claim,
         subnet=claim.record.subnet,
-        endpoint=endpoint(state.settings),
+        endpoint=endpoint(state),
         settled=claim.settled,
         beyond=beyond,
         now=now,
     )
 
 
-def endpoint(settings: Settings) -> Endpoint:
+def endpoint(state: State) -> Endpoint:
     """Return where the other hosts' WireGuard reaches this host."""
-    return Endpoint(settings.advertised, settings.wireguard_port)
+    return Endpoint(state.advertised, state.settings.wireguard_port)
 
 
 def choose_subnet(
-    settings: Settings,
+    state: State,
     taken: Collection[IPv4Network] = (),
     *,
     allowed: Collection[IPv4Network] = (),
     persisted: IPv4Network | None = None,
 ) -> IPv4Network:
     """Return a free subnet for this host (see addressing.choose). Raises ConflictError when there is none."""
+    settings = state.settings
     return addressing.choose(
         settings.overlay,
         settings.subnet_length,
         taken,
-        settings.advertised,
+        state.advertised,
         settings.name,
         persisted=persisted,
         allowed=allowed,
@@ -127,7 +127,7 @@ def settle_subnet(state: State, claim: Claim, listed: Collection[Member]) -> IPv
     if settings.subnet is not None and settings.subnet in taken:
         rivals = conflicts.subnet_rivals(view, listed)
         raise ConflictError(f"the subnet {settings.subnet} is taken by {', '.join(rivals)}: pass another --subnet")
-    return choose_subnet(settings, taken, allowed=record.certificate.subnets, persisted=record.subnet)
+    return choose_subnet(state, taken, allowed=record.certificate.subnets, persisted=record.subnet)
 
 
 def ended(own: Host, known: Roster, now: float) -> str:

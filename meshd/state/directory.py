@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, TypeVar
 
 from meshd import files, keys
-from meshd.endpoint import Endpoint
+from meshd.endpoint import Endpoint, IPAddress
 from meshd.errors import InputError
 from meshd.mesh.certificates import Trust
 from meshd.mesh.model import Certificate, Record, Revocation, Tombstone
@@ -75,10 +76,39 @@ class State:
     def reload_settings(self) -> None:
         """Read the settings again when they are asked for: a command may have changed them."""
         self.__dict__.pop("settings", None)
+        self.__dict__.pop("bind", None)
 
     def save_settings(self, settings: Settings) -> None:
+        found = self.found_bind()
+        if found is not None and not (self.directory / "underlay.json").exists():
+            self.save_found_bind(found)  # version 1 of the settings, which are overwritten now, kept it
         files.write_json(self.directory / "settings.json", config.to_json(settings))
-        self.__dict__.pop("settings", None)
+        self.reload_settings()
+
+    @cached_property
+    def bind(self) -> IPAddress:
+        """This host's underlay address: the chosen one, or the one that was found last."""
+        found = self.settings.bind or self.found_bind()
+        if found is None:
+            path = self.directory / "underlay.json"
+            raise InputError(f"{path} is missing: restore it, or start the daemon, which finds the address again")
+        return found
+
+    @property
+    def advertised(self) -> IPAddress:
+        """The address at which the others reach this host."""
+        return self.settings.advertise or self.bind
+
+    def found_bind(self) -> IPAddress | None:
+        """Return the underlay address that meshd has found by itself, None if it has found none yet."""
+        values = self._json("underlay.json")
+        if values is not None:
+            return self._guard("underlay.json", lambda: ip_address(str(values["address"])))
+        return config.found_in_version_1(self._json("settings.json") or {})
+
+    def save_found_bind(self, address: IPAddress) -> None:
+        files.write_json(self.directory / "underlay.json", {"address": str(address)})
+        self.__dict__.pop("bind", None)
 
     @cached_property
     def wireguard_key(self) -> bytes:
@@ -285,6 +315,7 @@ class State:
 # Every file that this class, or what it starts, writes here.
 _OURS = {
     *("settings.json", "claim.json", "contacts.json", "hosts.json", "originals.json", "serf.json"),
+    "underlay.json",
     *("authority.pub", "authority.key", "authority.exported", "identity.key", "certificate.json"),
     "issued.json",
     *("wireguard.key", "gossip.key", "rpc.key", "serf.log", "agent.log"),

@@ -1,8 +1,13 @@
-"""A host's settings: defaults < invitation < environment < flags, fixed at `init` or `join`, then one file."""
+"""A host's settings. Each one is declared once: option, environment variable, default, check, and place in the file.
 
+They are fixed at `init` or `join` and then kept in one file: defaults < invitation < environment < options.
+"""
+
+import os
 import re
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from enum import Enum
 from ipaddress import IPv4Network, ip_address
 from typing import Any
 
@@ -11,68 +16,219 @@ from meshd.errors import InputError
 from meshd.mesh.addressing import check_overlay, is_usable
 from meshd.mesh.model import is_name
 
-VERSION = 1
+VERSION = 2
 # IFNAMSIZ is 16 with the final NUL; the alphabet keeps it safe in nft rules and /proc paths.
 INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,14}")
 ALLOWED = re.compile(r"all|(?:tcp|udp)/([0-9]{1,5})(?:-([0-9]{1,5}))?")
-# The hand-made recipe's prefix; it lies in Docker's automatic pool, so the preflight looks for it there.
-OVERLAY = IPv4Network("172.20.0.0/16")
-PORTS = ("wireguard_port", "gossip_port", "rpc_port")
+
+
+class Scope(Enum):
+    """Who decides on a setting."""
+
+    MESH = "init decides for the whole mesh, and the invitation carries it"
+    INHERITED = "init decides, and each host may decide otherwise"
+    HOST = "each host decides"
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """How a value is kept in the file. `read` raises ValueError for anything else than `what`."""
+
+    what: str
+    read: Callable[[Any], Any]
+    write: Callable[[Any], Any] = lambda value: value
+
+
+def _exactly(wanted: type) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if type(value) is not wanted:
+            raise ValueError
+        return value
+
+    return read
+
+
+def _parsed(parser: Callable[[str], Any]) -> Callable[[Any], Any]:
+    return lambda value: parser(_exactly(str)(value))
+
+
+TEXT = Kind("a text", _exactly(str))
+NUMBER = Kind("a whole number", _exactly(int))
+SWITCH = Kind("true or false", _exactly(bool))
+ADDRESS = Kind("an IP address", _parsed(ip_address), str)
+PREFIX = Kind("an IPv4 prefix", _parsed(IPv4Network), str)
+TEXTS = Kind("a list of texts", lambda value: tuple(_exactly(str)(entry) for entry in _exactly(list)(value)), list)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What a value must be, in words and as a check."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def _within(low: int, high: int, unit: str = "") -> Rule:
+    return Rule(f"{low} to {high}{unit}", lambda value: low <= value <= high)
+
+
+def _one_of(*choices: str) -> Rule:
+    return Rule(f"{', '.join(choices[:-1])} or {choices[-1]}", lambda value: value in choices)
+
+
+def _is_allowed_entry(entry: str) -> bool:
+    found = ALLOWED.fullmatch(entry)
+    first, last = (int(found[1]), int(found[2] or found[1])) if found and found[1] else (1, 1)
+    return found is not None and 0 < first <= last < 65536
+
+
+NAME = Rule("1 to 63 letters, digits, dots and dashes", is_name)
+LINK = Rule("1 to 15 letters, digits, dashes and _", lambda value: INTERFACE.fullmatch(value) is not None)
+PORT = _within(1, 65535)
+BACKENDS = ("auto", "kernel", "userspace")
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """The declaration of a setting.
+
+    `default` says in words what holds without a value. `choices` are all values that there are, if they are few.
+    """
+
+    flag: str
+    kind: Kind
+    help: str
+    default: str = ""
+    rule: Rule | None = None
+    choices: tuple[str, ...] = ()
+    scope: Scope = Scope.HOST
+
+    @property
+    def name(self) -> str:
+        """The option as errors name it: `--docker` of `--docker/--no-docker`."""
+        return self.flag.partition("/")[0]
+
+    @property
+    def variable(self) -> str:
+        """The environment variable: `--wireguard-port` is MESHD_WIREGUARD_PORT."""
+        return "MESHD_" + self.name.lstrip("-").upper().replace("-", "_")
+
+    def check(self, value: Any) -> None:
+        """Raise InputError for a value, or an entry of a list, that breaks the rule."""
+        for entry in value if isinstance(value, tuple) else (value,):
+            if self.rule is not None and entry is not None and not self.rule.holds(entry):
+                raise InputError(f"{self.name} must be {self.rule.words}, not {entry!r}")
+
+
+def _option(*arguments: Any, **more: Any) -> Mapping[str, Option]:
+    return {"option": Option(*arguments, **more)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What a person decided for this host. Everything else is found out or claimed."""
+    """What somebody decided for this host. Everything else is found out or claimed."""
 
-    name: str
-    mesh: str = "meshd"
-    overlay: IPv4Network = OVERLAY
-    subnet_length: int = 24
-    subnet: IPv4Network | None = None
-    bind: IPAddress
-    bind_chosen: bool = False
-    advertise: IPAddress | None = None
-    wireguard: str = "wg0"
-    wireguard_backend: str = "auto"
-    wireguard_port: int = 51820
-    bridge: str = "ovl0"
-    gossip_port: int = 7946
-    rpc_port: int = 7373
-    mtu: int | None = None
-    keepalive: int = 25
-    docker: bool = True
-    daemon: bool = True
-    allow: tuple[str, ...] = ()
+    mesh: str = field(
+        default="meshd", metadata=_option("--mesh", TEXT, "Name of the mesh.", rule=NAME, scope=Scope.MESH)
+    )
+    # It lies in Docker's automatic pool, so the preflight looks for it there.
+    overlay: IPv4Network = field(
+        default=IPv4Network("172.20.0.0/16"),
+        metadata=_option("--overlay", PREFIX, "Address range of the mesh (CIDR).", scope=Scope.MESH),
+    )
+    subnet_length: int = field(
+        default=24,
+        metadata=_option("--subnet-length", NUMBER, "Prefix length of each host's subnet.", scope=Scope.MESH),
+    )
+    name: str = field(
+        default_factory=lambda: os.uname().nodename,
+        metadata=_option("--name", TEXT, "Name of this host in the mesh.", "the host name", rule=NAME),
+    )
+    subnet: IPv4Network | None = field(
+        default=None,
+        metadata=_option("--subnet", PREFIX, "This host's share of the overlay.", "a free one"),
+    )
+    bind: IPAddress | None = field(
+        default=None,
+        metadata=_option("--bind", ADDRESS, "Underlay address of this host.", "found by the routes, and followed"),
+    )
+    advertise: IPAddress | None = field(
+        default=None,
+        metadata=_option("--advertise", ADDRESS, "Address at which others reach this host behind NAT.", "as --bind"),
+    )
+    wireguard: str = field(
+        default="wg0", metadata=_option("--interface", TEXT, "Name of the WireGuard interface.", rule=LINK)
+    )
+    bridge: str = field(
+        default="ovl0", metadata=_option("--bridge", TEXT, "Name of the bridge and of the Docker network.", rule=LINK)
+    )
+    wireguard_port: int = field(
+        default=51820, metadata=_option("--wireguard-port", NUMBER, "UDP port of WireGuard.", rule=PORT)
+    )
+    gossip_port: int = field(
+        default=7946,
+        metadata=_option("--gossip-port", NUMBER, "TCP and UDP port of Serf.", rule=PORT, scope=Scope.INHERITED),
+    )
+    rpc_port: int = field(
+        default=7373, metadata=_option("--rpc-port", NUMBER, "TCP port of Serf's RPC, on loopback.", rule=PORT)
+    )
+    # 576 is what every IPv4 host must accept (RFC 791); 65,440 is 65,520 less WireGuard's 80.
+    mtu: int | None = field(
+        default=None,
+        metadata=_option("--mtu", NUMBER, "MTU of the overlay.", "the underlay's less 80", rule=_within(576, 65440)),
+    )
+    keepalive: int = field(
+        default=25,
+        metadata=_option(
+            "--keepalive",
+            NUMBER,
+            "Seconds between packets that keep NAT mappings open; 0 sends none.",
+            rule=_within(0, 65535, " seconds"),
+        ),
+    )
+    wireguard_backend: str = field(
+        default="auto",
+        metadata=_option(
+            "--wireguard-backend",
+            TEXT,
+            "The kernel's WireGuard or wireguard-go; auto prefers the kernel's.",
+            rule=_one_of(*BACKENDS),
+            choices=BACKENDS,
+        ),
+    )
+    allow: tuple[str, ...] = field(
+        default=(),
+        metadata=_option(
+            "--allow",
+            TEXTS,
+            "What the overlay may reach on the host itself besides ICMP: tcp/22, udp/5000-5010, all. Repeatable.",
+            "nothing",
+            rule=Rule("like tcp/22, udp/5000-5010 or all", _is_allowed_entry),
+        ),
+    )
+    docker: bool = field(
+        default=True,
+        metadata=_option("--docker/--no-docker", SWITCH, "Create the Docker network, or connect only the host itself."),
+    )
+    daemon: bool = field(
+        default=True,
+        metadata=_option(
+            "--daemon/--no-daemon",
+            SWITCH,
+            "Run the meshd daemon, or only event handlers under your own Serf agent.",
+        ),
+    )
 
     def __post_init__(self) -> None:
-        for what, text in (("host name", self.name), ("mesh name", self.mesh)):
-            if not is_name(text):
-                raise InputError(f"the {what} {text!r} is not 1 to 63 letters, digits, dots and dashes")
-        for interface in (self.wireguard, self.bridge):
-            if not INTERFACE.fullmatch(interface):
-                raise InputError(f"the interface name {interface!r} is not 1 to 15 letters, digits, dashes and _")
+        for name, option in OPTIONS.items():
+            option.check(getattr(self, name))
         if self.wireguard == self.bridge:
             raise InputError(f"the WireGuard interface and the bridge are both named {self.bridge}")
-        if self.wireguard_backend not in {"auto", "kernel", "userspace"}:
-            raise InputError(f"the WireGuard backend {self.wireguard_backend!r} is not auto, kernel or userspace")
-        self._check_numbers()
-        self._check_prefixes()
-        for entry in self.allow:
-            check_allowed(entry)
-
-    def _check_numbers(self) -> None:
-        for name in PORTS:
-            if not 0 < getattr(self, name) < 65536:
-                raise InputError(f"the {name.replace('_', ' ')} {getattr(self, name)} is not 1 to 65535")
         if self.gossip_port == self.rpc_port:
             raise InputError(f"gossip and RPC cannot both use TCP port {self.rpc_port}")
         if self.gossip_port == self.wireguard_port:
             raise InputError(f"gossip and WireGuard cannot both use UDP port {self.gossip_port}")
-        # 576 is what every IPv4 host must accept (RFC 791); 65,440 is 65,520 less WireGuard's 80.
-        if self.mtu is not None and not 576 <= self.mtu <= 65440:
-            raise InputError(f"the MTU {self.mtu} is not 576 to 65440")
-        if not 0 <= self.keepalive < 65536:
-            raise InputError(f"the keepalive {self.keepalive} is not 0 to 65535 seconds")
+        self._check_prefixes()
 
     def _check_prefixes(self) -> None:
         check_overlay(self.overlay, self.subnet_length)
@@ -84,15 +240,13 @@ class Settings:
                     f"the subnet {self.subnet} is the first or last of {self.overlay}, which are not usable"
                 )
         for option, address in (("--bind", self.bind), ("--advertise", self.advertise)):
-            if address is not None and (problem := unusable(address, self.overlay)):
-                raise InputError(
-                    f"{option} {address} is {problem}: give the address by which other hosts reach this one"
-                )
+            if address is not None:
+                self.check_underlay(address, option)
 
-    @property
-    def advertised(self) -> IPAddress:
-        """The address under which the others reach this host."""
-        return self.advertise or self.bind
+    def check_underlay(self, address: IPAddress, option: str = "--bind (found by the routes)") -> None:
+        """Raise InputError for an address that no host can have on the underlay, chosen by an option or found."""
+        if problem := unusable(address, self.overlay):
+            raise InputError(f"{option} {address} is {problem}: give the address by which other hosts reach this one")
 
     @property
     def owner(self) -> str:
@@ -100,50 +254,51 @@ class Settings:
         return f"meshd:{self.wireguard}"
 
 
-def check_allowed(entry: str) -> None:
-    """Refuse what is not `tcp/22`, `udp/5000-5010` or `all`. Raises InputError."""
-    found = ALLOWED.fullmatch(entry)
-    first, last = (int(found[1]), int(found[2] or found[1])) if found and found[1] else (1, 1)
-    if found is None or not 0 < first <= last < 65536:
-        raise InputError(
-            f"what the overlay may reach on this host, {entry!r}, is not like tcp/22, udp/5000-5010 or all"
-        )
+OPTIONS: dict[str, Option] = {each.name: each.metadata["option"] for each in fields(Settings)}
+# None where there is no value: `Option.default` says what holds then.
+DEFAULTS: dict[str, Any] = {each.name: None if each.default is MISSING else each.default for each in fields(Settings)}
 
 
 def to_json(settings: Settings) -> dict[str, Any]:
-    """Give the settings as plain JSON values, with a version."""
-    values = asdict(settings)
-    plain = {k: v if v is None or isinstance(v, bool | int) else str(v) for k, v in values.items()}
-    return {"version": VERSION, **plain, "allow": list(settings.allow)}
+    """Return the settings as plain JSON values, with a version."""
+    plain = {name: _written(option.kind, getattr(settings, name)) for name, option in OPTIONS.items()}
+    return {"version": VERSION, **plain}
 
 
-def from_json(values: dict[str, Any]) -> Settings:
-    """Read what `to_json` gave. Raises InputError naming the bad value."""
+def _written(kind: Kind, value: Any) -> Any:
+    return None if value is None else kind.write(value)
+
+
+def from_json(values: Mapping[str, Any]) -> Settings:
+    """Read what `to_json` returned, of version 1 too. Raises InputError naming the bad value."""
     values = dict(values)
-    if (version := values.pop("version", None)) != VERSION:
-        raise InputError(f"settings version {version!r}, this meshd reads {VERSION}")
-    types = {field.name: str(field.type) for field in fields(Settings)}
-    unknown = sorted(values.keys() - types.keys())
-    if unknown or not {"name", "bind"} <= values.keys():
-        raise InputError(f"unknown setting {unknown[0]!r}" if unknown else "name or bind is missing")
-    return Settings(**{name: _typed(name, value, types[name]) for name, value in values.items()})
+    version = values.pop("version", None)
+    if version not in (1, VERSION):
+        raise InputError(f"settings version {version!r}: this version of meshd supports 1 and {VERSION}")
+    if version == 1 and not _read("bind_chosen", SWITCH, values.pop("bind_chosen", False)):
+        values["bind"] = None  # it was found, see `found_in_version_1`
+    unknown = sorted(values.keys() - OPTIONS.keys())
+    if unknown or "name" not in values:
+        raise InputError(f"unknown setting {unknown[0]!r}" if unknown else "name is missing")
+    return Settings(**{name: _value(name, value) for name, value in values.items()})
 
 
-def _typed(name: str, value: Any, kind: str) -> Any:
-    readers: dict[str, Callable[[str], Any]] = {"IPv4Network": IPv4Network, "IPv4Address": ip_address}
-    if value is None and "None" in kind:
+def found_in_version_1(values: Mapping[str, Any]) -> IPAddress | None:
+    """Return the underlay address that version 1 kept among the settings although meshd had found it by itself."""
+    if values.get("version") != 1 or values.get("bind_chosen") is True:
         return None
-    for text, reader in readers.items():
-        if text in kind and isinstance(value, str):
-            try:
-                return reader(value)
-            except ValueError:
-                raise InputError(f"{name} {value!r} is not a prefix or an address") from None
-    if kind.startswith("tuple"):
-        if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
-            raise InputError(f"{name} {value!r} is not a list of texts")
-        return tuple(value)
-    expected = bool if "bool" in kind else int if "int" in kind else str
-    if type(value) is not expected or any(text in kind for text in readers):
-        raise InputError(f"{name} {value!r} is not what it should be")
-    return value
+    address: IPAddress = _read("bind", ADDRESS, values.get("bind"))
+    return address
+
+
+def _value(name: str, value: Any) -> Any:
+    if value is None and DEFAULTS[name] is None and name != "name":
+        return None
+    return _read(name, OPTIONS[name].kind, value)
+
+
+def _read(name: str, kind: Kind, value: Any) -> Any:
+    try:
+        return kind.read(value)
+    except ValueError:
+        raise InputError(f"{name} must be {kind.what}, not {value!r}") from None

@@ -271,7 +271,9 @@ def test_a_join_that_is_interrupted_leaves_nothing(scene: Scene) -> None:
         eventually(lambda: "172.20.102" not in scene.member.run(["ip", "route"]).stdout, 10, "no host remembers it")
 
 
-@pytest.mark.parametrize("name", ["settings.json", "claim.json", "hosts.json", "contacts.json", "wireguard.key"])
+@pytest.mark.parametrize(
+    "name", ["settings.json", "underlay.json", "claim.json", "hosts.json", "contacts.json", "wireguard.key"]
+)
 @pytest.mark.parametrize("content", ["", "{", '{"hosts": 7, "record": 7, "": 7}'])
 def test_damaged_state_is_named_and_traffic_goes_on(scene: Scene, name: str, content: str) -> None:
     guest = scene.guest
@@ -281,7 +283,7 @@ def test_damaged_state_is_named_and_traffic_goes_on(scene: Scene, name: str, con
     good, before = path.read_bytes(), snapshot(guest)
     path.write_text(content)
     try:
-        reading = () if name == "contacts.json" else ("plan", "members", "status")
+        reading = () if name in {"contacts.json", "underlay.json"} else ("plan", "members", "status")
         for command in ("sync", "up", *reading):
             done = guest.run(["meshd", command], check=False)
             assert done.returncode == 2, (command, done)

@@ -38,10 +38,10 @@ from meshd.state.directory import State
 state = State()
 settings = Settings(name="barge2", bind=IPv4Address("10.10.10.102"), docker=False)
 with all_or_nothing(state):
-    _settle_in(state, settings)
+    _settle_in(state, settings, settings.bind)
     authority.found(state, settings.mesh, settings.name)
     subnet = addressing.choose(settings.overlay, 24, (), settings.bind, settings.name)
-    publish(state, state.claim(), subnet=subnet, endpoint=endpoint(settings), settled=True)
+    publish(state, state.claim(), subnet=subnet, endpoint=endpoint(state), settled=True)
     begin(state)
     with Path("/var/lib/meshd/full").open("wb", buffering=0) as file:
         while True:

@@ -28,9 +28,7 @@ def test_without_wireguard_serf_and_underlay_the_guards_are_laid_and_go(
         state.settings, docker=False, wireguard=netns.link_name(), rpc_port=7399, wireguard_backend="userspace"
     )
     state.save_settings(settings)
-    publish(
-        state, state.claim(), subnet=IPv4Network("172.20.101.0/24"), endpoint=endpoint(state.settings), settled=True
-    )
+    publish(state, state.claim(), subnet=IPv4Network("172.20.101.0/24"), endpoint=endpoint(state), settled=True)
 
     report = sync(state, Options(kinds=("table", "device", "peer", "route", "tags", "link")))
     assert {failure.subject or failure.area for failure in report.failures} >= {

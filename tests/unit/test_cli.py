@@ -1,23 +1,51 @@
 """The command line without a mesh: help for persons, clear errors, exit codes."""
 
+import re
 import subprocess
 import sys
+from ipaddress import IPv4Network
 from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
 
-from meshd.cli.main import Commands, main
+from meshd.cli.main import SECTIONS, Command, Commands, main
 from meshd.errors import ConflictError
+from meshd.mesh import invitations
+from meshd.state import authority
+from meshd.state.authority import Terms
+from meshd.state.directory import State
+from meshd.state.settings import NUMBER, OPTIONS
+from tests.conftest import AUTHORITY
 
-COMMANDS = ["init", "join", "invite", "members", "status", "plan", "sync", "up", "down", "leave", "agent", "lab"]
+TABLE = [command for commands in SECTIONS.values() for command in commands]
+COMMANDS = [command.name for command in TABLE]
+AS_ROOT = ["init", "join 10.10.10.101", "up", "down", "leave", "plan", "sync", "renumber", "forget web", "revoke web"]
 
 
-def test_help_lists_the_commands_in_the_order_of_use() -> None:
-    text = CliRunner().invoke(main, ["--help"]).output
-    places = [text.index(f"\n  {command} ") for command in COMMANDS]
-    assert places == sorted(places)
+def test_help_shows_whole_summaries_in_sections_at_80_columns() -> None:
+    lines = CliRunner().invoke(main, ["--help"], terminal_width=80).output.splitlines()
+    for title, commands in SECTIONS.items():
+        first = lines.index(f"{title}:") + 1
+        shown = [tuple(line.split(maxsplit=1)) for line in lines[first : first + len(commands)]]
+        assert shown == [(command.name, command.summary) for command in commands]
+    assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize("command", TABLE, ids=lambda command: command.name)
+def test_a_summary_is_the_first_line_of_the_commands_docstring(command: Command) -> None:
+    found = main.get_command(click.Context(main), command.name)
+    assert found is not None
+    assert found.name == command.name
+    assert found.callback is not None
+    assert (found.callback.__doc__ or "").splitlines()[0] == command.summary
+
+
+def test_an_unknown_command_is_an_error() -> None:
+    result = CliRunner().invoke(main, ["surprise"])
+    assert result.exit_code == 2
+    assert "No such command 'surprise'" in result.output
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -49,7 +77,8 @@ def test_without_a_mesh_a_command_says_what_to_do(command: str, tmp_path: Path) 
         (["init", "--overlay", "fd00::/48"], "the overlay is IPv4"),
         (["init", "--bind", "barge1"], "'barge1' is not an IP address"),
         (["init", "--overlay", "172.20.0.0/16", "--subnet-length", "31"], "cannot be cut into /31"),
-        (["init", "--name", "a b"], "the host name 'a b'"),
+        (["init", "--name", "a b"], "--name must be 1 to 63 letters, digits, dots and dashes, not 'a b'"),
+        (["init", "--subnet", "10.0.0.0/24"], "the subnet 10.0.0.0/24 is not a /24 of 172.20.0.0/16"),
         (["init", "--bind", "203.0.113.77"], "has no address 203.0.113.77"),
         (["join", "10.10.10.101"], "no invitation: set MESHD_INVITE"),
         (["join", "10.10.10.101", "--invite", "meshd2.AAAA"], "the invitation is damaged"),
@@ -66,17 +95,59 @@ def test_bad_input_is_named_and_leaves_nothing(arguments: list[str], message: st
 
 
 @pytest.mark.root
-def test_not_root_says_so(tmp_path: Path) -> None:
+def test_not_root_says_so_before_anything_else(tmp_path: Path) -> None:
+    """The message precedes the missing mesh, a missing or damaged invitation, and the prompt for it."""
     # The imports come first: an interpreter below /root is out of reach for anybody else.
-    script = "import os, meshd.lifecycle.join; from meshd.cli.main import main; os.setuid(65534); main()"
+    modules = ", ".join(sorted({command.module for command in TABLE}))
+    script = f"""
+import os, sys, {modules}
+from click.testing import CliRunner
+from meshd.cli.main import main
+os.setuid(65534)
+for line in sys.argv[1:]:
+    result = CliRunner().invoke(main, ["--state-dir", {str(tmp_path)!r}, *line.split()])
+    print(result.exit_code, result.output, end="")
+"""
     done = subprocess.run(
-        [sys.executable, "-c", script, "--state-dir", str(tmp_path), "init"],
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-c", script, *AS_ROOT], capture_output=True, text=True, check=False, timeout=60
     )
-    assert done.returncode == 2, done.stderr
-    assert "run it as root" in done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(AS_ROOT)
+    assert {line.partition(":")[0] for line in lines} == {"2 Error"}
+    assert all("run it as root (sudo meshd" in line for line in lines)
+
+
+@pytest.mark.root
+def test_every_setting_of_init_comes_from_the_environment_too(tmp_path: Path) -> None:
+    """An option that the command line does not have is an error of click; a value that it refuses has arrived."""
+    bad = {"--subnet": "10.0.0.0/24", "--bind": "172.20.1.1", "--advertise": "172.20.1.1", "--overlay": "127.0.0.0/8"}
+    bad |= {"--docker": "perhaps", "--daemon": "perhaps"}
+    for option in OPTIONS.values():
+        value = bad.get(option.name, "0" if option.kind is NUMBER and option.name != "--keepalive" else "-1")
+        result = CliRunner().invoke(main, ["--state-dir", str(tmp_path / "x"), "init"], env={option.variable: value})
+        assert result.exit_code == 2, option
+        assert value in result.output, option
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_example_of_join_has_an_invitation_of_this_version() -> None:
+    help_text = CliRunner().invoke(main, ["join", "--help"]).output
+    assert set(re.findall(r"meshd\d+\.", help_text)) == {invitations.PREFIX}
+
+
+def test_a_subnet_that_the_invitation_does_not_allow_is_refused_before_anything_is_written(
+    state: State, tmp_path: Path
+) -> None:
+    state.save_authority_key(AUTHORITY)
+    offer = authority.invite(state, "web", Terms(subnets=(IPv4Network("172.20.7.0/24"),)))
+    directory = tmp_path / "other"
+    # Nobody has this address: the error precedes any connection, too.
+    arguments = ["--state-dir", str(directory), "join", "192.0.2.1", "--no-docker", "--subnet", "172.20.8.0/24"]
+    result = CliRunner().invoke(main, arguments, env={"MESHD_INVITE": invitations.encode(offer)})
+    assert result.exit_code == 2, result.output
+    assert "the invitation allows subnets of 172.20.7.0/24 only, not 172.20.8.0/24" in result.output
+    assert not directory.exists()
 
 
 @pytest.mark.parametrize("error", [ConflictError("a port is taken"), SystemExit(1)], ids=["an error", "a signal"])

@@ -25,6 +25,7 @@ from meshd.net.resources import (
     Tags,
 )
 from meshd.reconcile import handshakes, plan
+from meshd.state.settings import Settings
 from tests.conftest import OVERLAY, host, public_key, record
 
 NOW = 1_000_000.0
@@ -41,15 +42,7 @@ ENGINES = {
 
 def local(engine: Engine | None = ENGINES["docker-20.10"], bridge: str | None = "ovl0") -> plan.Local:
     return plan.Local(
-        host=host(1),
-        overlay=OVERLAY,
-        wireguard="wg0",
-        port=51820,
-        mtu=1420,
-        keepalive=25,
-        owner="meshd:wg0",
-        bridge=bridge,
-        engine=engine,
+        host=host(1), settings=Settings(name="barge1", docker=bridge is not None), mtu=1420, engine=engine
     )
 
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from meshd.mesh.roster import Roster
 from meshd.mesh.tombstones import Tombstones, of_leaving
 from meshd.state.claim import ended, endpoint, publish, refresh
 from meshd.state.directory import _OURS, Claim, State
+from meshd.state.settings import Settings
 from tests.conftest import MESH, certificate, delegated, delegation, public_key, record
 
 
@@ -79,7 +82,7 @@ def test_a_sequence_number_goes_beyond_what_an_earlier_host_of_the_name_has_of_l
 
 
 def test_a_goodbye_of_an_earlier_host_of_the_name_is_gone_beyond_and_that_of_this_one_is_its_end(state: State) -> None:
-    claim = publish(state, state.claim(), subnet=record(1).subnet, endpoint=endpoint(state.settings), settled=True)
+    claim = publish(state, state.claim(), subnet=record(1).subnet, endpoint=endpoint(state), settled=True)
     own, far = claim.record, 2**40
     earlier = of_leaving(record(1, seq=far, key="earlier", leaving=True))
     assert merge_tombstones(state, Tombstones({"barge1": earlier}))
@@ -220,9 +223,75 @@ def test_files_are_readable_json(state: State) -> None:
 def test_what_a_host_says_itself_as_it_leaves_does_not_end_it(state: State) -> None:
     """Serf gives a user event to who sends it as well: without a daemon the handler hears of the host's own goodbye."""
     subnet = record(1).subnet
-    publish(state, state.claim(), subnet=subnet, endpoint=endpoint(state.settings), settled=True)
-    last = publish(
-        state, state.claim(), subnet=subnet, endpoint=endpoint(state.settings), settled=True, leaving=True
-    ).record
+    publish(state, state.claim(), subnet=subnet, endpoint=endpoint(state), settled=True)
+    last = publish(state, state.claim(), subnet=subnet, endpoint=endpoint(state), settled=True, leaving=True).record
     assert not merge_tombstones(state, Tombstones({"barge1": of_leaving(last)}))
     assert ended(Host("barge1", last), state.roster(), time.time()) == ""
+
+
+# What commit 527c77a wrote for `meshd join` without --bind.
+VERSION_1 = {
+    "version": 1,
+    "advertise": None,
+    "allow": ["tcp/22"],
+    "bind": "10.10.10.101",
+    "bind_chosen": False,
+    "bridge": "ovl0",
+    "daemon": True,
+    "docker": False,
+    "gossip_port": 7946,
+    "keepalive": 25,
+    "mesh": "meshd",
+    "mtu": None,
+    "name": "barge1",
+    "overlay": "172.20.0.0/16",
+    "rpc_port": 7373,
+    "subnet": None,
+    "subnet_length": 24,
+    "wireguard": "wg0",
+    "wireguard_backend": "auto",
+    "wireguard_port": 51820,
+}
+
+
+@pytest.mark.parametrize("is_chosen", [False, True])
+def test_settings_of_version_1_are_read_and_kept_as_version_2(tmp_path: Path, is_chosen: bool) -> None:
+    files.write_json(tmp_path / "settings.json", {**VERSION_1, "bind_chosen": is_chosen})
+    address = ip_address("10.10.10.101")
+    state = State(tmp_path)
+    assert state.settings.bind == (address if is_chosen else None)
+    assert state.settings.allow == ("tcp/22",)
+    assert state.bind == state.advertised == address
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.json"], "reading changes nothing"
+
+    state.save_settings(replace(state.settings, allow=()))
+    state = State(tmp_path)
+    assert state.bind == address
+    assert json.loads((tmp_path / "settings.json").read_bytes()) == {
+        **{name: value for name, value in VERSION_1.items() if name != "bind_chosen"},
+        "version": 2,
+        "allow": [],
+        "bind": str(address) if is_chosen else None,
+    }
+
+
+def test_a_found_address_is_kept_apart_from_what_was_chosen(tmp_path: Path) -> None:
+    state, found, chosen = State(tmp_path), ip_address("10.10.10.101"), ip_address("10.10.10.102")
+    state.save_found_bind(found)
+    state.save_settings(Settings(name="barge1"))
+    assert (State(tmp_path).settings.bind, State(tmp_path).bind) == (None, found)
+    state.save_settings(Settings(name="barge1", bind=chosen))
+    assert state.bind == chosen
+    state.save_settings(Settings(name="barge1", advertise=chosen))
+    assert (state.bind, state.advertised) == (found, chosen)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"address": "barge1"}', "{}"])
+def test_a_damaged_underlay_file_is_named(tmp_path: Path, content: str) -> None:
+    state = State(tmp_path)
+    state.save_settings(Settings(name="barge1"))
+    with pytest.raises(InputError, match=r"underlay\.json is missing"):
+        _ = state.bind
+    (tmp_path / "underlay.json").write_text(content)
+    with pytest.raises(InputError, match=r"underlay\.json is damaged"):
+        _ = state.bind

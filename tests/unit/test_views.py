@@ -1,15 +1,18 @@
 """What a person reads of the members."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from ipaddress import IPv4Address
 
 import pytest
 
 from meshd.cli import views
 from meshd.endpoint import Endpoint
+from meshd.errors import MissingError
 from meshd.mesh.model import Member, Record, Status, Tombstone
 from meshd.mesh.roster import Roster
-from meshd.net.resources import Action, Change, Peer, Route
+from meshd.net.resources import Action, Change, Engine, Peer, Route
+from meshd.reconcile.machine import Area, Failure
 from meshd.reconcile.run import Report
 from meshd.state.directory import Claim, State
 from tests.conftest import member, public_key, record
@@ -96,7 +99,82 @@ def test_changes_are_a_line_each_with_a_sign() -> None:
     peer_2 = Peer(public_key("barge2"), Endpoint(IPv4Address("10.10.10.102"), 51820), (record(2).subnet,))
     changes = [Change(Action.ADD, route), Change(Action.SET, peer_2), Change(Action.REMOVE, route)]
     assert [line[0] for line in views.changes_text(changes).splitlines()] == ["+", "~", "-"]
-    assert views.changes_text([], [changes[2]]).startswith("! withheld without evidence: remove route")
+    assert views.changes_text([], [changes[2]]).startswith("! not removed, because nobody said that it left: route ")
     assert views.changes_text([]) == "no changes"
     (change, *_) = views.changes_json(Report(changes=tuple(changes)))["changes"]
     assert change == {"action": "add", "kind": "route", "resource": "route 172.20.102.0/24 via wg0"}
+
+
+def facts(state: State, report: Report, *blocked: str) -> views.Facts:
+    state.save_claim(Claim(record(1), settled=True))
+    return views.facts(state, report, "userspace", blocked, NOW)
+
+
+def test_the_json_of_status_has_values_and_keys_that_a_program_can_use(state: State) -> None:
+    roster = Roster({"barge2": record(2)}, refused={"mallory": "no record"})
+    listed = (member(1), member(2, Status.FAILED), member(3, Status.LEFT))
+    report = Report(roster, listed, peers=(peer(2, NOW - 42), peer(3, NOW - 200)), engine=Engine("20.10.24"))
+    assert views.status_json(facts(state, report, "UDP port 51820 is blocked")) == {
+        "mesh": "meshd",
+        "host": "barge1",
+        "overlay": "172.20.0.0/16",
+        "subnet": "172.20.101.0/24",
+        "address": "172.20.101.0",
+        "endpoint": "10.10.10.101:51820",
+        "state_dir": str(state.directory),
+        "daemon": True,
+        "daemon_pid": None,
+        "serf_members": 2,
+        "serf_members_alive": 1,
+        "wireguard_interface": "wg0",
+        "wireguard_backend": "userspace",
+        "wireguard_port": 51820,
+        "docker": True,
+        "docker_version": "20.10.24",
+        "docker_firewall": "iptables",
+        "docker_error": None,
+        "allow": [],
+        "peers": 2,
+        "peers_with_recent_handshake": 1,
+        "pending": [],
+        "refused": {"mallory": "no record"},
+        "problems": ["UDP port 51820 is blocked"],
+    }
+
+
+def test_the_text_of_status_renders_the_same_facts(state: State) -> None:
+    running = Report(members=(member(1), member(2)), engine=Engine("20.10.24"))
+    assert views.status_text(facts(state, running, "a", "b")).splitlines() == [
+        "mesh:                     meshd",
+        "host:                     barge1",
+        "overlay:                  172.20.0.0/16",
+        "subnet:                   172.20.101.0/24",
+        "address:                  172.20.101.0",
+        "endpoint:                 10.10.10.101:51820",
+        "daemon:                   not running",
+        "serf:                     2 of 2 members alive",
+        "wireguard:                wg0 (userspace), udp port 51820",
+        "docker:                   20.10.24 (iptables)",
+        "reachable by the overlay: ICMP",
+        "peers:                    0, 0 with a handshake in the last 3 minutes",
+        "pending:                  none",
+        "refused:                  none",
+        "problems:                 2",
+        "  a",
+        "  b",
+        f"state directory:          {state.directory}",
+    ]
+
+
+def test_status_shows_what_does_not_answer(state: State) -> None:
+    """Docker may die at any moment: status says so from what the reconcile saw, and asks nobody again."""
+    silent = Failure(Area.DOCKER, MissingError("the Docker engine does not answer"))
+    text = views.status_text(facts(state, Report(failures=(silent,))))
+    assert "\nserf:                     not answering\n" in text
+    assert "\ndocker:                   not answering (the Docker engine does not answer)\n" in text
+    assert "\n  docker: the Docker engine does not answer\n" in text
+    state.save_settings(replace(state.settings, docker=False, daemon=False, allow=("tcp/22", "all")))
+    text = views.status_text(facts(state, Report()))
+    assert "\ndocker:                   not used\n" in text
+    assert "\ndaemon:                   none (Serf's handlers)\n" in text
+    assert "\nreachable by the overlay: ICMP, tcp/22, all\n" in text

@@ -1,0 +1,20 @@
+"""The command that the service manager runs."""
+
+import click
+
+from meshd.daemon import agent as daemon
+from meshd.state.directory import State
+
+
+@click.command()
+@click.pass_obj
+def agent(state: State) -> None:
+    """Run the daemon in the foreground.
+
+    A service manager runs this; 'init', 'join' and 'up' start it by themselves.
+
+    \b
+    Example:
+      meshd agent
+    """
+    daemon.run(state)

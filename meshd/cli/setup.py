@@ -1,0 +1,219 @@
+"""The commands that bring this host into a mesh, start and stop it, and take it out."""
+
+import os
+import sys
+import time
+from typing import Any
+
+import click
+
+from meshd.cli import authority, output, views
+from meshd.cli.options import as_root, given, setting_options, strict_option, wait_option
+from meshd.endpoint import Endpoint
+from meshd.errors import InputError
+from meshd.gossip import serf_agent
+from meshd.lifecycle import join as lifecycle
+from meshd.lifecycle import leave as leaving
+from meshd.lifecycle import up as running
+from meshd.mesh import invitations
+from meshd.mesh.invitations import Invitation
+from meshd.state.authority import Terms, expiry, invite_many
+from meshd.state.directory import State
+from meshd.state.settings import OPTIONS, Scope, Settings
+
+INVITED = [name for name, option in OPTIONS.items() if option.scope is not Scope.HOST]
+
+
+@click.command()
+@setting_options(joins=False)
+@click.pass_obj
+@as_root
+def init(state: State, /, **options: Any) -> None:
+    """Start a new mesh on this host.
+
+    It prints the line with which the next host joins.
+
+    \b
+    Example:
+      meshd init
+      meshd init --mesh staging --overlay 10.80.0.0/16 --bind 203.0.113.5
+    """
+    lifecycle.init(state, Settings(**given(options)))
+    settings, claim = state.settings, state.claim()
+    subnet = claim.record.subnet if claim else "?"
+    click.echo(
+        f"The mesh {settings.mesh!r} runs on {settings.name}: its containers get addresses of {subnet}.\n"
+        "This host holds the mesh's authority: 'meshd invite NAME' here admits one more host at any time.\n"
+    )
+    authority.print_invitation(state, invite_many(state, "", Terms(expiry(authority.REUSABLE))))
+    if not settings.daemon:
+        _print_no_daemon(state)
+    _warn_of_firewalls(state)
+
+
+@click.command()
+@click.argument("address")
+@click.option(
+    "--invite",
+    envvar="MESHD_INVITE",
+    show_envvar=True,
+    help="The invitation. Other users of this host can read options: prefer the environment, a file, or the prompt.",
+)
+@click.option("--invite-file", type=click.File(), help="A file that holds the invitation; - is standard input.")
+@setting_options(joins=True)
+@wait_option
+@strict_option
+@click.pass_obj
+@as_root
+def join(
+    state: State,
+    /,
+    *,
+    address: str,
+    invite: str | None,
+    invite_file: Any,
+    timeout: float,
+    strict: bool,
+    **options: Any,
+) -> None:
+    """Join an existing mesh.
+
+    ADDRESS is the underlay address of any member. The invitation is a secret that comes from MESHD_INVITE,
+    --invite-file, or a prompt.
+
+    \b
+    Example:
+      meshd join 10.10.10.101
+      MESHD_INVITE=meshd2.… meshd join 203.0.113.5 --no-docker
+    """
+    text = invite or (invite_file.read(2**16) if invite_file else None)
+    if is_known := state.exists:
+        lifecycle.join_again(state, invitations.decode(text) if text else None)
+    else:
+        _join(state, address, invitations.decode(text or _prompt()), options)
+    _wait(state, timeout, strict=strict, is_new=not is_known)
+
+
+def _join(state: State, address: str, invitation: Invitation, options: dict[str, Any]) -> None:
+    member = _endpoint(address, invitation.gossip_port)
+    admission = invitation.redeem(options["name"], os.uname().nodename, time.time())
+    of_the_mesh = {name: getattr(invitation, name) for name in INVITED}
+    settings = Settings(**{**of_the_mesh, **given(options), "name": admission.name})
+    lifecycle.join(state, settings, invitation, admission, member)
+
+
+@click.command()
+@click.option(
+    "--allow", multiple=True, help=f"{OPTIONS['allow'].help} It replaces what was allowed before; 'none' is nothing."
+)
+@wait_option
+@strict_option
+@click.pass_obj
+@as_root
+def up(state: State, allow: tuple[str, ...], timeout: float, strict: bool) -> None:
+    """Start the mesh on this host again.
+
+    After 'meshd down' it brings back the same keys and the same subnet. On a host that is up it is harmless; with
+    --allow it opens or closes the host to the overlay.
+
+    \b
+    Example:
+      meshd up
+      meshd up --allow tcp/22 --allow tcp/9100
+    """
+    if allow:
+        running.allow(state, () if allow == ("none",) else allow)
+    running.up(state)
+    _wait(state, timeout, strict=strict, is_new=False)
+
+
+@click.command()
+@click.option("--force", is_flag=True, help="Disconnect containers that are attached.")
+@click.pass_obj
+@as_root
+def down(state: State, force: bool) -> None:
+    """Stop the mesh on this host, which stays a member.
+
+    Everything of meshd is removed from the host, which is then as it was found; 'meshd up' brings it back. To leave the
+    mesh permanently, run 'meshd leave'.
+
+    \b
+    Example:
+      meshd down
+    """
+    output.exit_if_failed(running.down(state, force=force).failures)
+    click.echo("meshd is down on this host; 'meshd up' brings it back.")
+
+
+@click.command()
+@click.option(
+    "--force", is_flag=True, help="Disconnect containers that are attached; leave also if nobody can be told."
+)
+@click.pass_obj
+@as_root
+def leave(state: State, force: bool) -> None:
+    """Leave the mesh permanently.
+
+    The others remove this host and free its subnet. Everything of meshd is removed here.
+
+    \b
+    Example:
+      meshd leave
+    """
+    mesh = state.settings.mesh
+    output.exit_if_failed(leaving.leave(state, force=force, say=output.warn).failures)
+    click.echo(f"This host has left the mesh {mesh}.")
+
+
+def _endpoint(text: str, port: int) -> Endpoint:
+    try:
+        return Endpoint.parse(text, port)
+    except ValueError as error:
+        raise InputError(f"{text!r} is not the address of a member ({error}): give an IP address") from None
+
+
+def _prompt() -> str:
+    if not sys.stdin.isatty():
+        raise InputError("no invitation: set MESHD_INVITE, or pass --invite-file ('meshd invite' prints one)")
+    return str(click.prompt("Invitation", hide_input=True))
+
+
+def _wait(state: State, timeout: float, *, strict: bool, is_new: bool) -> None:
+    """Wait for the others with a progress line on a terminal, then print the members."""
+    if not state.settings.daemon:
+        _print_no_daemon(state)
+        _warn_of_firewalls(state)
+        return
+    terminal = sys.stderr.isatty()
+
+    def progress(ready: int, total: int) -> None:
+        if terminal:
+            click.echo(f"\r{ready}/{total} hosts ready", nl=False, err=True)
+
+    readiness = lifecycle.wait_for_others(state, timeout, progress, is_new=is_new)
+    total = len(readiness.ready) + len(readiness.missing) + 1
+    click.echo(f"{chr(13) if terminal else ''}{len(readiness.ready) + 1}/{total} hosts ready", err=True)
+    click.echo(views.members_text(views.members(state, views.gather(state))))
+    _warn_of_firewalls(state)
+    if readiness.missing:
+        output.warn(
+            f"not ready after {timeout:g} s: {', '.join(sorted(readiness.missing))}; they go on trying "
+            "('meshd members' there says if they refuse this host, and why)"
+        )
+        if strict:
+            sys.exit(3)
+
+
+def _warn_of_firewalls(state: State) -> None:
+    """Print what this host's own firewall blocks; the others would seem to be at fault."""
+    for line in views.blocked(state):
+        output.warn(line)
+
+
+def _print_no_daemon(state: State) -> None:
+    click.echo(
+        "Without a daemon, you start the Serf agent yourself; its handlers do the rest:\n\n"
+        f"    serf agent -config-file={serf_agent.configure(state)}\n\n"
+        "A Serf agent of your own does as well, with the same name, key and RPC port, and with\n\n"
+        + "".join(f"    -event-handler '{handler}'\n" for handler in serf_agent.event_handlers(state))
+    )

@@ -1,0 +1,54 @@
+"""A host follows its underlay address, unless somebody chose one; tests/lab has it with Serf."""
+
+import subprocess
+from dataclasses import replace
+from ipaddress import ip_address
+
+import pytest
+
+from meshd.daemon.agent import follow_underlay
+from meshd.endpoint import Endpoint
+from meshd.errors import InputError
+from meshd.state.directory import State
+
+pytestmark = [pytest.mark.root, pytest.mark.usefixtures("netns")]
+
+OLD, NEW, OTHER = (ip_address(f"10.10.10.{last}") for last in (101, 102, 103))
+
+
+@pytest.fixture
+def found(state: State) -> State:
+    """A host that has found the address OLD, and knows a member in that network; the machine has NEW only."""
+    for command in ("link add u0 type bridge", "link set u0 up", f"addr add {NEW}/24 dev u0"):
+        subprocess.run(["ip", *command.split()], check=True)
+    state.save_settings(replace(state.settings, bind=None))
+    state.save_found_bind(OLD)
+    state.save_contacts({"barge3": Endpoint(OTHER, 7946)})
+    return state
+
+
+def test_a_found_address_is_replaced_when_no_link_holds_it(found: State) -> None:
+    assert follow_underlay(found)
+    assert (found.bind, found.settings.bind, State(found.directory).bind) == (NEW, None, NEW)
+    assert not follow_underlay(found), "it is held now"
+
+
+def test_a_missing_file_is_written_again(found: State) -> None:
+    (found.directory / "underlay.json").unlink()
+    assert follow_underlay(found)
+    assert State(found.directory).bind == NEW
+
+
+def test_a_chosen_address_is_never_replaced(found: State) -> None:
+    found.save_settings(replace(found.settings, bind=OTHER))
+    assert not follow_underlay(found)
+    assert (found.bind, found.found_bind()) == (OTHER, OLD)
+
+
+def test_an_address_of_the_overlay_is_not_taken(found: State) -> None:
+    """While the underlay has no address, the route to the overlay may be the best one that is left."""
+    subprocess.run(["ip", "addr", "add", "172.20.101.0/16", "dev", "u0"], check=True)
+    found.save_contacts({"barge3": Endpoint(ip_address("172.20.9.9"), 7946)})
+    with pytest.raises(InputError, match=r"172\.20\.101\.0 is inside the overlay"):
+        follow_underlay(found)
+    assert found.found_bind() == OLD
