@@ -10,6 +10,7 @@ import os
 import queue
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -20,6 +21,7 @@ from meshd import files
 from meshd.daemon import hints
 from meshd.daemon.exchange import PATIENCE, Exchange
 from meshd.daemon.hints import ABOUT_MEMBERS, READINESS, Echoes, Hint, Source
+from meshd.daemon.log import configure as configure_log
 from meshd.errors import InputError, MeshdError
 from meshd.gossip import calls, serf, serf_agent
 from meshd.gossip.serf_agent import stop
@@ -369,7 +371,7 @@ class Agent:
 
 def run(state: State) -> None:
     """Run the daemon in the foreground until SIGTERM or SIGINT."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    configure_log(sys.stderr)
     gc.set_threshold(GARBAGE)
     agent = Agent(state)
     for number in (signal.SIGTERM, signal.SIGINT):

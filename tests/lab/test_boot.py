@@ -1,5 +1,6 @@
 """A machine that boots with systemd: the unit, its order before Docker's, restarts and a power cut."""
 
+import json
 import os
 import re
 import shutil
@@ -178,6 +179,10 @@ def test_a_host_with_systemd_comes_back_by_itself_after_a_power_cut(lab: Lab, ma
     )
     journal = again.run(["journalctl", "--boot", "--unit=meshd", "--no-pager"]).stdout
     assert "timed out" not in journal
+    entries = again.run(["journalctl", "--boot", "--unit=meshd", "--output=json", "--no-pager"]).stdout.splitlines()
+    first = next(entry for entry in map(json.loads, entries) if "meshd of mesh" in entry["MESSAGE"])
+    assert first["MESSAGE"].startswith("meshd of mesh meshd on barge"), "the journal has the time by itself"
+    assert first["PRIORITY"] == "6"
     eventually(lambda: again.run(["meshd", "plan"]).stdout == "no changes\n", 10, "it is settled")
     assert "ovl0" in again.run(["docker", "network", "ls"]).stdout
 

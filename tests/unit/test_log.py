@@ -1,0 +1,49 @@
+"""What the daemon writes to its log, as another process that has a real pipe or file as its stderr."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = """
+import logging, sys
+from meshd.daemon import log
+log.configure(sys.stderr)
+meshd = logging.getLogger("meshd")
+meshd.debug("not shown")
+meshd.info("one")
+meshd.warning("two\\nlines")
+try:
+    raise ValueError("surprise")
+except ValueError:
+    meshd.exception("three")
+"""
+
+
+def logged(path: Path, journal: str | None) -> list[str]:
+    """Run the script with the file as its stderr; `journal` is $JOURNAL_STREAM, by default that of the file."""
+    with path.open("w+") as file:
+        status = os.fstat(file.fileno())
+        variable = f"{status.st_dev}:{status.st_ino}" if journal is None else journal
+        environment = {**os.environ, "JOURNAL_STREAM": variable}
+        subprocess.run([sys.executable, "-c", SCRIPT], stderr=file, env=environment, check=True, timeout=60)
+        file.seek(0)
+        return file.read().splitlines()
+
+
+def test_in_the_journal_each_line_has_a_priority_and_no_time(tmp_path: Path) -> None:
+    lines = logged(tmp_path / "journal", None)
+    assert lines[:4] == ["<6>one", "<4>two", "<4>lines", "<3>three"]
+    assert lines[4] == "<3>Traceback (most recent call last):"
+    assert lines[-1] == "<3>ValueError: surprise"
+    assert all(re.match(r"<[3467]>", line) for line in lines)
+
+
+def test_anywhere_else_each_message_has_a_time_and_a_level(tmp_path: Path) -> None:
+    """A variable that a parent of this process left is not about this stream."""
+    for number, variable in enumerate(("", "8:1", "nonsense")):
+        lines = logged(tmp_path / str(number), variable)
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO one", lines[0])
+        assert lines[1].endswith(" WARNING two")
+        assert lines[-1] == "ValueError: surprise"
