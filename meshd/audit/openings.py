@@ -62,5 +62,5 @@ def _line(opening: Opening, chain: Chain, rules: Mapping[str, Chain]) -> str:
     else:
         marks = {"INPUT_ZONES": "firewalld", "ufw-user-input": "ufw", "ufw6-user-input": "ufw"}
         owner, where = next((marks[name] for name in marks if name in rules), ""), f"iptables' chain {chain.name}"
-    remedy = opening.remedies.get(owner, "let it pass there")
-    return f"{opening.what} is shut by {owner or where}: {remedy}"
+    remedy = opening.remedies.get(owner, "add a rule there that accepts it")
+    return f"{opening.what} is blocked by {owner or where}; to open it: {remedy}"

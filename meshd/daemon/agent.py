@@ -141,7 +141,7 @@ class Agent:
                 log.debug("%s", error)
             except Exception as error:
                 if (text := repr(error)) != told:
-                    log.exception("a watch failed, which is a mistake in meshd; it begins again")
+                    log.exception("internal error (a bug in meshd), watching again:")
                 told = text
             self.stopping.wait(RETRY / 2)
 
@@ -164,9 +164,9 @@ class Agent:
         except MeshdError as error:
             self._complain({str(error)})
         except Exception as error:
-            text = f"a pass broke off, which is a mistake in meshd; the next one comes soon: {error!r}"
+            text = f"internal error (a bug in meshd), retrying: {error!r}"
             if text not in self.complaints:
-                log.exception("where a pass broke off:")
+                log.exception("internal error:")
             self._complain({text})
         return False
 

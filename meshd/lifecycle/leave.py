@@ -39,10 +39,10 @@ def leave(state: State, *, force: bool = False, say: Callable[[str], None] = lam
         # An agent that somebody runs by hand may have left by itself, and that is a goodbye too.
         if others and not force and (settings.daemon or not isinstance(error, SerfError)):
             raise MeshdError(
-                f"the goodbye to {others} cannot be said: {error}\nPut that right; or pass --force, and then {forget}"
+                f"cannot tell {others} that this host is leaving: {error}\nFix that, or use --force and then {forget}"
             ) from error
     if others and unheard:
-        say(f"nobody has heard the goodbye ({unheard}): {forget}")
+        say(f"no other host knows that this one has left ({unheard}): {forget}")
     with suppress(MeshdError):
         state.mark_down()  # a claim that is leaving keeps others from bringing it back as well
     report = take_down(state, containers)

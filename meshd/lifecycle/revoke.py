@@ -21,7 +21,7 @@ def forget(state: State, name: str) -> Readiness:
     """
     settings, roster = state.settings, state.roster()
     if name == settings.name:
-        raise InputError(f"{name} is this host: 'meshd leave' says its goodbye")
+        raise InputError(f"{name} is this host: run 'meshd leave' here")
     record = roster.hosts.get(name)
     if record is None:
         known = ", ".join(sorted(roster.hosts)) or "none"

@@ -21,9 +21,7 @@ def check_overlay(overlay: IPv4Network, length: int) -> None:
         or overlay.is_link_local
         or overlay.overlaps(IPv4Network("0.0.0.0/8"))
     ):
-        raise InputError(
-            f"the overlay {overlay} is no prefix that hosts can have addresses in; take 10.0.0.0/8's or 172.16.0.0/12's"
-        )
+        raise InputError(f"{overlay} cannot be used as overlay: choose a range within 10.0.0.0/8 or 172.16.0.0/12")
 
 
 def capacity(overlay: IPv4Network, length: int) -> int:

@@ -119,7 +119,9 @@ def decode(text: str) -> Invitation:
             f"this is not an invitation: it does not start with {PREFIX!r}; copy the line that 'meshd invite' printed"
         )
     if not text.startswith(PREFIX):
-        raise InputError(f"this invitation is of another version ({text.partition('.')[0][:16]!r}); this meshd reads 2")
+        raise InputError(
+            f"this invitation is of another version ({text.partition('.')[0][:16]!r}); this version of meshd supports 2"
+        )
     coded = text.removeprefix(PREFIX)
     try:
         raw = base64.b64decode(coded + "=" * (-len(coded) % 4), altchars=b"-_", validate=True)
@@ -131,7 +133,7 @@ def decode(text: str) -> Invitation:
     try:
         return _from_fields(msgpack.unpackb(body))
     except (KeyError, TypeError, ValueError, RecordError, msgpack.UnpackException) as error:
-        raise InputError(f"the invitation does not hold what it should: {type(error).__name__}") from None
+        raise InputError(f"the invitation is malformed ({type(error).__name__})") from None
 
 
 def _from_fields(fields: dict[str, object]) -> Invitation:

@@ -67,11 +67,11 @@ def decode(tags: Mapping[str, str], overlay: IPv4Network, length: int) -> Record
 def _decode(wg: str, subnet: str, packed: str, overlay: IPv4Network, length: int) -> Record:
     version, _, body = packed.partition(".")
     if version != VERSION:
-        raise RecordError(f"record version {version[:16]!r}, this meshd reads {VERSION}")
+        raise RecordError(f"record version {version[:16]!r}, this version of meshd supports {VERSION}")
     read = _Reader(_base64url(body))
     flags = read.number(1)
     if flags & ~(_LEAVING | _IPV6 | _DELEGATED):
-        raise RecordError("the record has flags that this meshd does not know")
+        raise RecordError("the record has flags that this version of meshd does not know")
     seq, address = read.number(6), read.take(16 if flags & _IPV6 else 4)
     endpoint = _endpoint(address, read.number(2), overlay)
     certificate = read.certificate(is_delegated=bool(flags & _DELEGATED))

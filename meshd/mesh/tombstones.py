@@ -62,7 +62,7 @@ def read_proof(seq: int, public_key: str, raw: bytes, mesh: Mesh) -> Tombstone:
         return Tombstone(seq, public_key, from_wire(body, mesh.overlay, mesh.subnet_length))
     if kind == _FORGOTTEN and body:
         return Tombstone(seq, public_key, forgotten=body)
-    raise RecordError("the tombstone has no proof that this meshd knows")
+    raise RecordError("the tombstone has no proof that this version of meshd knows")
 
 
 @dataclass(frozen=True, slots=True)

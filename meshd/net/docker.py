@@ -176,7 +176,7 @@ class DockerNetwork:
         if attached := _attached(attributes):
             raise ApplyError(
                 f"the Docker network {self.name} is {_differences(found, network)}, but containers are attached "
-                f"({', '.join(attached)}): stop them, and the next pass makes it anew"
+                f"({', '.join(attached)}): stop them, and the next sync re-creates it"
             )
         client.networks.get(attributes["Id"]).remove()
         self._create(client, network)

@@ -72,7 +72,7 @@ def invite_many(state: State, prefix: str, terms: Terms) -> Invitation:
     if len(prefix) > MAX_PREFIX or (prefix and not is_name(prefix.rstrip("-.") or "-")):
         raise InputError(f"the prefix {prefix!r} is not at most {MAX_PREFIX} letters, digits, dots and dashes")
     if not terms.expires:
-        raise InputError("a reusable invitation needs an end: --ttl")
+        raise InputError("a reusable invitation must expire: pass --ttl")
     _check(state, terms)
     serial = certificates.new_serial(time.time())
     delegation = Delegation(serial, terms.expires, certificates.public(own), prefix, terms.subnets)
@@ -169,7 +169,7 @@ def revoke(state: State, name: str) -> dict[int, Revocation]:
     wanted = {serial: whose for serial, whose in wanted.items() if serial not in roster.revoked}
     if not wanted:
         known = sorted({entry["name"] for entry in issued.values()} | roster.hosts.keys())
-        raise InputError(f"nothing is left to be revoked of {name!r}; known: {', '.join(known)}")
+        raise InputError(f"nothing to revoke for {name!r}; known: {', '.join(known)}")
     return {serial: certificates.revoke(seed, mesh, serial, whose) for serial, whose in sorted(wanted.items())}
 
 
@@ -224,7 +224,7 @@ def _unsealed(text: str, passphrase: str) -> Mapping[str, Any]:
     except (CryptoError, ValueError):
         raise InputError("the passphrase is wrong, or the export is damaged") from None
     if not isinstance(content, dict):
-        raise InputError("the export does not hold what it should")
+        raise InputError("the export is malformed")
     return content
 
 

@@ -227,7 +227,7 @@ def init(host: LabHost, *options: str) -> str:
     """Run `meshd init`; give the invitation that it prints."""
     done = host.run(["meshd", "init", *options])
     output = done.stdout
-    assert "is shut by" not in done.stderr, "no false alarm"
+    assert "is blocked by" not in done.stderr, "no false alarm"
     found = re.search(r"MESHD_INVITE=(meshd2\.\S+) meshd join (\S+)", output)
     assert found, output
     assert found[2] in map(str, host.addresses)
@@ -238,7 +238,7 @@ def join(host: LabHost, via: LabHost, invitation: str, *options: str, version: i
     """Run `meshd join` by the other's main address, or by that of an IP version; give what it prints."""
     address = next(a for a in via.addresses if version in {0, a.version})
     done = host.run(["meshd", "join", str(address), *options], env={"MESHD_INVITE": invitation})
-    assert "is shut by" not in done.stderr, "no false alarm"
+    assert "is blocked by" not in done.stderr, "no false alarm"
     return done.stdout
 
 

@@ -122,8 +122,8 @@ def test_status_names_the_port_that_is_shut_and_what_opens_it(mesh: Mesh, what: 
     host.run(["sh", "-ec", command])
     assert not connects(neighbour, host, 7946)
     (line,) = problems(host)
-    found, _, remedy = line.partition(": ")
-    assert found == f"TCP port 7946 (gossip) on eth0 is shut by {what.partition(' ')[0]}"
+    found, _, remedy = line.partition("; to open it: ")
+    assert found == f"TCP port 7946 (gossip) on eth0 is blocked by {what.partition(' ')[0]}"
     assert f"Warning: {line}\n" in host.run(["meshd", "up"]).stderr
     host.run(["sh", "-ec", remedy])
     assert problems(host) == []
@@ -134,9 +134,11 @@ def test_status_names_the_port_that_is_shut_and_what_opens_it(mesh: Mesh, what: 
 def test_status_names_a_port_that_a_file_of_rules_shuts(mesh: Mesh) -> None:
     host = mesh.hosts[3]
     host.run(["nft", "-f", "-"], text=NFTABLES.replace("7946, 51820", "7946"))
-    assert problems(host) == [
-        "UDP port 51820 (WireGuard) on eth0 is shut by nftables' chain inet filter input: let it pass there"
-    ]
+    (line,) = problems(host)
+    assert line == (
+        "UDP port 51820 (WireGuard) on eth0 is blocked by nftables' chain inet filter input; "
+        "to open it: add a rule there that accepts it"
+    )
     host.run(["nft", "-f", "/etc/nftables.conf"])
     assert problems(host) == []
 
@@ -147,8 +149,8 @@ def test_status_names_the_way_that_firewalld_shuts(mesh: Mesh) -> None:
     host.run(["sh", "-ec", "firewall-cmd --permanent --zone=trusted --remove-interface=wg0; firewall-cmd --reload"])
     eventually(lambda: not seen(neighbour, overlay(host, 9)), LIMIT, "firewalld rejects it")
     (line,) = problems(host)
-    found, _, remedy = line.partition(": ")
-    assert found == "the way from wg0 to ovl0 is shut by firewalld"
+    found, _, remedy = line.partition("; to open it: ")
+    assert found == "the way from wg0 to ovl0 is blocked by firewalld"
     host.run(["sh", "-ec", remedy])
     eventually(lambda: mesh.whole(host), LIMIT, "all is well again")
     assert problems(host) == []

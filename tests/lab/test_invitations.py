@@ -86,7 +86,7 @@ def test_a_revoked_invitation_admits_nobody(hosts: list[LabHost]) -> None:
         assert peers(one) == []
     unknown = one.run(["meshd", "revoke", "nobody"], check=False)
     assert unknown.returncode == 2
-    assert "nothing is left to be revoked of 'nobody'; known: barge1, ghost" in unknown.stderr
+    assert "nothing to revoke for 'nobody'; known: barge1, ghost" in unknown.stderr
 
 
 def test_a_certificate_is_renewed_without_losing_a_packet(hosts: list[LabHost]) -> None:

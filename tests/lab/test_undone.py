@@ -105,15 +105,20 @@ def test_who_cannot_say_goodbye_stays_or_is_told_how_the_others_get_rid_of_it(me
     with listener(two, "SOCK_STREAM", str(two.address), 7946):
         done = two.run(["meshd", "leave"], check=False)
         assert done.returncode == 1
-        assert "the goodbye to barge1 cannot be said: the Serf agent did not start, a port is taken" in done.stderr
-        assert "pass --force, and then run 'meshd forget barge2' on the host that holds the authority" in done.stderr
+        assert (
+            "cannot tell barge1 that this host is leaving: the Serf agent did not start, a port is taken" in done.stderr
+        )
+        assert "use --force and then run 'meshd forget barge2' on the host that holds the authority" in done.stderr
     two.run(["meshd", "up"])
     assert members(one)["barge2"]["state"] == "alive", "it has changed nothing"
 
     two.run(["meshd", "down"])
     with listener(two, "SOCK_STREAM", str(two.address), 7946):
         done = two.run(["meshd", "leave", "--force"])
-    assert "Warning: nobody has heard the goodbye (the Serf agent did not start, a port is taken" in done.stderr
+    assert (
+        "Warning: no other host knows that this one has left (the Serf agent did not start, a port is taken"
+        in done.stderr
+    )
     assert (
         "run 'meshd forget barge2' on the host that holds the authority, or barge1 will keep this host" in done.stderr
     )
@@ -134,10 +139,10 @@ def test_a_full_disk_keeps_nobody_from_leaving_by_force(mesh: list[LabHost]) -> 
         before = snapshot(two), two.run(PROCESSES, check=False).stdout
         done = two.run(["meshd", "leave"], check=False)
         assert done.returncode == 1
-        assert "the goodbye to barge1 cannot be said: writing" in done.stderr
+        assert "cannot tell barge1 that this host is leaving: writing" in done.stderr
         assert (snapshot(two), two.run(PROCESSES, check=False).stdout) == before, "it has changed nothing"
         done = two.run(["meshd", "leave", "--force"])
-        assert "Warning: nobody has heard the goodbye (writing" in done.stderr
+        assert "Warning: no other host knows that this one has left (writing" in done.stderr
         assert two.run(["ls", "-A", STATE]).stdout == "full\n"
         assert two.run(PROCESSES, check=False).stdout == ""
     finally:

@@ -162,7 +162,7 @@ def test_over_ipv6_the_rules_for_ipv6_count(netns: Namespace) -> None:
     subprocess.run(["ip6tables-restore"], input=saved, text=True, check=True, timeout=20)
     assert told(SETTINGS, version=6) == ALL
     assert told(SETTINGS) == NONE
-    assert all(": ufw allow " in line for line in lines(SETTINGS, version=6))
+    assert all("; to open it: ufw allow " in line for line in lines(SETTINGS, version=6))
 
 
 def load(rules: str) -> None:
@@ -172,7 +172,7 @@ def load(rules: str) -> None:
 
 def told(settings: Settings, link: str | None = "u0", version: int = 4) -> set[str]:
     """Give what is said to be shut: ports as in ALL, ways as they are called."""
-    whats = [line.partition(" is shut by ")[0] for line in lines(settings, link, version)]
+    whats = [line.partition(" is blocked by ")[0] for line in lines(settings, link, version)]
     return {what.replace(" port", "").partition(" (")[0] for what in whats}
 
 

@@ -64,7 +64,7 @@ BAD: dict[str, dict[str, str | None]] = {
     "longer than it should be": {"meshd": encode(record(1))["meshd"] + "AAAA"},
     "not base64url": {"meshd": encode(record(1))["meshd"] + "!"},
     "not base64url ": {"meshd": encode(record(1))["meshd"] + "="},
-    "flags that this meshd does not know": {"meshd": packed(0, b"\x08")},
+    "flags that this version of meshd does not know": {"meshd": packed(0, b"\x08")},
     "sequence number is 0": {"meshd": packed(1, bytes(6))},
     "inside the overlay": {"meshd": packed(7, bytes([172, 20, 1, 1]))},
     "no address of a host": {"meshd": packed(7, bytes([127, 0, 0, 1]))},
