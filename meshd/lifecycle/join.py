@@ -73,32 +73,35 @@ def _enter(state: State, claim: Claim, member: Endpoint) -> None:
 
 
 def join_again(state: State, invitation: Invitation | None) -> None:
-    """Start this host, which is a member, and take over the certificate of a new invitation.
+    """Start this host, which is a member, and take over the certificate of a new invitation. That is harmless.
 
-    That is harmless. Raises InputError for an invitation to another mesh.
+    Raises InputError for an invitation to another mesh.
     """
-    if invitation is not None:
-        if invitation.authority != state.mesh.trust.authority:
-            raise InputError(
-                f"this host is in the mesh {state.settings.mesh!r} already, and the invitation is of another one: "
-                "run 'meshd leave' first, or pass another --state-dir, --interface, --bridge and ports"
-            )
-        # A reusable invitation gives nothing that a certificate by the authority itself does not have.
-        if invitation.certificate is not None or state.certificate.delegation is not None:
-            # Nobody takes another identity for this host's while it is one; a revoked one is nobody's any more.
-            keeps = invitation.certificate is None and state.certificate.serial not in state.roster().revoked
-            name, identity_key = state.settings.name, state.identity_key if keeps else None
-            _renew(state, invitation.redeem(name, name, time.time(), identity_key))
+    admission = renewal(state, invitation, time.time()) if invitation is not None else None
+    # Nothing else changes, and no packet is lost.
+    if admission is not None and admission.certificate != state.certificate:
+        with state.lock():
+            state.save_certificate(admission.certificate, admission.seed)
+        hints.wake(state.socket, "a new certificate")
     up(state)
 
 
-def _renew(state: State, admission: Admission) -> None:
-    """Take over a new certificate for this host, if it is one; nothing else changes, and no packet is lost."""
-    if admission.certificate == state.certificate:
-        return
-    with state.lock():
-        state.save_certificate(admission.certificate, admission.seed)
-    hints.wake(state.socket, "a new certificate")
+def renewal(state: State, invitation: Invitation, now: float) -> Admission | None:
+    """Return what a new invitation gives to this host, which is a member; None if that is nothing.
+
+    Raises InputError for an invitation to another mesh, and for one that is not valid for this host.
+    """
+    if invitation.authority != state.mesh.trust.authority:
+        raise InputError(
+            f"this host is in the mesh {state.settings.mesh!r} already, and the invitation is of another one: "
+            "run 'meshd leave' first, or pass another --state-dir, --interface, --bridge and ports"
+        )
+    if invitation.certificate is None and state.certificate.delegation is None:
+        return None  # a reusable invitation gives less than the certificate by the authority itself
+    # Another identity would be another host of this name to the others. A revoked one counts for nothing any more.
+    keeps = invitation.certificate is None and state.certificate.serial not in state.roster().revoked
+    name = state.settings.name
+    return invitation.redeem(name, name, now, state.identity_key if keeps else None)
 
 
 def wait_for_others(state: State, timeout: float, progress: Progress, *, is_new: bool) -> Readiness:

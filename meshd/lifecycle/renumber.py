@@ -8,6 +8,7 @@ from meshd.daemon import hints
 from meshd.errors import InputError, MeshdError
 from meshd.lifecycle.containers import attach, attached_containers, disconnect
 from meshd.lifecycle.interrupts import interruptible
+from meshd.mesh.addressing import is_allowed
 from meshd.net.docker import DockerNetwork
 from meshd.reconcile.renumber import renumber as move
 from meshd.reconcile.run import sync
@@ -19,6 +20,9 @@ def renumber(state: State, subnet: IPv4Network | None, *, force: bool, say: Call
     settings, claim = state.settings, state.claim()
     if subnet is not None:
         replace(settings, subnet=subnet)  # its checks
+        allowed = claim.record.certificate.subnets if claim is not None else ()
+        if not is_allowed(subnet, allowed):
+            raise InputError(f"the certificate of this host allows {', '.join(map(str, allowed))} only, not {subnet}")
     if claim is not None and claim.record.subnet == subnet:
         raise InputError(f"this host has the subnet {subnet} already")
     containers = attached_containers(settings, force=force)
