@@ -56,7 +56,7 @@ class Chain:
     steps: Sequence[Step]
 
 
-def shut_by(packet: Packet, chains: Mapping[str, Chain]) -> Iterator[Chain]:
+def blocked_by(packet: Packet, chains: Mapping[str, Chain]) -> Iterator[Chain]:
     """Give each base chain that surely drops the packet: one is enough, whatever the others say (nft(8), VERDICT)."""
     for chain in chains.values():
         if chain.hook == packet.hook and (_walk(chain, chains) or chain.policy) == "drop":

@@ -1,10 +1,10 @@
-"""What meshd needs open on a host, and what a person is told where a firewall surely shuts it. Pure."""
+"""What meshd needs open on a host, and what a person is told where a firewall surely blocks it. Pure."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from meshd.audit import Chain, Packet, iptables, nft, shut_by
+from meshd.audit import Chain, Packet, blocked_by, iptables, nft
 from meshd.state.settings import Settings
 
 
@@ -43,8 +43,10 @@ def _forwarded(wireguard: str, bridge: str) -> Iterator[Opening]:
         yield Opening(f"the way from {source} to {target}", Packet("forward", source, target), remedies)
 
 
-def shut(openings: Iterable[Opening], ruleset: Iterable[Mapping[str, Any]], saved: Mapping[int, str]) -> Iterator[str]:
-    """Give a line for each opening that is surely shut: which, by what, and what opens it.
+def blocked(
+    openings: Iterable[Opening], ruleset: Iterable[Mapping[str, Any]], saved: Mapping[int, str]
+) -> Iterator[str]:
+    """Give a line for each opening that is surely blocked: which, by what, and what opens it.
 
     `ruleset` is the list in the output of `nft -j list ruleset`, `saved` that of iptables-save by version of IP.
     """
@@ -52,7 +54,7 @@ def shut(openings: Iterable[Opening], ruleset: Iterable[Mapping[str, Any]], save
     for opening in openings:
         packet = opening.packet
         rules = iptables.chains(saved.get(packet.version, ""), packet)
-        for chain in (*shut_by(packet, nft.chains(ruleset, packet)), *shut_by(packet, rules)):
+        for chain in (*blocked_by(packet, nft.chains(ruleset, packet)), *blocked_by(packet, rules)):
             yield _line(opening, chain, rules)
 
 

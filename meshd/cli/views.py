@@ -257,6 +257,6 @@ def blocked(state: State) -> list[str]:
     try:
         bind = state.bind
         needed = openings.needed(state.settings, underlay.holder(bind), bind.version)
-        return list(openings.shut(needed, firewall.ruleset(), {v: firewall.saved(v) for v in {4, bind.version}}))
+        return list(openings.blocked(needed, firewall.ruleset(), {v: firewall.saved(v) for v in {4, bind.version}}))
     except MeshdError as error:
         return [f"firewall: {error}"]

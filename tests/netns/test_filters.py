@@ -1,4 +1,4 @@
-"""What a firewall is said to shut, beside what real packets meet there."""
+"""What a firewall is said to block, beside what real packets meet there."""
 
 import socket
 import subprocess
@@ -171,14 +171,14 @@ def load(rules: str) -> None:
 
 
 def told(settings: Settings, link: str | None = "u0", version: int = 4) -> set[str]:
-    """Give what is said to be shut: ports as in ALL, ways as they are called."""
+    """Give what is said to be blocked: ports as in ALL, ways as they are called."""
     whats = [line.partition(" is blocked by ")[0] for line in lines(settings, link, version)]
     return {what.replace(" port", "").partition(" (")[0] for what in whats}
 
 
 def lines(settings: Settings, link: str | None = "u0", version: int = 4) -> list[str]:
     needed = openings.needed(settings, link, version)
-    return list(openings.shut(needed, firewall.ruleset(), {version: firewall.saved(version) for version in (4, 6)}))
+    return list(openings.blocked(needed, firewall.ruleset(), {version: firewall.saved(version) for version in (4, 6)}))
 
 
 def dropped(client: Namespace, host: Namespace) -> set[str]:
