@@ -27,25 +27,28 @@ def found(state: State) -> State:
     return state
 
 
-def test_a_found_address_is_replaced_when_no_link_holds_it(found: State) -> None:
+def test_found_address_is_replaced(found: State) -> None:
+    """A found address is replaced when no link holds it."""
     assert follow_underlay(found)
     assert (found.bind, found.settings.bind, State(found.directory).bind) == (NEW, None, NEW)
     assert not follow_underlay(found), "it is held now"
 
 
-def test_a_missing_file_is_written_again(found: State) -> None:
+def test_missing_address_is_found_again(found: State) -> None:
+    """A lost underlay.json is written again."""
     (found.directory / "underlay.json").unlink()
     assert follow_underlay(found)
     assert State(found.directory).bind == NEW
 
 
-def test_a_chosen_address_is_never_replaced(found: State) -> None:
+def test_chosen_address_is_kept(found: State) -> None:
+    """An address that somebody chose is never replaced."""
     found.save_settings(replace(found.settings, bind=OTHER))
     assert not follow_underlay(found)
     assert (found.bind, found.found_bind()) == (OTHER, OLD)
 
 
-def test_an_address_of_the_overlay_is_not_taken(found: State) -> None:
+def test_overlay_address_is_not_taken(found: State) -> None:
     """While the underlay has no address, the route to the overlay may be the best one that is left."""
     subprocess.run(["ip", "addr", "add", "172.20.101.0/16", "dev", "u0"], check=True)
     found.save_contacts({"barge3": Endpoint(ip_address("172.20.9.9"), 7946)})

@@ -24,7 +24,8 @@ COMMANDS = [command.name for command in TABLE]
 AS_ROOT = ["init", "join 10.10.10.101", "up", "down", "leave", "plan", "sync", "renumber", "forget web", "revoke web"]
 
 
-def test_help_shows_whole_summaries_in_sections_at_80_columns() -> None:
+def test_help_shows_summaries_in_sections() -> None:
+    """`meshd --help` shows each whole summary in its section, at 80 columns."""
     lines = CliRunner().invoke(main, ["--help"], terminal_width=80).output.splitlines()
     for title, commands in SECTIONS.items():
         first = lines.index(f"{title}:") + 1
@@ -34,7 +35,8 @@ def test_help_shows_whole_summaries_in_sections_at_80_columns() -> None:
 
 
 @pytest.mark.parametrize("command", TABLE, ids=lambda command: command.name)
-def test_a_summary_is_the_first_line_of_the_commands_docstring(command: Command) -> None:
+def test_summary_is_first_line_of_docstring(command: Command) -> None:
+    """The summary in the table equals the first line of the command's own help."""
     found = main.get_command(click.Context(main), command.name)
     assert found is not None
     assert found.name == command.name
@@ -42,7 +44,8 @@ def test_a_summary_is_the_first_line_of_the_commands_docstring(command: Command)
     assert (found.callback.__doc__ or "").splitlines()[0] == command.summary
 
 
-def test_an_unknown_command_is_an_error() -> None:
+def test_unknown_command_is_error() -> None:
+    """A command that does not exist is named in the error."""
     result = CliRunner().invoke(main, ["surprise"])
     assert result.exit_code == 2
     assert "No such command 'surprise'" in result.output
@@ -62,7 +65,11 @@ def test_help_does_not_load_the_network_libraries() -> None:
     assert not [heavy for heavy in ("'pyroute2'", "'docker'", "'nacl'", "'requests'") if heavy in output]
 
 
-@pytest.mark.parametrize("command", ["members", "status", "plan", "sync", "up", "down", "leave", "agent", "invite"])
+FOR_ANYBODY = ["members", "status", "agent", "invite"]
+FOR_ROOT = [pytest.param(command, marks=pytest.mark.root) for command in ("plan", "sync", "up", "down", "leave")]
+
+
+@pytest.mark.parametrize("command", [*FOR_ANYBODY, *FOR_ROOT])
 def test_without_a_mesh_a_command_says_what_to_do(command: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["--state-dir", str(tmp_path), command])
     assert result.exit_code == 2
@@ -95,7 +102,7 @@ def test_bad_input_is_named_and_leaves_nothing(arguments: list[str], message: st
 
 
 @pytest.mark.root
-def test_not_root_says_so_before_anything_else(tmp_path: Path) -> None:
+def test_command_requires_root(tmp_path: Path) -> None:
     """The message precedes the missing mesh, a missing or damaged invitation, and the prompt for it."""
     # The imports come first: an interpreter below /root is out of reach for anybody else.
     modules = ", ".join(sorted({command.module for command in TABLE}))
@@ -119,7 +126,7 @@ for line in sys.argv[1:]:
 
 
 @pytest.mark.root
-def test_every_setting_of_init_comes_from_the_environment_too(tmp_path: Path) -> None:
+def test_init_reads_settings_from_environment(tmp_path: Path) -> None:
     """An option that the command line does not have is an error of click; a value that it refuses has arrived."""
     bad = {"--subnet": "10.0.0.0/24", "--bind": "172.20.1.1", "--advertise": "172.20.1.1", "--overlay": "127.0.0.0/8"}
     bad |= {"--docker": "perhaps", "--daemon": "perhaps"}
@@ -131,14 +138,15 @@ def test_every_setting_of_init_comes_from_the_environment_too(tmp_path: Path) ->
     assert not (tmp_path / "x").exists()
 
 
-def test_the_example_of_join_has_an_invitation_of_this_version() -> None:
+def test_join_example_has_current_invitation() -> None:
+    """The example in the help of join has an invitation of this version."""
     help_text = CliRunner().invoke(main, ["join", "--help"]).output
     assert set(re.findall(r"meshd\d+\.", help_text)) == {invitations.PREFIX}
 
 
-def test_a_subnet_that_the_invitation_does_not_allow_is_refused_before_anything_is_written(
-    state: State, tmp_path: Path
-) -> None:
+@pytest.mark.root
+def test_join_refuses_subnet_before_writing(state: State, tmp_path: Path) -> None:
+    """A subnet that the invitation does not allow is an error before anything is written or asked."""
     state.save_authority_key(AUTHORITY)
     offer = authority.invite(state, "web", Terms(subnets=(IPv4Network("172.20.7.0/24"),)))
     directory = tmp_path / "other"

@@ -32,12 +32,14 @@ def by_delegation(state: State) -> None:
     state.save_certificate(delegated("barge1", delegation(expires=LATER)), OWN)
 
 
-def test_an_invitation_to_another_mesh_is_refused(state: State, reusable: Invitation) -> None:
+def test_renewal_refuses_other_mesh(state: State, reusable: Invitation) -> None:
+    """An invitation to another mesh is refused on a host that is a member."""
     with pytest.raises(InputError, match="this host is in the mesh 'meshd' already, and the invitation is of another"):
         renewal(state, replace(reusable, authority=certificates.public(seed("other"))), NOW)
 
 
-def test_an_invitation_for_this_name_renews_its_certificate(state: State) -> None:
+def test_renewal_takes_named_invitation(state: State) -> None:
+    """An invitation for this name renews the certificate; one for another name is refused."""
     state.save_authority_key(AUTHORITY)
     invitation = authority.invite(state, "barge1", Terms(expires=LATER))
     admission = renewal(state, invitation, NOW)
@@ -47,16 +49,14 @@ def test_an_invitation_for_this_name_renews_its_certificate(state: State) -> Non
         renewal(state, authority.invite(state, "web", Terms()), NOW)
 
 
-def test_a_reusable_invitation_adds_nothing_to_the_authoritys_own_certificate(
-    state: State, reusable: Invitation
-) -> None:
+def test_renewal_ignores_reusable_invitation(state: State, reusable: Invitation) -> None:
+    """A reusable invitation adds nothing to a certificate by the authority itself."""
     assert state.certificate.delegation is None
     assert renewal(state, reusable, NOW) is None
 
 
-def test_a_reusable_invitation_renews_a_delegated_certificate_and_keeps_the_identity(
-    state: State, reusable: Invitation
-) -> None:
+def test_renewal_keeps_identity(state: State, reusable: Invitation) -> None:
+    """A reusable invitation renews a delegated certificate and keeps the identity."""
     by_delegation(state)
     admission = renewal(state, reusable, NOW)
     assert admission is not None
@@ -64,7 +64,8 @@ def test_a_reusable_invitation_renews_a_delegated_certificate_and_keeps_the_iden
     assert (admission.seed, admission.certificate.identity) == (OWN, certificates.public(OWN))
 
 
-def test_an_identity_that_was_revoked_is_replaced(state: State, reusable: Invitation) -> None:
+def test_renewal_replaces_revoked_identity(state: State, reusable: Invitation) -> None:
+    """A host whose identity was revoked gets another one."""
     by_delegation(state)
     serial = state.certificate.serial
     state.save_roster(Roster(revoked={serial: Revocation(serial, "barge1", b"signature")}))
@@ -81,7 +82,8 @@ def test_an_identity_that_was_revoked_is_replaced(state: State, reusable: Invita
         ("172.20.101.0/24", "this host has the subnet 172.20.101.0/24 already"),
     ],
 )
-def test_a_wrong_subnet_is_refused_before_a_container_is_touched(state: State, subnet: str, message: str) -> None:
+def test_renumber_refuses_wrong_subnet(state: State, subnet: str, message: str) -> None:
+    """A wrong subnet is refused before a container is touched."""
     only = certificate("barge1", subnets=(record(1).subnet,))
     state.save_claim(Claim(record(1, by=only), settled=True))
     with pytest.raises(InputError, match=message):

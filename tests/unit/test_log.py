@@ -32,7 +32,8 @@ def logged(path: Path, journal: str | None) -> list[str]:
         return file.read().splitlines()
 
 
-def test_in_the_journal_each_line_has_a_priority_and_no_time(tmp_path: Path) -> None:
+def test_log_to_journal_has_priorities(tmp_path: Path) -> None:
+    """In the journal each line has a priority and no time."""
     lines = logged(tmp_path / "journal", None)
     assert lines[:4] == ["<6>one", "<4>two", "<4>lines", "<3>three"]
     assert lines[4] == "<3>Traceback (most recent call last):"
@@ -40,7 +41,8 @@ def test_in_the_journal_each_line_has_a_priority_and_no_time(tmp_path: Path) -> 
     assert all(re.match(r"<[3467]>", line) for line in lines)
 
 
-def test_anywhere_else_each_message_has_a_time_and_a_level(tmp_path: Path) -> None:
+def test_log_elsewhere_has_times(tmp_path: Path) -> None:
+    """Elsewhere each message has a time and a level, also if a parent of this process had the journal."""
     """A variable that a parent of this process left is not about this stream."""
     for number, variable in enumerate(("", "8:1", "nonsense")):
         lines = logged(tmp_path / str(number), variable)

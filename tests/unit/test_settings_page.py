@@ -26,7 +26,8 @@ def _row(option: Option, value: object) -> tuple[str, str, str, str]:
     return options, f"`{option.variable}`", default, option.help + only
 
 
-def test_the_page_has_the_table_of_the_declared_settings(request: pytest.FixtureRequest) -> None:
+def test_settings_page_is_current(request: pytest.FixtureRequest) -> None:
+    """The table in docs/settings.md is the one that the declarations give."""
     text = PAGE.read_text()
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
@@ -36,6 +37,7 @@ def test_the_page_has_the_table_of_the_declared_settings(request: pytest.Fixture
     assert text == wanted, f"differs from {PAGE}; --golden-update writes it again"
 
 
-def test_no_two_settings_share_an_option_or_a_variable() -> None:
+def test_settings_have_distinct_options() -> None:
+    """No two settings share an option or a variable."""
     assert len({option.name for option in OPTIONS.values()}) == len(OPTIONS)
     assert len({option.variable for option in OPTIONS.values()}) == len(OPTIONS)

@@ -255,7 +255,8 @@ VERSION_1 = {
 
 
 @pytest.mark.parametrize("is_chosen", [False, True])
-def test_settings_of_version_1_are_read_and_kept_as_version_2(tmp_path: Path, is_chosen: bool) -> None:
+def test_settings_version_1_are_upgraded(tmp_path: Path, is_chosen: bool) -> None:
+    """Settings of version 1 are read, and kept as version 2 with the found address apart."""
     files.write_json(tmp_path / "settings.json", {**VERSION_1, "bind_chosen": is_chosen})
     address = ip_address("10.10.10.101")
     state = State(tmp_path)
@@ -275,7 +276,8 @@ def test_settings_of_version_1_are_read_and_kept_as_version_2(tmp_path: Path, is
     }
 
 
-def test_a_found_address_is_kept_apart_from_what_was_chosen(tmp_path: Path) -> None:
+def test_found_address_is_no_setting(tmp_path: Path) -> None:
+    """A found address is kept apart from what was chosen."""
     state, found, chosen = State(tmp_path), ip_address("10.10.10.101"), ip_address("10.10.10.102")
     state.save_found_bind(found)
     state.save_settings(Settings(name="barge1"))
@@ -287,7 +289,8 @@ def test_a_found_address_is_kept_apart_from_what_was_chosen(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"address": "barge1"}', "{}"])
-def test_a_damaged_underlay_file_is_named(tmp_path: Path, content: str) -> None:
+def test_damaged_underlay_file_is_named(tmp_path: Path, content: str) -> None:
+    """A damaged or missing underlay.json is named in the error."""
     state = State(tmp_path)
     state.save_settings(Settings(name="barge1"))
     with pytest.raises(InputError, match=r"underlay\.json is missing"):

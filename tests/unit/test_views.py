@@ -110,7 +110,8 @@ def facts(state: State, report: Report, *blocked: str) -> views.Facts:
     return views.facts(state, report, "userspace", blocked, NOW)
 
 
-def test_the_json_of_status_has_values_and_keys_that_a_program_can_use(state: State) -> None:
+def test_status_json_has_values(state: State) -> None:
+    """The JSON of status has values, and keys that a program can use."""
     roster = Roster({"barge2": record(2)}, refused={"mallory": "no record"})
     listed = (member(1), member(2, Status.FAILED), member(3, Status.LEFT))
     report = Report(roster, listed, peers=(peer(2, NOW - 42), peer(3, NOW - 200)), engine=Engine("20.10.24"))
@@ -142,7 +143,8 @@ def test_the_json_of_status_has_values_and_keys_that_a_program_can_use(state: St
     }
 
 
-def test_the_text_of_status_renders_the_same_facts(state: State) -> None:
+def test_status_text_renders_facts(state: State) -> None:
+    """The text of status shows the same facts in aligned lines."""
     running = Report(members=(member(1), member(2)), engine=Engine("20.10.24"))
     assert views.status_text(facts(state, running, "a", "b")).splitlines() == [
         "mesh:                     meshd",
@@ -166,7 +168,7 @@ def test_the_text_of_status_renders_the_same_facts(state: State) -> None:
     ]
 
 
-def test_status_shows_what_does_not_answer(state: State) -> None:
+def test_status_text_shows_what_does_not_answer(state: State) -> None:
     """Docker may die at any moment: status says so from what the reconcile saw, and asks nobody again."""
     silent = Failure(Area.DOCKER, MissingError("the Docker engine does not answer"))
     text = views.status_text(facts(state, Report(failures=(silent,))))
