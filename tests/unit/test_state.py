@@ -276,6 +276,16 @@ def test_settings_version_1_are_upgraded(tmp_path: Path, is_chosen: bool) -> Non
     }
 
 
+def test_address_found_after_upgrade_counts(tmp_path: Path) -> None:
+    """A host with settings of version 1 that finds another address keeps that one, before its settings are saved."""
+    files.write_json(tmp_path / "settings.json", VERSION_1)
+    state, found = State(tmp_path), ip_address("10.10.10.109")
+    state.save_found_bind(found)
+    assert state.bind == State(tmp_path).bind == found
+    state.save_settings(state.settings)
+    assert State(tmp_path).bind == found
+
+
 def test_found_address_is_no_setting(tmp_path: Path) -> None:
     """A found address is kept apart from what was chosen."""
     state, found, chosen = State(tmp_path), ip_address("10.10.10.101"), ip_address("10.10.10.102")
