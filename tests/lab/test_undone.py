@@ -94,7 +94,7 @@ def test_a_disk_that_fills_up_leaves_no_half_host_behind(hosts: list[LabHost]) -
         assert host.run(PROCESSES, check=False).stdout == ""
         assert snapshot(host) == before
         assert host.run(["ls", "-A", STATE]).stdout == "full\n"
-        assert "\nnot undone: what other hosts have heard of this one: writing" in done.stderr, "it is said what is left"
+        assert "\nnot undone: what other hosts have heard of this one: writing" in done.stderr, "what is left"
     finally:
         host.run(["umount", "-l", STATE])
 
