@@ -7,6 +7,7 @@ import click
 from meshd.cli import output, views
 from meshd.cli.options import as_root, json_option
 from meshd.cli.types import Prefix
+from meshd.daemon import hints
 from meshd.lifecycle import renumber as lifecycle
 from meshd.reconcile import run
 from meshd.reconcile.run import Options
@@ -46,6 +47,8 @@ def sync(state: State, as_json: bool, force: bool) -> None:
 
 def _sync(state: State, *, as_json: bool, dry: bool, force: bool) -> None:
     report = run.sync(state, Options(dry=dry, force=force))
+    if report.changes and not dry:
+        hints.wake(state.socket, "synced")  # the daemon sees to the first handshakes of peers that were added
     if as_json:
         output.print_json(views.changes_json(report))
     else:

@@ -28,6 +28,7 @@ from meshd.gossip.serf_agent import stop
 from meshd.net import docker, firewall, links, routes, rules, underlay
 from meshd.net.resources import Engine
 from meshd.reconcile import plan
+from meshd.reconcile.handshakes import Schedule
 from meshd.reconcile.renumber import renumber
 from meshd.reconcile.run import MEMBERSHIP, WITHOUT_DOCKER, Options, Report, sync
 from meshd.state.claim import UnfinishedError
@@ -42,11 +43,6 @@ HOSTS_A_SECOND = 20
 # Hints of one cause come in bursts; this is what the first one waits for the others.
 SETTLE = 0.02
 RETRY = 1.0
-# When, in seconds, the one of two hosts that waits for the first handshake begins one itself, and begins anew: at first
-# after longer than a packet is under way. WireGuard by itself takes 5 s, and as often as two have crossed.
-HANDSHAKE = (0.2, 0.8, 2.0, 5.0)
-# So much later for each host of the mesh, at most a second: a newcomer has to shake hands with all of them.
-HANDSHAKE_A_HOST = 0.02
 LONGEST_SEARCH = 10.0
 # How often a thread that waits for hints looks whether it is to end. The process does not wait for it.
 LOOK = 2.0
@@ -72,7 +68,7 @@ class Agent:
         self.search = Event()
         self.rivalry: float | None = None
         self.stale_since: dict[str, float] = {}
-        self.unmet: dict[str, tuple[float, ...]] = {}
+        self.handshakes = Schedule()
         self.full_pass_due = 0.0
         self.complaints: set[str] = set()
         # Why this host's Serf does not run, the empty string while it does.
@@ -154,7 +150,7 @@ class Agent:
         _notify_service_manager()
         while not self.ending:
             ok = self._survive(partial(self._pass_that_is_due, causes))
-            due = min([self.full_pass_due, *(times[0] for times in self.unmet.values() if times)])
+            due = min(self.full_pass_due, self.handshakes.due)
             causes = self._wait(max(0.0, due - time.monotonic()) if ok else RETRY)
 
     def _survive(self, work: Callable[[], bool]) -> bool:
@@ -234,13 +230,14 @@ class Agent:
         options = Options(
             kinds=kinds,
             heard=dict(self.exchange.heard),
-            overdue=self._overdue(),
+            overdue=self.handshakes.overdue(time.monotonic()),
             engine=self.engine,
             alone=bool(self.silence),
         )
         try:
             report = sync(self.state, options)
         except UnfinishedError:
+            self.handshakes = Schedule()
             self._complain(set())
             return not self.silence  # `meshd join` is still asking the mesh
         except MeshdError as error:
@@ -264,9 +261,9 @@ class Agent:
         self.lost = frozenset(report.lost)
 
     def _schedule_handshakes(self, report: Report) -> None:
-        since = time.monotonic() + min(HANDSHAKE_A_HOST * len(report.roster.hosts), 1.0)
-        fresh = tuple(since + seconds for seconds in HANDSHAKE)
-        self.unmet = {key: self.unmet.get(key, fresh) for key in report.unmet}
+        if report.unmet is not None:
+            hosts, now = len(report.roster.hosts), time.monotonic()
+            self.handshakes = self.handshakes.after(report.unmet, report.restarted, hosts=hosts, now=now)
 
     def _say_what_is_wrong(self, report: Report) -> None:
         refused = [f"refused {name}: {reason}" for name, reason in sorted(report.roster.refused.items())]
@@ -274,13 +271,6 @@ class Agent:
         reasons = {*refused[:MOST_REFUSED], *(["refused more than these"] if refused[MOST_REFUSED:] else [])}
         held = {plan.withheld_text(change) for change in report.withheld}
         self._complain({str(failure) for failure in report.failures} | reasons | held)
-
-    def _overdue(self) -> set[str]:
-        """Take the public keys of those with whom a handshake is to be begun by now, or begun anew."""
-        now = time.monotonic()
-        overdue = {key for key, times in self.unmet.items() if times and times[0] <= now}
-        self.unmet = {key: tuple(t for t in times if t > now) for key, times in self.unmet.items()}
-        return overdue
 
     def _replayed(self, report: Report) -> list[str]:
         """Give the hosts whose tags have been older than their records for longer than Serf needs."""

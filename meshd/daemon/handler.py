@@ -47,10 +47,14 @@ def handle(state: State, environment: Mapping[str, str], payload: bytes) -> None
 def _reconcile(state: State, question: Applied | None) -> None:
     # Imports that most messages do without.
     from meshd.gossip import calls  # noqa: PLC0415
+    from meshd.reconcile.handshakes import crossed  # noqa: PLC0415
     from meshd.reconcile.run import WITHOUT_DOCKER, Options, sync  # noqa: PLC0415
 
     # Serf runs handlers one after the other. `meshd init/join/up` have asked Docker, and nothing here changes that.
     report = sync(state, Options(kinds=WITHOUT_DOCKER))
+    if late := crossed(report.unmet or {}):
+        # Nobody looks again at a later time, as the daemon does.
+        report = sync(state, Options(kinds=WITHOUT_DOCKER, overdue=late))
     for failure in report.failures:
         print(f"meshd: {failure}", file=sys.stderr)  # noqa: T201  Serf's log
     if question is not None:

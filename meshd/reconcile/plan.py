@@ -163,8 +163,8 @@ def diff(
     """Give the changes from observed to wanted, additions first; equal input gives equal output.
 
     `kinds` restricts it to what could be observed. `moved` names the public keys whose published endpoint has just
-    changed: only these override an endpoint that a fresh handshake proves. `patient` are the public keys of those who
-    are to speak first (see `speaks_first`).
+    changed: only these override an endpoint that a fresh handshake proves. `patient` are the public keys of hosts
+    that are about to start the handshake (see handshakes.awaited).
     """
     there = {(r.kind, r.key): r for r in observed if r.kind in kinds}
     want = {(r.kind, r.key): r for r in wanted if r.kind in kinds}

@@ -14,6 +14,7 @@ from meshd.mesh.roster import Roster, View
 from meshd.net.netlink import one_socket
 from meshd.net.resources import Action, Change, Engine, Peer, Port, Resource, Route, Sysctl
 from meshd.reconcile import handshakes, plan
+from meshd.reconcile.handshakes import Unmet
 from meshd.reconcile.machine import Area, Failure, Machine, this_machine
 from meshd.state import claim as own_claim
 from meshd.state.directory import State
@@ -35,14 +36,14 @@ class Options:
     """What one reconcile is to do.
 
     `kinds` are the resources to look at. `heard` are records that came another way than by tags. `overdue` are the
-    public keys of the hosts whose first handshake is late. `engine` is what Docker is, if that is known. `alone` says
-    that this host's own Serf does not run, so that nobody is asked: another agent may hold its RPC port. With `dry`
-    nothing is changed or written; with `force` the guard withholds nothing.
+    peers whose first handshake is to be started again (see handshakes.restarts). `engine` is what Docker is, if that is
+    known. `alone` says that this host's own Serf does not run, so that nobody is asked: another agent may hold its RPC
+    port. With `dry` nothing is changed or written; with `force` the guard withholds nothing.
     """
 
     kinds: Collection[str] = plan.ORDER
     heard: Mapping[str, Record] = field(default_factory=dict)
-    overdue: Collection[str] = ()
+    overdue: Mapping[str, int] = field(default_factory=dict)
     engine: Engine | None = None
     alone: bool = False
     dry: bool = False
@@ -58,8 +59,9 @@ class Report:
 
     `own` is this host with the record that it publishes. `withheld` are removals without evidence (see plan.guard);
     `rival` is the host that keeps this host's subnet; `lost` are the known hosts that Serf does not see alive, with
-    their gossip addresses; `unmet` the public keys of those that are to start the handshake (see
-    handshakes.speaks_first) and have not; `engine` is what Docker said that it is, None if it was not asked.
+    their gossip addresses; `unmet` the peers without a handshake, None if the peers were not read; `restarted` the
+    public keys of those whose handshake was started again; `engine` is what Docker said that it is, None if it was not
+    asked.
     """
 
     roster: Roster = field(default_factory=Roster)
@@ -69,7 +71,8 @@ class Report:
     failures: tuple[Failure, ...] = ()
     peers: tuple[Peer, ...] = ()
     rival: str | None = None
-    unmet: frozenset[str] = frozenset()
+    unmet: Mapping[str, Unmet] | None = None
+    restarted: frozenset[str] = frozenset()
     engine: Engine | None = None
     lost: Mapping[str, Endpoint] = field(default_factory=dict)
     own: Host | None = None
@@ -126,12 +129,12 @@ class _Facts:
 
 @dataclass(frozen=True, slots=True)
 class _Decision:
-    """What to change; `kept` are the public keys that stay peers, `patient` those that start the handshake."""
+    """What to change; `peers` are all that are wanted, `unmet` those without a handshake."""
 
     changes: tuple[Change, ...]
     withheld: tuple[Change, ...]
-    kept: frozenset[str]
-    patient: frozenset[str]
+    peers: tuple[Peer, ...]
+    unmet: Mapping[str, Unmet]
 
 
 def sync(state: State, options: Options = EVERYTHING) -> Report:
@@ -172,21 +175,25 @@ class _Run:
         decision = self.decide(seen, facts)
         before = self.state.contacts()
         contacts = membership.contacts(before, seen.members, seen.roster)
+        restarts: tuple[Change, ...] = ()
         if self.options.dry:
             changes, failures = decision.changes, _tried("disk", partial(files.writable, self.state.directory))
         else:
             changes, failures = self.write(seen.roster, decision)
+            restarts, failed = self.restart_handshakes(decision)
+            failures += failed
             if contacts != before:
                 failures += _tried(CONTACTS, partial(self.state.save_contacts, contacts))
         return Report(
             roster=seen.roster,
             members=seen.members,
-            changes=changes,
+            changes=(*changes, *restarts),
             withheld=decision.withheld,
             failures=(*seen.failures, *facts.failures, *failures),
             peers=facts.peers,
             rival=seen.rival,
-            unmet=decision.patient - {peer.public_key for peer in facts.peers if peer.handshake},
+            unmet=decision.unmet if "peer" in facts.readable else None,
+            restarted=frozenset(c.resource.public_key for c in restarts if isinstance(c.resource, Peer)),
             engine=facts.engine,
             lost=membership.lost(contacts, seen.members) if seen.members else {},
             own=self.own,
@@ -237,20 +244,32 @@ class _Run:
         here = plan.Local(host=self.own, settings=settings, mtu=facts.mtu, engine=facts.engine, loose=loose)
         wanted = plan.desired(here, roster.sorted_hosts())
         moved = {r.public_key for n, r in roster.hosts.items() if n in known and r.endpoint != known[n].endpoint}
-        patient = frozenset(handshakes.patient_keys(settings, self.own.record, roster, seen.members))
+        late = handshakes.unmet(self.own.record, roster, seen.members, facts.peers) if settings.keepalive else {}
+        # Without a daemon nobody starts the handshake that the other host did not start.
+        patient = handshakes.awaited(late) if settings.daemon else ()
         changes = plan.diff(wanted, facts.resources, now=self.now, moved=moved, patient=patient, kinds=facts.readable)
         withheld: tuple[Change, ...] = ()
         if not self.options.force:
             changes, withheld = plan.guard(changes, facts.resources, _departed(self.known, roster))
-        changes += handshakes.begin_anew(wanted, facts.resources, patient.intersection(self.options.overdue))
-        return _Decision(changes, withheld, frozenset(r.public_key for r in wanted if isinstance(r, Peer)), patient)
+        return _Decision(changes, withheld, tuple(r for r in wanted if isinstance(r, Peer)), late)
 
     def write(self, roster: Roster, decision: _Decision) -> tuple[tuple[Change, ...], list[Failure]]:
         """Keep on disk what must be known first, then make the changes: return those that were tried, and failures."""
         unsaved = _remember(self.state, self.known, roster, decision.changes)
         missing = {failure.subject for failure in unsaved}
-        changes = tuple(c for c in decision.changes if _needs_memory(c, decision.kept) not in missing)
+        changes = tuple(c for c in decision.changes if _needs_memory(c) not in missing)
         return changes, unsaved + self.machine.apply(changes)
+
+    def restart_handshakes(self, decision: _Decision) -> tuple[tuple[Change, ...], list[Failure]]:
+        """Start again what is overdue: return the changes, and failures. The peers are read once more right before.
+
+        What was read first may be seconds old on a busy machine, and a session that has begun meanwhile is not cut.
+        """
+        if self.options.overdue.keys().isdisjoint(decision.unmet):
+            return (), []
+        observed, _, failures = self.machine.observe({"peer"})
+        changes = handshakes.restarts(decision.peers, observed, self.options.overdue)
+        return changes, failures + self.machine.apply(changes)
 
 
 def _engine(
@@ -297,17 +316,15 @@ def _remember(state: State, known: Roster, roster: Roster, changes: Sequence[Cha
     return failures
 
 
-def _needs_memory(change: Change, kept: Collection[str]) -> str:
+def _needs_memory(change: Change) -> str:
     """Return what has to be on disk before this change, the empty string for most of them.
 
-    Otherwise a host that left would be back after a reboot, and forwarding would stay on after `meshd down`. `kept`
-    are the public keys that are wanted: to re-create such a peer (see handshakes.begin_anew) is no removal.
+    Otherwise a host that left would be back after a reboot, and forwarding would stay on after `meshd down`.
     """
     resource = change.resource
     if isinstance(resource, Sysctl) and resource.path == plan.IP_FORWARD:
         return ORIGINALS
-    is_host = isinstance(resource, Route) or (isinstance(resource, Peer) and resource.public_key not in kept)
-    return HOSTS if is_host and change.action is Action.REMOVE else ""
+    return HOSTS if isinstance(resource, Route | Peer) and change.action is Action.REMOVE else ""
 
 
 def _tried(subject: str, write: Callable[[], None]) -> list[Failure]:

@@ -16,6 +16,7 @@ from meshd.mesh.model import Tombstone
 from meshd.mesh.roster import Roster
 from meshd.net import links
 from meshd.net.resources import Action, Change, Route
+from meshd.reconcile.handshakes import Schedule, Unmet
 from meshd.reconcile.machine import Area, Failure
 from meshd.reconcile.run import Report
 from meshd.state.directory import State
@@ -51,12 +52,14 @@ def test_a_question_that_the_last_reconcile_has_answered_causes_no_other(state: 
     assert agent._wait(0.1) == []
 
 
-def test_a_handshake_is_begun_anew_at_its_times_and_each_of_them_counts_once(state: State) -> None:
-    agent, now = Agent(state), time.monotonic()
-    agent.unmet = {"one": (now - 2, now - 1, now + 60), "two": (now + 60,), "three": ()}
-    assert agent._overdue() == {"one"}
-    assert agent._overdue() == set()
-    assert agent.unmet == {"one": (now + 60,), "two": (now + 60,), "three": ()}
+def test_a_late_handshake_is_scheduled_unless_the_peers_were_not_read(state: State) -> None:
+    agent = Agent(state)
+    agent._schedule_handshakes(Report(unmet={"one": Unmet(is_initiator=True, is_alive=True)}))
+    assert agent.handshakes.due < time.monotonic() + 1
+    agent._schedule_handshakes(Report(unmet=None))
+    assert agent.handshakes.due < time.monotonic() + 1
+    agent._schedule_handshakes(Report(unmet={}))
+    assert agent.handshakes == Schedule()
 
 
 def test_a_signal_at_any_moment_ends_the_daemon_and_never_hangs_it(state: State) -> None:

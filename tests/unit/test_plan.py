@@ -24,7 +24,7 @@ from meshd.net.resources import (
     Table,
     Tags,
 )
-from meshd.reconcile import handshakes, plan
+from meshd.reconcile import plan
 from meshd.state.settings import Settings
 from tests.conftest import OVERLAY, host, public_key, record
 
@@ -157,24 +157,8 @@ def test_who_is_spoken_to_first_keeps_quiet_until_there_is_a_handshake_or_no_mor
     assert plan.diff(wanted(2, 3), wanted(2, 3), now=NOW, patient=patient) == ()
 
 
-def test_a_handshake_that_is_overdue_is_begun_anew_unless_there_was_one() -> None:
-    overdue = {public_key("barge2"), public_key("barge4")}
-    quiet = tuple(replace(r, keepalive=0) if isinstance(r, Peer) else r for r in wanted(2, 3))
-    removed, added = handshakes.begin_anew(wanted(2, 3, 4), quiet, overdue)
-    assert (removed.action, added.action) == (Action.REMOVE, Action.ADD)
-    assert removed.resource in quiet
-    assert added.resource in wanted(2)
-    assert handshakes.begin_anew(wanted(2, 3, 4), _with_handshakes(quiet), overdue) == ()
-
-
 def _with_handshakes(resources: tuple[Resource, ...]) -> tuple[Resource, ...]:
     return tuple(replace(r, handshake=NOW - 1) if isinstance(r, Peer) else r for r in resources)
-
-
-def test_of_two_hosts_exactly_one_begins_the_newer_one() -> None:
-    old, new, same = record(1, seq=1), record(2, seq=2), record(3, seq=2)
-    assert (handshakes.speaks_first(new, old), handshakes.speaks_first(old, new)) == (True, False)
-    assert handshakes.speaks_first(new, same) is not handshakes.speaks_first(same, new)
 
 
 # --- the guard -----------------------------------------------------------------------------------------------------

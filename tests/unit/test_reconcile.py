@@ -13,6 +13,7 @@ from meshd.mesh.roster import Roster
 from meshd.net.links import Links
 from meshd.net.resources import Action, Change, Engine, Link, Network, Peer, Resource, Route, Sysctl, Table, Tags
 from meshd.reconcile import plan
+from meshd.reconcile.handshakes import Unmet
 from meshd.reconcile.machine import Area, Machine
 from meshd.reconcile.renumber import renumber
 from meshd.reconcile.run import MEMBERSHIP, WITHOUT_DOCKER, Options, Report, reconcile, tear_down
@@ -199,6 +200,56 @@ def test_a_change_that_fails_stops_no_other(host: State) -> None:
     assert subject.startswith(f"add peer {key(2)}")
     assert report.applied == {}
     assert fake.has("route") != []
+
+
+def test_a_late_handshake_is_started_again_unless_it_has_come_meanwhile(
+    host: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = Fake()
+    report = run(host, fake)
+    assert report.unmet == {key(2): Unmet(is_initiator=True, is_alive=True, is_new=True)}
+    assert report.restarted == frozenset()
+    peers = fake.adapters["peer"]
+    peers.applied.clear()
+    report = run(host, fake, overdue={key(2): 0})
+    assert [(c.action, c.resource.key) for c in peers.applied] == [(Action.REMOVE, key(2)), (Action.ADD, key(2))]
+    assert report.restarted == {key(2)}
+    assert report.changes == tuple(peers.applied)
+    assert report.applied == {"barge2": 1}
+
+    def read() -> list[Resource]:
+        found = list(peers.resources.values())
+        peers.resources = {at: replace(r, handshake=NOW) for at, r in peers.resources.items() if isinstance(r, Peer)}
+        return found
+
+    peers.applied.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(peers, "read", read)
+        assert run(host, fake, overdue={key(2): 0}).restarted == frozenset(), "it has come between the two readings"
+    assert peers.applied == []
+    assert run(host, fake).unmet == {}
+
+
+def test_without_keepalives_or_peers_nothing_is_late(host: State) -> None:
+    fake = Fake()
+    fake.adapters["peer"].unreadable = ApplyError("gone")
+    assert run(host, fake).unmet is None
+    fake = Fake()
+    host.save_settings(replace(host.settings, keepalive=0))
+    assert run(host, fake).unmet == {}
+
+
+def test_only_a_daemon_waits_for_the_other_side(host: State) -> None:
+    """This host's record is the older one, so that the other host is the initiator."""
+    newer = int(2e9)
+    for daemon, keepalive in ((True, 0), (False, 25)):
+        host.save_settings(replace(host.settings, daemon=daemon))
+        fake = Fake()
+        fake.members = [member(1), member(2, of=record(2, seq=newer))]
+        run(host, fake)
+        (peer,) = fake.has("peer")
+        assert isinstance(peer, Peer)
+        assert peer.keepalive == keepalive
 
 
 def test_without_docker_its_network_and_rules_are_left_as_they_are(host: State) -> None:
