@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from meshd.mesh.membership import Roster
 from meshd.mesh.model import Status
+from meshd.mesh.roster import Roster
 from meshd.net.resources import Action, Peer
 from meshd.reconcile import handshakes
 from meshd.reconcile.handshakes import PER_HOST, UNDER_WAY, Schedule, Unmet
