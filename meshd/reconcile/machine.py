@@ -154,8 +154,8 @@ class NoWireGuard:
 
 def wireguard(state: State) -> WireGuard:
     """Return the adapter of the mesh's WireGuard device; where there is no WireGuard, one that says so."""
-    settings = state.settings
+    settings, key = state.settings, state.wireguard_key  # a damaged key is an error of the whole command
     try:
-        return find(settings.wireguard, state.wireguard_key, settings.wireguard_backend)
+        return find(settings.wireguard, key, settings.wireguard_backend)
     except MeshdError as error:
         return NoWireGuard(error)

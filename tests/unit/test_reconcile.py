@@ -14,7 +14,7 @@ from meshd.net.links import Links
 from meshd.net.resources import Action, Change, Engine, Link, Network, Peer, Resource, Route, Sysctl, Table, Tags
 from meshd.reconcile import plan
 from meshd.reconcile.handshakes import Unmet
-from meshd.reconcile.machine import Area, Machine
+from meshd.reconcile.machine import Area, Machine, this_machine
 from meshd.reconcile.renumber import renumber
 from meshd.reconcile.run import MEMBERSHIP, WITHOUT_DOCKER, Options, Report, reconcile, tear_down
 from meshd.state.claim import UnfinishedError, publish
@@ -386,3 +386,10 @@ def test_a_host_that_has_begun_to_leave_claims_nothing_more(state: State) -> Non
     with pytest.raises(InputError, match="has begun to leave 'meshd': run 'meshd leave' again"):
         renumber(state)
     assert state.claim() == last
+
+
+def test_damaged_wireguard_key_is_an_error(state: State) -> None:
+    """A damaged key ends the command; it is not taken for a host without WireGuard."""
+    (state.directory / "wireguard.key").write_text("{")
+    with pytest.raises(InputError, match=r"wireguard\.key is damaged"):
+        this_machine(state)
