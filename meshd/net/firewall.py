@@ -39,29 +39,38 @@ def run(argv: Sequence[str], text: str = "") -> "subprocess.CompletedProcess[str
 
 
 class Nftables:
-    """meshd's own table. Each rule carries its digest as a comment, by which it is recognised when it is read."""
+    """meshd's own tables, which share a name. Each rule carries its digest as a comment, by which it is recognised.
+
+    `families` are those that the kernel has: `ip`, and `ip6` where there is IPv6.
+    """
 
     kinds: ClassVar[frozenset[str]] = frozenset({"table"})
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, families: Sequence[str]) -> None:
         self.name = name
+        self.families = tuple(families)
 
     def read(self) -> list[Resource]:
-        done = run(["nft", "-j", "list", "table", "ip", self.name])
+        # One question each: nft 1.0.6 does not find the first of two tables that it is asked for at once.
+        return [table for family in self.families if (table := self._read(family)) is not None]
+
+    def _read(self, family: str) -> Table | None:
+        done = run(["nft", "-j", "list", "table", family, self.name])
         if done.returncode != 0:
             if "No such file or directory" in done.stderr:
-                return []
-            raise ApplyError(f"listing nftables table {self.name}: {_first_line(done.stderr)}")
+                return None
+            raise ApplyError(f"listing nftables table {family} {self.name}: {_first_line(done.stderr)}")
         try:
-            return [parse(self.name, json.loads(done.stdout)["nftables"])]
+            return parse(family, self.name, json.loads(done.stdout)["nftables"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ApplyError(f"listing nftables table {self.name}: unexpected answer of nft: {error!r}") from error
+            what = f"listing nftables table {family} {self.name}"
+            raise ApplyError(f"{what}: unexpected answer of nft: {error!r}") from error
 
     def apply(self, change: Change) -> None:
         table = change.resource
         assert isinstance(table, Table)  # noqa: S101  what the dispatch by kind guarantees, for the type checker
         # "Make it, then delete it" succeeds whether or not it was there; all of it is one transaction.
-        text = f"table ip {table.name} {{\n}}\ndelete table ip {table.name}\n"
+        text = f"table {table.key} {{\n}}\ndelete table {table.key}\n"
         if change.action is not Action.REMOVE:
             text += render(table)
         done = run(["nft", "-f", "-"], text)
@@ -71,7 +80,7 @@ class Nftables:
 
 def render(table: Table) -> str:
     """Give the table in nft's language. nft 1.0.6 wants each closing brace on a line of its own."""
-    lines = [f"table ip {table.name} {{"]
+    lines = [f"table {table.key} {{"]
     for chain in table.chains:
         lines += [
             f"  chain {chain.name} {{",
@@ -82,11 +91,12 @@ def render(table: Table) -> str:
     return "\n".join([*lines, "}", ""])
 
 
-def parse(name: str, entries: list[dict[str, Any]]) -> Table:
+def parse(family: str, name: str, entries: list[dict[str, Any]]) -> Table:
     """Read nft's JSON: a rule of others has an empty digest, a policy of others spoils its chain's type."""
     chains = [entry["chain"] for entry in entries if "chain" in entry]
     rules = [entry["rule"] for entry in entries if "rule" in entry]
     return Table(
+        family,
         name,
         tuple(
             Chain(
@@ -186,7 +196,7 @@ NETLINK_NETFILTER, NFNLGRP_NFTABLES = 12, 7
 
 
 def watch(table: str, hint: Callable[[str], None], stop: Event) -> None:
-    """Hint when somebody changes the table `table` or one of the chains in PLACES, until `stop` is set.
+    """Hint when somebody changes a table named `table` or one of the chains in PLACES, until `stop` is set.
 
     The kernel tells of every change by nft and by iptables' nft variant; the legacy variant's nobody tells of. meshd's
     own changes hint too. Raises ApplyError.

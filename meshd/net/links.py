@@ -21,9 +21,11 @@ from meshd.net.resources import Action, Address, Change, Link, Resource, Route, 
 
 PROC_SYS = Path("/proc/sys")
 IFF_UP = 1
-_GROUPS = (1, 5, 7, 24)  # RTNLGRP_LINK, _IPV4_IFADDR, _IPV4_ROUTE and _IPV4_NETCONF
+_GROUPS = (1, 5, 7, 9, 24)  # RTNLGRP_LINK, _IPV4_IFADDR, _IPV4_ROUTE, _IPV6_IFADDR and _IPV4_NETCONF
 RTM_NEWNETCONF, NETCONFA_IFINDEX, NETCONFA_IFINDEX_ALL = 80, 1, -1
 _TUN_KINDS = ("wireguard", "tun", "tuntap")  # wireguard-go's links are TUN
+# Both, since whoever turns IPv6 on again for all links at once does not turn router advertisements on with it.
+_WITHOUT_IPV6 = {"accept_ra": "0", "disable_ipv6": "1"}
 
 
 class Links:
@@ -85,7 +87,21 @@ def _link(message: Any) -> Link:
         mtu=message.get("mtu"),
         up=bool(message["flags"] & IFF_UP),
         mac=message.get("address") if kind == "bridge" else None,
+        ipv6=any(value != _WITHOUT_IPV6[name] for name, value in _ipv6_sysctls(message.get("ifname"))),
     )
+
+
+def _ipv6_sysctls(link: str) -> Iterator[tuple[str, str]]:
+    """Yield what decides about a link's IPv6: none on a host without IPv6 or with an MTU below 1280, IPv6's least."""
+    for name in _WITHOUT_IPV6:
+        value = _read_sysctl(f"net/ipv6/conf/{link}/{name}")
+        if value is not None:
+            yield name, value
+
+
+def has_ipv6() -> bool:
+    """Return whether this host has IPv6 at all."""
+    return (PROC_SYS / "net/ipv6").is_dir()
 
 
 def _addresses_of(ipr: Any, message: Any) -> list[Resource]:
@@ -112,7 +128,16 @@ def _set_link(link: Link) -> None:
         if link.mac is not None and message.get("address") != link.mac:
             _set_mac(ipr, message["index"], link)
         ipr.link("set", index=message["index"], mtu=link.mtu)
+        if not link.ipv6:
+            # Before the link is up, which gives it an address; a greater MTU may have brought IPv6 with it.
+            _disable_ipv6(link.name)
         ipr.link("set", index=message["index"], state="up" if link.up else "down")
+
+
+def _disable_ipv6(link: str) -> None:
+    for name, value in _ipv6_sysctls(link):
+        if value != _WITHOUT_IPV6[name]:
+            _write_sysctl(Sysctl(f"net/ipv6/conf/{link}/{name}", _WITHOUT_IPV6[name]))
 
 
 def _create_bridge(ipr: Any, link: Link) -> Any:
@@ -210,9 +235,9 @@ def link_names() -> dict[str, str]:
 def watch(names: Collection[str], protocol: int, hint: Callable[[str], None], stop: threading.Event) -> None:
     """Block until `stop` is set (seen within 2 s) and call `hint` for each change to the links `names`.
 
-    That is: the links themselves, their IPv4 addresses and sysctls, IPv4 routes over them, any IPv4 route with meshd's
-    `protocol`, forwarding as a whole, and an address of another link that went (the underlay's may be among them). A
-    hint is one line of text (`route 172.20.7.0/24 removed`); meshd's own changes hint too. An overrun of the
+    That is: the links themselves, their addresses and IPv4 sysctls, IPv4 routes over them, any IPv4 route with meshd's
+    `protocol`, forwarding as a whole, and an IPv4 address of another link that went (the underlay's may be among them).
+    A hint is one line of text (`route 172.20.7.0/24 removed`); meshd's own changes hint too. An overrun of the
     socket is a hint as well, since what it lost is unknown. Raises ApplyError.
     """
     watcher = _Watcher(names, protocol)
@@ -265,13 +290,20 @@ class _Watcher:
         done = "removed" if event.startswith("RTM_DEL") else "changed"
         if event.endswith("LINK"):
             return self._link_text(message, done)
-        if event.endswith("ADDR") and (message["index"] in self.index or done == "removed"):
-            link = self.index.get(message["index"], "another link")
-            return f"address {message.get('IFA_LOCAL')} of {link} {done}"
+        if event.endswith("ADDR"):
+            return self._address_text(message, done)
         ours = message.get("RTA_OIF") in self.index or message.get("proto") == self._protocol
         if event.endswith("ROUTE") and ours and message.get("RTA_TABLE") == RT_TABLE_MAIN:
             return _route_text(f"{message.get('RTA_DST') or IPv4Address(0)}/{message['dst_len']}", done)
         return None
+
+    def _address_text(self, message: Any, done: str) -> str | None:
+        link = self.index.get(message["index"])
+        # Every container that ends takes an IPv6 address with it: of other links only those of IPv4 are told of.
+        if link is None and (done != "removed" or message["family"] != socket.AF_INET):
+            return None
+        address = message.get("IFA_LOCAL") or message.get("IFA_ADDRESS")
+        return f"address {address} of {link or 'another link'} {done}"
 
     def _link_text(self, message: Any, done: str) -> str | None:
         """Follows renames and re-creations: a name may come back with another index."""

@@ -47,7 +47,10 @@ class Sysctl:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A network interface: `bridge` is made by `links`, `wireguard` by the WireGuard adapter, which has no `mac`."""
+    """A network interface: `bridge` is made by `links`, `wireguard` by the WireGuard adapter, which has no `mac`.
+
+    `ipv6` says that the link takes part in IPv6. None of meshd's does: the overlay is IPv4.
+    """
 
     kind: ClassVar[str] = "link"
     name: str
@@ -55,14 +58,15 @@ class Link:
     mtu: int
     up: bool = True
     mac: str | None = None
+    ipv6: bool = False
 
     @property
     def key(self) -> str:
         return self.name
 
     def __str__(self) -> str:
-        mac = f" {self.mac}" if self.mac else ""
-        return f"link {self.name} ({self.type}{mac}, mtu {self.mtu}, {'up' if self.up else 'down'})"
+        mac, ipv6 = f" {self.mac}" if self.mac else "", ", with IPv6" if self.ipv6 else ""
+        return f"link {self.name} ({self.type}{mac}, mtu {self.mtu}, {'up' if self.up else 'down'}{ipv6})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,18 +182,19 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """meshd's own nftables table (family ip), replaced as a whole and atomically."""
+    """meshd's own nftables table of a family, `ip` or `ip6`, replaced as a whole and atomically."""
 
     kind: ClassVar[str] = "table"
+    family: str
     name: str
     chains: tuple[Chain, ...]
 
     @property
     def key(self) -> str:
-        return self.name
+        return f"{self.family} {self.name}"
 
     def __str__(self) -> str:
-        return f"nftables table {self.name} ({sum(len(c.rules) for c in self.chains)} rules)"
+        return f"nftables table {self.key} ({sum(len(c.rules) for c in self.chains)} rules)"
 
 
 @dataclass(frozen=True, slots=True)

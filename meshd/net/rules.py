@@ -1,7 +1,10 @@
 """The firewall rules of a mesh, as data. Pure; `firewall.py` puts them into the kernel.
 
-The nftables table is meshd's own: no other program's flush of its own rules, and no rule that others insert later,
-undoes what it does. Docker's chains get only what nothing but a rule inside of them can say.
+The nftables tables are meshd's own: no other program's flush of its own rules, and no rule that others insert later,
+undoes what they do. Docker's chains get only what nothing but a rule inside of them can say.
+
+There is a table for each version of IP and not one of the family inet: a packet meets no rule of the other version,
+and a kernel without IPv6 takes the rules as well.
 """
 
 import re
@@ -11,6 +14,8 @@ from ipaddress import IPv4Network
 
 from meshd.net.resources import Chain, Engine, IptablesRule, Rule, Table
 
+# Before connection tracking and everybody's DNAT: what is dropped here has the address that its sender wrote.
+RAW = -300
 # Just before where Docker masquerades (srcnat, 100): a packet that has got its source here keeps it.
 BEFORE_SRCNAT = 99
 # Before the filter chains of others, so that what is dropped here is not accepted there first.
@@ -18,7 +23,7 @@ BEFORE_FILTER = -10
 
 
 def table_name(wireguard: str) -> str:
-    """Give the name of the mesh's nftables table."""
+    """Return the name of the mesh's nftables tables."""
     return "meshd_" + re.sub(r"[^A-Za-z0-9_]", "_", wireguard)
 
 
@@ -36,38 +41,41 @@ def table(
     subnet: IPv4Network,
     allow: Collection[str] = (),
 ) -> Table:
-    """Give the mesh's table: sources are kept, nothing leaves in clear, nothing but the overlay enters the bridge.
+    """Return the mesh's IPv4 table: sources are kept, nothing leaves in clear, only the overlay enters the bridge.
 
     `port` is WireGuard's UDP port; `allow` what the overlay may reach on the host itself: `tcp/22`, `udp/5000-5010`,
     `all`.
     """
     inside = _names(wireguard, bridge, "lo")
     in_clear = f"ip daddr {overlay} oifname != {inside} drop"
-    # With the path's ICMP lost, only a segment size that fits gets large answers through (RFC 2923).
-    clamp = "tcp flags syn / syn,rst tcp option maxseg size set rt mtu"
-    # wireguard-go forbids routers to fragment, and then nothing large passes a narrow path whose ICMP is lost. The
-    # kernel's WireGuard allows it (send4 in drivers/net/wireguard/socket.c).
-    fragment = f"udp sport {port} ip frag-off set 0"
-    # Who is not on the bridge is not on the overlay: not Docker's other networks, and not those of another mesh here.
-    # They answer what has come to them by a published port.
-    unasked = f'oifname "{wireguard}" ct state != {{ established, related }} drop'
-    forward = [in_clear, unasked, *_inbound(wireguard, subnet)]
-    if bridge is not None:
-        forward = [
-            f'oifname "{wireguard}" {clamp}',
-            f'iifname "{wireguard}" {clamp}',
-            *_overlay(wireguard, bridge, subnet),
-            *forward,
-            *_guard(bridge),
-        ]
     return Table(
+        "ip",
         table_name(wireguard),
         (
+            _chain("prerouting", "filter", RAW, *_prerouting(wireguard, bridge, subnet)),
             # A plain accept would not stop a later MASQUERADE: each nat chain is asked until one has decided.
             _chain("postrouting", "nat", BEFORE_SRCNAT, f'ip saddr {subnet} oifname "{wireguard}" snat to ip saddr'),
-            _chain("forward", "filter", BEFORE_FILTER, *forward),
-            _chain("output", "filter", BEFORE_FILTER, in_clear, fragment),
+            _chain("forward", "filter", BEFORE_FILTER, *_forward(wireguard, bridge, subnet, in_clear)),
+            _chain("output", "filter", BEFORE_FILTER, in_clear, *_output(port, bridge, overlay, subnet)),
             _chain("input", "filter", BEFORE_FILTER, *_input(_names(wireguard, bridge), allow)),
+        ),
+    )
+
+
+def ipv6_table(*, wireguard: str, bridge: str | None) -> Table:
+    """Return the mesh's IPv6 table: nothing of IPv6 enters by the mesh's links or leaves by them.
+
+    They have no IPv6 either (see Link): this holds while somebody has turned it on.
+    """
+    links = _names(wireguard, bridge)
+    inward, outward = f"iifname {links} drop", f"oifname {links} drop"
+    return Table(
+        "ip6",
+        table_name(wireguard),
+        (
+            _chain("forward", "filter", BEFORE_FILTER, inward, outward),
+            _chain("output", "filter", BEFORE_FILTER, outward),
+            _chain("input", "filter", BEFORE_FILTER, inward),
         ),
     )
 
@@ -76,26 +84,51 @@ def _names(*links: str | None) -> str:
     return "{ " + ", ".join(f'"{name}"' for name in links if name) + " }"
 
 
-def _overlay(wireguard: str, bridge: str, subnet: IPv4Network) -> list[str]:
-    """Let this host's containers and the overlay speak. Nearly every packet is one of theirs and is asked no more.
+def _prerouting(wireguard: str, bridge: str | None, subnet: IPv4Network) -> list[str]:
+    """Let what comes through the tunnel go to this host's own subnet alone.
 
-    The others' WireGuard drops a source that is not in this host's subnet as well: no container speaks for another
-    host's.
+    The tunnel is no way to the host's other addresses, to what Docker has published on one of them (127.0.0.1, for
+    instance), or to the networks behind the host.
     """
+    tunnel = f'iifname "{wireguard}" ip daddr != {subnet} drop'
+    if bridge is None:
+        return [tunnel]
+    # Without its userland proxy, Docker lets the bridge route packets for loopback (route_localnet).
+    return [tunnel, f'iifname "{bridge}" ip daddr 127.0.0.0/8 drop']
+
+
+def _forward(wireguard: str, bridge: str | None, subnet: IPv4Network, in_clear: str) -> list[str]:
+    """Let this host's containers and the overlay speak. Nearly every packet is one of theirs and meets few rules."""
+    # Who is not on the bridge is not on the overlay: not Docker's other networks, and not those of another mesh here.
+    # They answer what has come to them by a published port.
+    unasked = f'oifname "{wireguard}" ct state != {{ established, related }} drop'
+    if bridge is None:
+        return [in_clear, unasked]
+    # With the path's ICMP lost, only a segment size that fits gets large answers through (RFC 2923).
+    clamp = "tcp flags syn / syn,rst tcp option maxseg size set rt mtu"
     return [
+        f'oifname "{wireguard}" {clamp}',
         f'iifname "{bridge}" oifname "{wireguard}" ip saddr {subnet} accept',
-        f'iifname "{bridge}" oifname "{wireguard}" drop',
+        f'iifname "{wireguard}" {clamp}',
         f'iifname "{wireguard}" oifname "{bridge}" ip daddr {subnet} accept',
+        # The others' WireGuard drops a source that is not in this host's subnet as well: no container speaks for
+        # another host's.
+        f'iifname "{bridge}" oifname "{wireguard}" drop',
+        in_clear,
+        unasked,
+        *_guard(bridge),
     ]
 
 
-def _inbound(wireguard: str, subnet: IPv4Network) -> list[str]:
-    """Let what comes through the tunnel go to this host's own subnet alone: it is no way to the networks behind it."""
-    return [
-        f'iifname "{wireguard}" ct state established,related accept',
-        f'iifname "{wireguard}" ct status dnat accept',
-        f'iifname "{wireguard}" ip daddr != {subnet} drop',
-    ]
+def _output(port: int, bridge: str | None, overlay: IPv4Network, subnet: IPv4Network) -> list[str]:
+    # wireguard-go forbids routers to fragment, and then nothing large passes a narrow path whose ICMP is lost. The
+    # kernel's WireGuard allows it (send4 in drivers/net/wireguard/socket.c).
+    fragment = f"udp sport {port} ip frag-off set 0"
+    if bridge is None:
+        return [fragment]
+    # The whole overlay is on-link on the bridge, where any container can answer for an address that nobody has.
+    outside = f'oifname "{bridge}" ip daddr {overlay} ip daddr != {subnet}'
+    return [fragment, f"{outside} reject with icmp type host-unreachable"]
 
 
 def _input(links: str, allow: Collection[str]) -> list[str]:

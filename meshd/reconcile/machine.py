@@ -54,7 +54,8 @@ class Failure:
 class Machine:
     """What one reconcile reads and changes. `members` asks Serf; `engine` asks Docker and returns None without it.
 
-    `mtu` is the underlay's, `networks` are this host's own inside of the overlay. All four raise MeshdError.
+    `mtu` is the underlay's, `networks` are this host's own inside of the overlay. All four raise MeshdError. `ipv6` says
+    whether the kernel has IPv6.
     """
 
     def __init__(
@@ -65,12 +66,14 @@ class Machine:
         engine: Callable[[], Engine | None],
         mtu: Callable[[], int],
         networks: Callable[[], Collection[IPv4Network]],
+        ipv6: bool = True,
     ) -> None:
         self.adapters = tuple(adapters)
         self.members = members
         self.engine = engine
         self.mtu = mtu
         self.networks = networks
+        self.ipv6 = ipv6
 
     def observe(self, kinds: Collection[str]) -> tuple[list[Resource], frozenset[str], list[Failure]]:
         """Read every adapter of one of `kinds`: return the resources, the kinds that were read, and the failures."""
@@ -103,12 +106,12 @@ class Machine:
 
 def this_machine(state: State) -> Machine:
     """Return the adapters of a mesh on this host. Serf is asked for its members once, however often they are read."""
-    settings = state.settings
+    settings, ipv6 = state.settings, links.has_ipv6()
     listed = cache(partial(members, state))
     adapters: list[Adapter] = [
         links.Links(*_links(settings)),
         Routes(settings.wireguard, settings.overlay),
-        Nftables(table_name(settings.wireguard)),
+        Nftables(table_name(settings.wireguard), ("ip", "ip6") if ipv6 else ("ip",)),
         wireguard(state),
         SerfTags(settings.rpc_port, state.rpc_key, settings.name, NAMES, listed),
     ]
@@ -121,6 +124,7 @@ def this_machine(state: State) -> Machine:
         engine=network.engine if network is not None else lambda: None,
         mtu=lambda: underlay.mtu(state.bind),
         networks=lambda: underlay.networks(settings.overlay, {settings.wireguard, settings.bridge}),
+        ipv6=ipv6,
     )
 
 

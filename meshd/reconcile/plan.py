@@ -45,6 +45,8 @@ class Local:
     settings: Settings
     mtu: int
     engine: Engine | None = None
+    # Whether the kernel has IPv6.
+    ipv6: bool = True
     # The links of the containers that have lost the bridge.
     loose: tuple[str, ...] = ()
 
@@ -71,6 +73,8 @@ def desired(local: Local, hosts: Iterable[Host]) -> tuple[Resource, ...]:
         Route(settings.overlay, None, metric=LAST_METRIC),
         Tags(tuple(sorted(encode(record).items()))),
     ]
+    if local.ipv6:
+        resources.append(rules.ipv6_table(wireguard=settings.wireguard, bridge=local.bridge))
     if local.bridge is not None:
         resources += _bridge(local, local.bridge)
     for host in hosts:

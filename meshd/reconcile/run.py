@@ -241,7 +241,14 @@ class _Run:
         """Compare what should be with what is. Pure."""
         settings, known, roster = self.state.settings, self.known.hosts, seen.roster
         loose = tuple(r.link for r in facts.resources if isinstance(r, Port))
-        here = plan.Local(host=self.own, settings=settings, mtu=facts.mtu, engine=facts.engine, loose=loose)
+        here = plan.Local(
+            host=self.own,
+            settings=settings,
+            mtu=facts.mtu,
+            engine=facts.engine,
+            ipv6=self.machine.ipv6,
+            loose=loose,
+        )
         wanted = plan.desired(here, roster.sorted_hosts())
         moved = {r.public_key for n, r in roster.hosts.items() if n in known and r.endpoint != known[n].endpoint}
         late = handshakes.unmet(self.own.record, roster, seen.members, facts.peers) if settings.keepalive else {}

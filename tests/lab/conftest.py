@@ -249,17 +249,17 @@ def snapshot(host: LabHost) -> str:
     """
     script = r"""
     ip -o link | sed -E 's/^[0-9]+: //; s/@[^:]*//; s/ qdisc .*//' | sort
-    ip -o -4 addr | sed -E 's/^[0-9]+: //; s/ valid_lft.*//' | sort
-    ip -4 route show table all | grep -v ^broadcast | sort
+    ip -o addr | sed -E 's/^[0-9]+: //; s/ valid_lft.*//' | grep -v ' fe80:' | sort
+    for v in 4 6; do ip -$v route show table all | grep -vE '^broadcast|fe80:|ff00:' | sort; done
     ip rule
-    sysctl -a 2>/dev/null | grep -E 'net.ipv4.(ip_forward|conf.*proxy_arp|conf.*rp_filter|neigh.*proxy_delay) ' |
-        grep -vE '\.(veth|tap)' | sort
+    sysctl -a 2>/dev/null | grep -E -e 'net.ipv4.(ip_forward|conf.*proxy_arp|conf.*rp_filter|neigh.*proxy_delay) ' \
+        -e 'net.ipv6.conf.*(forwarding|accept_ra|disable_ipv6) ' | grep -vE '\.(veth|tap)' | sort
     docker network ls --format '{{.Name}} {{.Driver}}' 2>/dev/null | sort
     iptables-save | grep -v '^#' | sed -E 's/\[[0-9:]+\]//'
     """
     text = host.run(["sh", "-c", script]).stdout
     nft = host.run(["nft", "-s", "list", "ruleset"]).stdout
-    own = re.findall(r"^table ip meshd\S*", nft, re.MULTILINE)
+    own = re.findall(r"^table \S+ meshd\S*", nft, re.MULTILINE)
     return _without_empty_tables(text) + "\n".join(own)
 
 

@@ -66,20 +66,24 @@ HANDS = {
     ),
     "a firewall rule removed": Hand(
         "nft delete rule ip meshd_wg0 output handle $(nft -a list chain ip meshd_wg0 output | sed -n 's/.*drop.* //p')",
-        "set nftables table meshd_wg0",
+        "set nftables table ip meshd_wg0",
         "nftables: meshd_wg0",
     ),
     "the firewall table removed": Hand(
-        "nft delete table ip meshd_wg0", "add nftables table meshd_wg0", "nftables: meshd_wg0"
+        "nft delete table ip meshd_wg0", "add nftables table ip meshd_wg0", "nftables: meshd_wg0"
     ),
+    "the firewall table of IPv6 removed": Hand(
+        "nft delete table ip6 meshd_wg0", "add nftables table ip6 meshd_wg0", "nftables: meshd_wg0"
+    ),
+    "IPv6 turned on": Hand("sysctl -qw net.ipv6.conf.all.disable_ipv6=0", "set link wg0", "netlink: address"),
     "a rule put before": Hand(
-        "nft insert rule ip meshd_wg0 postrouting masquerade", "set nftables table meshd_wg0", "nftables: meshd_wg0"
+        "nft insert rule ip meshd_wg0 postrouting masquerade", "set nftables table ip meshd_wg0", "nftables: meshd_wg0"
     ),
     "a rule removed from Docker's chain": Hand(
         "iptables -w -D DOCKER-USER 1", "add iptables rule filter DOCKER-USER", "nftables: DOCKER-USER", docker=True
     ),
     "iptables -F": Hand("iptables -w -F", "add iptables rule filter FORWARD", "nftables: DOCKER-USER", docker=True),
-    "nft flush ruleset": Hand("nft flush ruleset", "add nftables table meshd_wg0", "nftables: meshd_wg0"),
+    "nft flush ruleset": Hand("nft flush ruleset", "add nftables table ip meshd_wg0", "nftables: meshd_wg0"),
     "wireguard-go killed": Hand("pkill -KILL -x wireguard-go", "add wireguard wg0", "netlink: link wg0", 3.0),
 }
 # After these Docker's own rules come back with dockerd alone.

@@ -18,6 +18,7 @@ from tests.netns.conftest import Namespace
 pytestmark = [pytest.mark.root]
 
 SUBNET = IPv4Network("172.20.101.0/24")
+FAMILIES = ("ip", "ip6")
 # The veth of the pair of namespaces stands in for wg0 where packets are to cross it.
 TABLE = rules.table(wireguard="wg0", port=51820, bridge="ovl0", overlay=OVERLAY, subnet=SUBNET)
 OVER_U0 = rules.table(wireguard="u0", port=51820, bridge="ovl0", overlay=OVERLAY, subnet=SUBNET)
@@ -33,7 +34,7 @@ def sh(command: str, check: bool = True) -> str:
 @pytest.fixture
 def nft(netns: object) -> Nftables:
     assert netns
-    return Nftables(TABLE.name)
+    return Nftables(TABLE.name, FAMILIES)
 
 
 @pytest.fixture
@@ -89,8 +90,8 @@ def test_the_tables_of_others_are_left_alone(nft: Nftables) -> None:
 
 def test_a_table_that_nft_refuses_leaves_the_old_one_in_force(nft: Nftables) -> None:
     nft.apply(Change(Action.ADD, TABLE))
-    broken = Table(TABLE.name, (*TABLE.chains, rules._chain("forward2", "filter", 0, "no such rule")))
-    with pytest.raises(ApplyError, match="set nftables table meshd_wg0"):
+    broken = Table(TABLE.family, TABLE.name, (*TABLE.chains, rules._chain("forward2", "filter", 0, "no such rule")))
+    with pytest.raises(ApplyError, match="set nftables table ip meshd_wg0"):
         nft.apply(Change(Action.SET, broken))
     assert nft.read() == [TABLE]
 
@@ -152,7 +153,7 @@ def test_nothing_for_the_overlay_leaves_in_clear(leaky: tuple[Namespace, Namespa
     one, _ = leaky
     assert len(clear_packets(leaky)) == 4, "without the table they do leave, or this test shows nothing"
     with one.entered():
-        Nftables(TABLE.name).apply(Change(Action.ADD, TABLE))
+        Nftables(TABLE.name, FAMILIES).apply(Change(Action.ADD, TABLE))
     assert clear_packets(leaky) == []
 
 
@@ -183,7 +184,7 @@ def test_a_source_is_kept_whatever_masquerades(netns_pair: tuple[Namespace, Name
         if not late:
             sh(masquerade)
             assert source_seen(netns_pair) == "10.9.0.1", "without the table it is lost, or this test shows nothing"
-        Nftables(OVER_U0.name).apply(Change(Action.ADD, OVER_U0))
+        Nftables(OVER_U0.name, FAMILIES).apply(Change(Action.ADD, OVER_U0))
         if late:
             sh(masquerade)
     assert source_seen(netns_pair) == "172.20.101.0"
@@ -216,7 +217,7 @@ def test_the_host_itself_is_closed_to_the_overlay_but_for_what_is_allowed(
     for allow, open_ports in (((), []), (("tcp/80",), [80]), (("tcp/8000-8001",), [8001]), (("all",), [80, 8001])):
         table = rules.table(wireguard="u0", port=51820, bridge=None, overlay=OVERLAY, subnet=SUBNET, allow=allow)
         with one.entered():
-            Nftables(table.name).apply(Change(Action.SET, table))
+            Nftables(table.name, FAMILIES).apply(Change(Action.SET, table))
         assert [port for port in (80, 8001) if connects(netns_pair, port)] == open_ports
         with two.entered():
             assert "1 packets received" in sh("busybox ping -c 1 -W 1 10.9.0.1")
@@ -250,7 +251,7 @@ def test_a_tunnel_is_no_way_to_the_networks_behind_a_host(netns_pair: tuple[Name
             sh("ip route add 172.20.101.0/24 via 10.9.0.1 && ip route add 192.168.7.0/24 via 10.9.0.1")
         assert reaches(two, "192.168.7.2"), "without the table it is one, or this test shows nothing"
         with one.entered():
-            Nftables(OVER_U0.name).apply(Change(Action.ADD, OVER_U0))
+            Nftables(OVER_U0.name, FAMILIES).apply(Change(Action.ADD, OVER_U0))
         assert not reaches(two, "192.168.7.2")
         assert reaches(two, "172.20.101.2")
         assert not reaches(one, "10.9.0.2", inside="lan"), "nor from there into it"
@@ -265,7 +266,7 @@ def test_a_container_does_not_speak_for_another_hosts(netns_pair: tuple[Namespac
             sh("ip route add 172.20.0.0/16 via 10.9.0.1")
         assert reaches(one, "10.9.0.2", "ovl0", "172.20.102.1"), "without the table it does, or this shows nothing"
         with one.entered():
-            Nftables(OVER_U0.name).apply(Change(Action.ADD, OVER_U0))
+            Nftables(OVER_U0.name, FAMILIES).apply(Change(Action.ADD, OVER_U0))
         assert not reaches(one, "10.9.0.2", "ovl0", "172.20.102.1")
         assert reaches(one, "10.9.0.2", "ovl0", "172.20.101.2")
 

@@ -50,15 +50,15 @@ def entries(*, policy: str = "accept", comment: str | None = None) -> str:
 
 
 def test_a_rule_is_read_back_by_its_digest() -> None:
-    (chain,) = parse("t", json.loads(entries(comment="meshd:abc"))).chains
+    (chain,) = parse("ip", "t", json.loads(entries(comment="meshd:abc"))).chains
     assert (chain.type, chain.hook, chain.priority) == ("filter", "output", -10)
     assert [rule.digest for rule in chain.rules] == ["abc"]
 
 
 def test_what_others_put_into_the_table_differs_from_what_should_be() -> None:
-    right = parse("t", json.loads(entries(comment="meshd:abc")))
+    right = parse("ip", "t", json.loads(entries(comment="meshd:abc")))
     for foreign in (entries(), entries(comment="abc"), entries(policy="drop", comment="meshd:abc")):
-        assert parse("t", json.loads(foreign)) != right
+        assert parse("ip", "t", json.loads(foreign)) != right
 
 
 SAVED = f"""\
