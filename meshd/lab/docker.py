@@ -3,6 +3,7 @@
 import hashlib
 import subprocess
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ CGROUPS = Path("/sys/fs/cgroup")
 START_TIMEOUT = 30.0
 
 
-def start(host: Any, lab: Path, root: Path | None = None) -> None:
+def start(host: Any, lab: Path, root: Path | None = None, options: Sequence[str] = ()) -> None:
     """Start dockerd unless it runs, and wait until it answers. Raises MeshdError with the end of its log.
 
-    With `root`, the engine is the one unpacked in that folder; runc stays the machine's.
+    With `root`, the engine is the one unpacked in that folder; runc stays the machine's. `options` are dockerd's own.
     """
     if answers(host):
         return
@@ -34,6 +35,7 @@ def start(host: Any, lab: Path, root: Path | None = None) -> None:
         "--host=unix:///run/docker.sock",
         "--storage-driver=overlay2",
         f"--cgroup-parent={cgroup(lab)}/{host.name}",
+        *options,
     ]
     log = host.directory / "dockerd.log"
     with log.open("a") as output:

@@ -149,9 +149,9 @@ class Lab:
         _kill(host.pid)
         docker.remove_cgroups(self.directory, host.name)
 
-    def start_docker(self, host: LabHost, root: Path | None = None) -> None:
+    def start_docker(self, host: LabHost, root: Path | None = None, options: Sequence[str] = ()) -> None:
         """Start the host's Docker engine, that of the folder `root` if given, and wait until it answers."""
-        docker.start(host, self.directory, root)
+        docker.start(host, self.directory, root, options)
 
     def down(self) -> None:
         """Remove everything, whatever state it is in."""

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -190,14 +190,16 @@ def boot(lab: Lab, host: LabHost, *, docker_first: bool = False) -> LabHost:
     return host
 
 
-def restart_docker(lab: Lab, host: LabHost, number: str = "", root: Path | None = None) -> None:
+def restart_docker(
+    lab: Lab, host: LabHost, number: str = "", root: Path | None = None, options: Sequence[str] = ()
+) -> None:
     """End dockerd by a signal and start it, or that of the folder `root`; return when its container `box` runs.
 
-    Without a signal it is ending already.
+    Without a signal it is ending already. `options` are dockerd's own.
     """
     if number:
         host.run(["sh", "-c", f"kill -{number} $(cat /run/docker.pid)"])
     eventually(lambda: not host.run(["pgrep", "-x", "dockerd"], check=False).stdout, 20, "dockerd has stopped")
     host.run(["sh", "-c", "pkill -KILL -f 'containerd.*--config' ; rm -f /run/docker.pid"], check=False)
-    lab.start_docker(host, root)
+    lab.start_docker(host, root, options)
     eventually(lambda: "Up" in host.run(["docker", "ps", "--filter", "name=box"]).stdout, 20, "its container runs")

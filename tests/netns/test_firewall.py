@@ -1,9 +1,10 @@
 """meshd's rules in a real kernel, by the real nft and iptables, and what they do to packets."""
 
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from ipaddress import IPv4Network
 
 import pytest
@@ -12,7 +13,8 @@ from meshd.errors import ApplyError
 from meshd.net import firewall, rules
 from meshd.net.firewall import Iptables, Nftables, render
 from meshd.net.resources import Action, Change, Engine, IptablesRule, Table
-from tests.conftest import OVERLAY
+from meshd.reconcile import plan
+from tests.conftest import OVERLAY, eventually
 from tests.netns.conftest import Namespace
 
 pytestmark = [pytest.mark.root]
@@ -22,6 +24,7 @@ FAMILIES = ("ip", "ip6")
 # The veth of the pair of namespaces stands in for wg0 where packets are to cross it.
 TABLE = rules.table(wireguard="wg0", port=51820, bridge="ovl0", overlay=OVERLAY, subnet=SUBNET)
 OVER_U0 = rules.table(wireguard="u0", port=51820, bridge="ovl0", overlay=OVERLAY, subnet=SUBNET)
+SIX_OVER_U0 = rules.ipv6_table(wireguard="u0", bridge="ovl0")
 BACK, ADMIT, JUMP, RAW = rules.iptables(
     wireguard="wg0", bridge="ovl0", subnet=SUBNET, engine=Engine("29.0"), owner="meshd:wg0"
 )
@@ -78,6 +81,21 @@ def test_what_others_did_to_the_table_is_seen_and_mended(nft: Nftables, meddling
     assert nft.read() != [TABLE]
     nft.apply(Change(Action.SET, TABLE))
     assert nft.read() == [TABLE]
+
+
+def test_both_versions_of_ip_have_a_table_of_the_same_name(nft: Nftables) -> None:
+    tables = [TABLE, rules.ipv6_table(wireguard="wg0", bridge="ovl0")]
+    for table in tables:
+        nft.apply(Change(Action.ADD, table))
+    assert nft.read() == tables
+    assert Nftables(TABLE.name, ("ip",)).read() == [TABLE], "on a host without IPv6 nobody asks for the other one"
+    sh("nft insert rule ip6 meshd_wg0 input accept")
+    assert nft.read() != tables
+    nft.apply(Change(Action.SET, tables[1]))
+    assert nft.read() == tables
+    for table in tables:
+        nft.apply(Change(Action.REMOVE, table))
+    assert sh("nft list ruleset") == ""
 
 
 def test_the_tables_of_others_are_left_alone(nft: Nftables) -> None:
@@ -193,14 +211,14 @@ def test_a_source_is_kept_whatever_masquerades(netns_pair: tuple[Namespace, Name
 def connects(pair: tuple[Namespace, Namespace], port: int) -> bool:
     """Tell whether the second namespace reaches a TCP port of the first one, where something listens."""
     one, two = pair
-    serve = f"import socket; s = socket.create_server(('10.9.0.1', {port})); print(1, flush=True); s.accept()"
+    serve = f"import socket; s = socket.create_server(('172.20.101.0', {port})); print(1, flush=True); s.accept()"
     with one.entered():
         server = subprocess.Popen([sys.executable, "-c", serve], stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     assert server.stdout.readline() == "1\n"
     try:
         with two.entered():
-            client = f"import socket; socket.create_connection(('10.9.0.1', {port}), 0.5)"
+            client = f"import socket; socket.create_connection(('172.20.101.0', {port}), 0.5)"
             return (
                 subprocess.run([sys.executable, "-c", client], check=False, stderr=subprocess.DEVNULL).returncode == 0
             )
@@ -213,6 +231,10 @@ def test_the_host_itself_is_closed_to_the_overlay_but_for_what_is_allowed(
     netns_pair: tuple[Namespace, Namespace],
 ) -> None:
     one, two = netns_pair
+    with one.entered():
+        sh("ip addr add 172.20.101.0/32 dev lo")
+    with two.entered():
+        sh("ip route add 172.20.101.0/32 via 10.9.0.1")
     assert connects(netns_pair, 80), "without the table it is open, or this test shows nothing"
     for allow, open_ports in (((), []), (("tcp/80",), [80]), (("tcp/8000-8001",), [8001]), (("all",), [80, 8001])):
         table = rules.table(wireguard="u0", port=51820, bridge=None, overlay=OVERLAY, subnet=SUBNET, allow=allow)
@@ -220,7 +242,7 @@ def test_the_host_itself_is_closed_to_the_overlay_but_for_what_is_allowed(
             Nftables(table.name, FAMILIES).apply(Change(Action.SET, table))
         assert [port for port in (80, 8001) if connects(netns_pair, port)] == open_ports
         with two.entered():
-            assert "1 packets received" in sh("busybox ping -c 1 -W 1 10.9.0.1")
+            assert "1 packets received" in sh("busybox ping -c 1 -W 1 172.20.101.0")
 
 
 @contextmanager
@@ -238,7 +260,7 @@ def inner(space: Namespace, name: str, network: str) -> Iterator[None]:
 
 
 def reaches(space: Namespace, target: str, inside: str = "", source: str = "") -> bool:
-    """Tell whether a ping from a namespace, or from one behind it, is answered."""
+    """Return whether a ping from a namespace, or from one behind it, is answered."""
     command = f"busybox ping -c 1 -W 1 {f'-I {source}' if source else ''} {target}"
     with space.entered():
         return " 1 packets received" in sh(f"{f'ip netns exec {inside} ' if inside else ''}{command}", check=False)
@@ -269,6 +291,229 @@ def test_a_container_does_not_speak_for_another_hosts(netns_pair: tuple[Namespac
             Nftables(OVER_U0.name, FAMILIES).apply(Change(Action.ADD, OVER_U0))
         assert not reaches(one, "10.9.0.2", "ovl0", "172.20.102.1")
         assert reaches(one, "10.9.0.2", "ovl0", "172.20.101.2")
+
+
+@pytest.mark.parametrize("address", ["192.168.7.1", "169.254.7.1", "10.9.0.1"])
+def test_a_tunnel_is_no_way_to_the_other_addresses_of_a_host(
+    netns_pair: tuple[Namespace, Namespace], address: str
+) -> None:
+    one, two = netns_pair
+    with one.entered():
+        sh("ip link add lan type bridge && ip addr add 192.168.7.1/24 dev lan && ip addr add 169.254.7.1/16 dev lan")
+        sh("ip link set lan up && ip addr add 172.20.101.0/32 dev lo")
+    with two.entered():
+        sh("ip route add default via 10.9.0.1")
+    assert reaches(two, address), "without the table it is one, or this test shows nothing"
+    with one.entered():
+        Nftables(OVER_U0.name, FAMILIES).apply(Change(Action.ADD, OVER_U0))
+    assert not reaches(two, address)
+    assert reaches(two, "172.20.101.0")
+
+
+def test_what_others_translate_to_elsewhere_is_reached_by_the_hosts_overlay_address_alone(
+    netns_pair: tuple[Namespace, Namespace],
+) -> None:
+    """As Docker does for a published port: the tunnel is asked for the address that the sender wrote."""
+    one, two = netns_pair
+    published = ("127.0.0.1", "192.168.8.1", "172.20.101.0")
+    with inner(one, "c0", "10.8.0"):
+        with one.entered():
+            sh("ip addr add 172.20.101.0/32 dev lo && ip addr add 192.168.8.1/32 dev lo")
+            for address in published:
+                sh(f"iptables -w -t nat -A PREROUTING -d {address} -p icmp -j DNAT --to-destination 10.8.0.2")
+        with two.entered():
+            _leave_loopback_to("10.9.0.1", "u0")
+            sh("ip route add default via 10.9.0.1")
+        assert [a for a in published if reaches(two, a)] == [*published], "without the table, or this shows nothing"
+        with one.entered():
+            Nftables(OVER_U0.name, FAMILIES).apply(Change(Action.ADD, OVER_U0))
+        assert [a for a in published if reaches(two, a)] == ["172.20.101.0"]
+
+
+def _leave_loopback_to(gateway: str, link: str) -> None:
+    """Let this namespace send packets for 127.0.0.1 to somebody else, and take the answers."""
+    sh(f"sysctl -qw net.ipv4.conf.{link}.route_localnet=1 && ip addr flush dev lo")
+    sh(f"ip route flush table local root 127.0.0.0/8; ip route add 127.0.0.1 via {gateway}", check=False)
+
+
+def test_a_container_does_not_reach_loopback_where_its_bridge_routes_it(
+    netns_pair: tuple[Namespace, Namespace],
+) -> None:
+    one, _ = netns_pair
+    with inner(one, "ovl0", "172.20.101"):
+        with one.entered():
+            sh("sysctl -qw net.ipv4.conf.ovl0.route_localnet=1")
+            script = "; ".join(
+                (
+                    "sysctl -qw net.ipv4.conf.eth0.route_localnet=1",
+                    "ip addr flush dev lo",
+                    "ip route flush table local root 127.0.0.0/8",
+                    "ip route add 127.0.0.1 via 172.20.101.1",
+                )
+            )
+            sh(f"ip netns exec ovl0 sh -c '{script}'")
+        assert reaches(one, "127.0.0.1", inside="ovl0"), "without the table it does, or this test shows nothing"
+        with one.entered():
+            Nftables(OVER_U0.name, FAMILIES).apply(Change(Action.ADD, OVER_U0))
+        assert not reaches(one, "127.0.0.1", inside="ovl0")
+        assert reaches(one, "172.20.101.1", inside="ovl0")
+
+
+def test_a_container_is_not_reached_at_an_address_that_nobody_has(netns_pair: tuple[Namespace, Namespace]) -> None:
+    one, _ = netns_pair
+    with inner(one, "ovl0", "172.20.101"):
+        with one.entered():
+            sh("ip addr add 172.20.101.0/16 dev ovl0 && ip netns exec ovl0 ip addr add 172.20.250.66/32 dev eth0")
+        assert reaches(one, "172.20.250.66"), "without the table it is, or this test shows nothing"
+        with one.entered():
+            Nftables(OVER_U0.name, FAMILIES).apply(Change(Action.ADD, OVER_U0))
+        assert not reaches(one, "172.20.250.66")
+        assert reaches(one, "172.20.101.2")
+        with one.entered(), pytest.raises(OSError, match="No route to host"):
+            socket.create_connection(("172.20.250.66", 80), 5)
+
+
+def test_nothing_of_ipv6_passes_by_the_links_of_a_mesh(netns_pair: tuple[Namespace, Namespace]) -> None:
+    """From a container and through the tunnel, to the host itself and beyond it, and back."""
+    one, two = netns_pair
+    with inner(one, "ovl0", "172.20.101"), inner(one, "lan", "192.168.7"):
+        with one.entered():
+            sh("sysctl -qw net.ipv6.conf.all.forwarding=1")
+            for name, network in (("ovl0", "fd00:1"), ("lan", "fd00:2")):
+                sh(f"ip addr add {network}::1/64 dev {name} nodad")
+                sh(f"ip netns exec {name} sysctl -qw net.ipv6.conf.all.disable_ipv6=0")
+                sh(f"ip netns exec {name} ip addr add {network}::2/64 dev eth0 nodad")
+                sh(f"ip netns exec {name} ip -6 route add default via {network}::1")
+            sh("ip addr add fd00:9::1/64 dev u0 nodad")
+        with two.entered():
+            sh("ip addr add fd00:9::2/64 dev u0 nodad && ip -6 route add default via fd00:9::1")
+
+        def passing() -> list[str]:
+            ways = {
+                "container to host": (one, "fd00:1::1", "ovl0"),
+                "container to lan": (one, "fd00:2::2", "ovl0"),
+                "container to tunnel": (one, "fd00:9::2", "ovl0"),
+                "lan to container": (one, "fd00:1::2", "lan"),
+                "lan to tunnel": (one, "fd00:9::2", "lan"),
+                "host to container": (one, "fd00:1::2", ""),
+                "host to tunnel": (one, "fd00:9::2", ""),
+                "tunnel to host": (two, "fd00:2::1", ""),
+                "tunnel to lan": (two, "fd00:2::2", ""),
+                "lan to host": (one, "fd00:2::1", "lan"),
+            }
+            return [way for way, (space, target, inside) in ways.items() if reaches(space, target, inside)]
+
+        # Soon: IPv6 first makes sure that nobody else has the links' own addresses.
+        eventually(lambda: len(passing()) == 10, 10, "without the table all pass, or this test shows nothing")
+        with one.entered():
+            Nftables(SIX_OVER_U0.name, FAMILIES).apply(Change(Action.ADD, SIX_OVER_U0))
+        assert passing() == ["lan to host"]
+
+
+# --- an upgrade in place -------------------------------------------------------------------------------------------
+
+# What meshd 0.1 before its IPv6 table has left on a host that is up, with u0 in place of wg0.
+BEFORE = """
+table ip meshd_u0 {
+  chain postrouting {
+    type nat hook postrouting priority 99; policy accept;
+    ip saddr 172.20.101.0/24 oifname "u0" snat to ip saddr comment "meshd:0000000000000001"
+  }
+  chain forward {
+    type filter hook forward priority -10; policy accept;
+    iifname "ovl0" oifname "u0" ip saddr 172.20.101.0/24 accept comment "meshd:0000000000000002"
+    iifname "ovl0" oifname "u0" drop comment "meshd:0000000000000003"
+    iifname "u0" oifname "ovl0" ip daddr 172.20.101.0/24 accept comment "meshd:0000000000000004"
+    iifname "u0" ip daddr != 172.20.101.0/24 drop comment "meshd:0000000000000005"
+  }
+  chain input {
+    type filter hook input priority -10; policy accept;
+    iifname != { "u0", "ovl0" } accept comment "meshd:0000000000000006"
+    ip protocol icmp accept comment "meshd:0000000000000007"
+    drop comment "meshd:0000000000000008"
+  }
+}
+"""
+# Sends to the first address, which counts, and to the second one, which nothing must reach, until its input ends.
+STREAM = """
+import select, socket, sys
+sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+sent = 0
+print("here", flush=True)
+while not select.select([sys.stdin], [], [], 0.0005)[0]:
+    sent += 1
+    for target in sys.argv[1:]:
+        sender.sendto(sent.to_bytes(8, "big"), (target, 9))
+print(sent)
+"""
+COUNT = """
+import socket
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
+s.bind(("", 9))
+print("here", flush=True)
+seen = 0
+while (data := s.recv(64)) != b"end":
+    seen += 1
+print(seen)
+"""
+
+
+def test_an_upgrade_in_place_neither_cuts_nor_opens_anything(netns_pair: tuple[Namespace, Namespace]) -> None:
+    one, two = netns_pair
+    tables = (OVER_U0, SIX_OVER_U0)
+    nft = Nftables(OVER_U0.name, FAMILIES)
+    with inner(one, "ovl0", "172.20.101"), inner(one, "lan", "192.168.7"), ExitStack() as stack:
+        with one.entered():
+            subprocess.run(["nft", "-f", "-"], input=BEFORE, text=True, check=True)
+            counters = [
+                stack.enter_context(_python(COUNT, "ip", "netns", "exec", inside)) for inside in ("ovl0", "lan")
+            ]
+        with two.entered():
+            sh("ip route add 172.20.101.0/24 via 10.9.0.1 && ip route add 192.168.7.0/24 via 10.9.0.1")
+            sender = stack.enter_context(_python(STREAM, arguments=("172.20.101.2", "192.168.7.2")))
+        with one.entered():
+            for _ in range(50):
+                old = nft.read()
+                changes = plan.diff(tables, old, now=0.0, kinds={"table"})
+                assert [change.action for change in changes] == [Action.SET, Action.ADD]
+                for change in changes:
+                    nft.apply(change)
+                assert nft.read() == list(tables)
+                # Back, for another look at the moment, as by somebody who takes the old version again.
+                text = f"delete table ip meshd_u0\n{BEFORE}\ndelete table ip6 meshd_u0\n"
+                subprocess.run(["nft", "-f", "-"], input=text, text=True, check=True)
+        sent = int(sender.communicate("\n", timeout=10)[0])
+        with one.entered():
+            for address in ("172.20.101.2", "192.168.7.2"):
+                with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as end:
+                    end.sendto(b"end", (address, 9))
+        seen = [int(counter.communicate(timeout=10)[0]) for counter in counters]
+    assert sent > 500
+    assert seen == [sent, 0]
+
+
+@contextmanager
+def _python(script: str, *before: str, arguments: Sequence[str] = ()) -> Iterator["subprocess.Popen[str]"]:
+    """Run a script in this namespace that has said `here`."""
+    command = [*before, sys.executable, "-I", "-c", script, *arguments]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "here\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait(timeout=10)
+
+
+def test_what_the_version_before_has_left_goes_with_the_rest(netns: Namespace) -> None:
+    assert netns
+    nft = Nftables(OVER_U0.name, FAMILIES)
+    subprocess.run(["nft", "-f", "-"], input=BEFORE, text=True, check=True)
+    for change in plan.diff((), nft.read(), now=0.0, kinds={"table"}):
+        nft.apply(change)
+    assert sh("nft list ruleset") == ""
 
 
 # --- iptables ------------------------------------------------------------------------------------------------------

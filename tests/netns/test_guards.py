@@ -38,7 +38,7 @@ def test_without_wireguard_serf_and_underlay_the_guards_are_laid_and_go(
         "tags",
         "underlay",
     }
-    assert [type(change.resource) for change in report.changes] == [Table, Route]
+    assert [type(change.resource) for change in report.changes] == [Table, Table, Route]
     assert sync(state, Options(kinds=("table", "route"))).changes == (), "they are there"
 
     report = dismantle(state)

@@ -84,6 +84,63 @@ def test_the_mac_address_stays_whatever_is_plugged_in(adapter: links.Links) -> N
     assert BRIDGE in adapter.read()
 
 
+def ipv6_of(link: str) -> list[str]:
+    return [a["local"] for row in ip("-6", "addr", "show", link) for a in row.get("addr_info", [])]
+
+
+def plug_in(end: str) -> None:
+    """Put one end of a cable on the bridge: with a carrier IPv6 gives it an address at once."""
+    ip("link", "add", "port", "mtu", "1420", "type", "veth", "peer", "name", end)
+    ip("link", "set", "port", "master", "ovl0", "up")
+    ip("link", "set", end, "up")
+
+
+def test_a_link_of_ours_has_no_ipv6(adapter: links.Links) -> None:
+    add(adapter, BRIDGE)
+    plug_in("end")
+    eventually(lambda: ipv6_of("end"), 5, "the other end has some")
+    assert ipv6_of("ovl0") == []
+    conf = Path("/proc/sys/net/ipv6/conf")
+    assert [(conf / "ovl0" / name).read_text() for name in ("accept_ra", "disable_ipv6")] == ["0\n", "1\n"]
+    assert (conf / "all/disable_ipv6").read_text() == (conf / "default/disable_ipv6").read_text() == "0\n"
+
+
+def test_a_link_with_ipv6_that_somebody_else_made_or_turned_on_loses_it(adapter: links.Links) -> None:
+    ip("link", "add", "ovl0", "address", str(BRIDGE.mac), "type", "bridge")
+    ip("link", "set", "ovl0", "up", "mtu", "1420")
+    plug_in("end")
+    for _ in range(2):
+        eventually(lambda: ipv6_of("ovl0"), 5, "it has some")
+        assert adapter.read()[0] == replace(BRIDGE, ipv6=True)
+        adapter.apply(Change(Action.SET, BRIDGE))
+        assert adapter.read()[0] == BRIDGE
+        assert ipv6_of("ovl0") == []
+        Path("/proc/sys/net/ipv6/conf/all/disable_ipv6").write_text("0\n")
+    assert Path("/proc/sys/net/ipv6/conf/ovl0/accept_ra").read_text() == "0\n", "nor is there a moment for routers"
+
+
+def test_a_link_too_small_for_ipv6_has_none_until_it_grows(adapter: links.Links) -> None:
+    small = replace(BRIDGE, mtu=1200)
+    add(adapter, small)
+    assert not Path("/proc/sys/net/ipv6/conf/ovl0").exists()
+    assert adapter.read()[0] == small
+    plug_in("end")
+    adapter.apply(Change(Action.SET, BRIDGE, small))
+    assert adapter.read()[0] == BRIDGE
+    assert ipv6_of("ovl0") == []
+
+
+def test_a_host_without_ipv6_has_links_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `ipv6.disable=1` for the kernel the folder of its parameters is not there."""
+    assert links.has_ipv6()
+    folder = links.PROC_SYS
+    with monkeypatch.context() as patch:
+        patch.setattr(links, "PROC_SYS", folder / "net/ipv4")
+        assert not links.has_ipv6()
+        add(links.Links(["ovl0"], []), BRIDGE)
+        assert links.Links(["ovl0"], []).read() == [BRIDGE]
+
+
 def test_everything_twice_is_harmless(adapter: links.Links) -> None:
     for _ in range(2):
         add(adapter, BRIDGE, ADDRESS, PROXY_ARP)
@@ -280,6 +337,13 @@ def test_watch_tells_of_our_links_and_routes_only() -> None:
         while seen[-1] != "route 172.20.0.0/16 changed":
             seen.append(hint())
         assert "address 172.20.101.0 of ovl0 changed" in seen
+        ip("-6", "addr", "add", "fd00::1/64", "dev", "u1", "nodad")
+        ip("-6", "addr", "del", "fd00::1/64", "dev", "u1")
+        ip("-6", "addr", "add", "fd00::1/64", "dev", "ovl0", "nodad")
+        seen = [hint()]
+        while seen[-1] != "address fd00::1 of ovl0 changed":
+            seen.append(hint())
+        assert not [text for text in seen if "another link" in text], "IPv6 comes and goes with containers"
         ip("link", "del", "ovl0")
         while hint() != "link ovl0 removed":
             pass

@@ -223,6 +223,35 @@ def test_a_host_without_docker_has_no_bridge_and_still_never_speaks_in_clear() -
     assert [r.name for r in resources if isinstance(r, Link)] == ["wg0"]
 
 
+def test_each_version_of_ip_that_the_kernel_has_gets_a_table() -> None:
+    for of in (local(), local(None, None)):
+        for ipv6, families in ((True, ["ip", "ip6"]), (False, ["ip"])):
+            resources = wanted(2, of=replace(of, ipv6=ipv6))
+            assert [r.family for r in resources if isinstance(r, Table)] == families
+            assert not [r for r in resources if isinstance(r, Link) and r.ipv6]
+
+
+def test_the_table_of_the_version_before_is_replaced_and_not_removed() -> None:
+    """It has the same family and name: nft does that in one transaction."""
+    (new,) = (r for r in wanted(2) if isinstance(r, Table) and r.family == "ip")
+    old = replace(new, chains=new.chains[1:])
+    changes = plan.diff(wanted(2), [old], now=NOW, kinds={"table"})
+    assert [(c.action, c.resource.key) for c in changes] == [
+        (Action.SET, "ip meshd_wg0"),
+        (Action.ADD, "ip6 meshd_wg0"),
+    ]
+    assert [c.action for c in plan.diff((), [old], now=NOW)] == [Action.REMOVE]
+
+
+def test_a_link_with_ipv6_is_set() -> None:
+    observed = [replace(r, ipv6=True) if isinstance(r, Link) else r for r in wanted(2)]
+    assert [str(change) for change in plan.diff(wanted(2), observed, now=NOW)] == [
+        "set link ovl0 (bridge 02:42:ac:14:65:00, mtu 1420, up)",
+        "set link wg0 (wireguard, mtu 1420, up)",
+    ]
+    assert str(observed[2]) == "link wg0 (wireguard, mtu 1420, up, with IPv6)"
+
+
 def test_a_container_that_lost_its_bridge_is_plugged_in_after_the_bridge_is_made() -> None:
     loose = Port("veth1", None)
     without_bridge = [r for r in wanted(2) if not isinstance(r, Link) or r.name != "ovl0"]

@@ -24,6 +24,15 @@ def test_nft_gets_each_closing_brace_on_a_line_of_its_own_and_a_digest_on_each_r
     assert all(f'comment "meshd:{rule.digest}"' in render(TABLE) for chain in TABLE.chains for rule in chain.rules)
 
 
+def test_the_packets_between_containers_meet_few_rules() -> None:
+    """Those that leave a container two in `forward`, those that come to one four; none is asked about IPv6."""
+    (forward,) = (chain for chain in TABLE.chains if chain.name == "forward")
+    texts = [rule.text for rule in forward.rules]
+    assert [n for n, text in enumerate(texts, 1) if text.endswith("accept") and "wg0" in text] == [2, 4]
+    (prerouting,) = (chain for chain in TABLE.chains if chain.name == "prerouting")
+    assert len(prerouting.rules) == 2
+
+
 def test_a_digest_changes_with_its_rule_and_with_nothing_else() -> None:
     assert rules.rule("drop") == rules.rule("drop")
     assert rules.rule("drop") != rules.rule("accept")
