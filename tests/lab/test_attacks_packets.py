@@ -216,16 +216,16 @@ def test_member_gets_by_the_tunnel_at_other_addresses_of_a_host(hosts: list[LabH
     published = [f"{address}:{8081 + number}" for number, address in enumerate(elsewhere)]
     everywhere = [f"{address}:{port}" for address in elsewhere for port in (8085, 2222)]
     (key,) = peers(two)
-    # Its own daemon would put this right.
-    two.run(["sh", "-ec", KILL_DAEMON])
-    try:
-        two.run(["wg", "set", "wg0", "peer", key, "allowed-ips", "0.0.0.0/0"])
-        targets = [*published, *everywhere, f"{web}:80", f"{own}:8085", f"{own}:2222"]
-        with listening(one, "0.0.0.0", 2222), open_to_the_overlay(one, "tcp/2222"):
+    targets = [*published, *everywhere, f"{web}:80", f"{own}:8085", f"{own}:2222"]
+    with listening(one, "0.0.0.0", 2222), open_to_the_overlay(one, "tcp/2222"):
+        # Its own daemon would put this right.
+        two.run(["sh", "-ec", KILL_DAEMON])
+        try:
+            two.run(["wg", "set", "wg0", "peer", key, "allowed-ips", "0.0.0.0/0"])
             done = two.run([sys.executable, "-I", "-c", SYN, "wg0", "", overlay(two), *targets])
-        assert opened(done) == sorted([f"{own}:2222", f"{own}:8085"])
-    finally:
-        two.run(["meshd", "up"])
+            assert opened(done) == sorted([f"{own}:2222", f"{own}:8085"])
+        finally:
+            two.run(["meshd", "up"])
     eventually(lambda: ping(two, own), 10, "they reach each other as before")
 
 
