@@ -54,8 +54,8 @@ class Failure:
 class Machine:
     """What one reconcile reads and changes. `members` asks Serf; `engine` asks Docker and returns None without it.
 
-    `mtu` is the underlay's, `networks` are this host's own inside of the overlay. All four raise MeshdError. `ipv6` says
-    whether the kernel has IPv6.
+    `mtu` is the underlay's, `networks` are this host's own inside of the overlay. All four raise MeshdError. `ipv6`
+    says whether the kernel has IPv6.
     """
 
     def __init__(

@@ -25,12 +25,14 @@ TABLES = tuple(
     rules.table(wireguard="wg0", port=port, bridge="ovl0", overlay=OVERLAY, subnet=IPv4Network("172.20.1.0/24"))
     for port in (51820, 51821)
 )
+TABLES_OF_IPV6 = tuple(rules.ipv6_table(wireguard="wg0", bridge=bridge) for bridge in ("ovl0", None))
 
 Case = tuple[Callable[[], Adapter], tuple[Resource, ...]]
 CASES: dict[str, Case] = {
     "routes": (lambda: Routes("u0", OVERLAY), ROUTES),
     "links": (lambda: Links(("ovl0",), ()), LINKS),
-    "nftables": (lambda: Nftables(TABLES[0].name), TABLES),
+    "nftables": (lambda: Nftables(TABLES[0].name, ("ip", "ip6")), TABLES),
+    "nftables, IPv6": (lambda: Nftables(TABLES[0].name, ("ip", "ip6")), TABLES_OF_IPV6),
     "in memory": (lambda: InMemory({"route"}), ROUTES),
 }
 

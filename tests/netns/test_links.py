@@ -20,6 +20,7 @@ from meshd.errors import ApplyError, ConflictError, InputError
 from meshd.net import links, netlink, underlay
 from meshd.net.resources import Action, Address, Change, Link, Route, Sysctl
 from meshd.net.routes import Routes
+from tests.conftest import eventually
 from tests.netns.conftest import Namespace
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("netns", "sockets")]
