@@ -15,9 +15,13 @@ def key(path: Path) -> bytes:
     """Give the 32-byte key in a file, made at random if there is none. Raises InputError if it is damaged."""
     raw = saved_key(path)
     if raw is None:
-        raw = secrets.token_bytes(KEY_LENGTH)
+        raw = new_key()
         save_key(path, raw)
     return raw
+
+
+def new_key() -> bytes:
+    return secrets.token_bytes(KEY_LENGTH)
 
 
 def saved_key(path: Path) -> bytes | None:

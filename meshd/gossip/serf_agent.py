@@ -8,7 +8,7 @@ from tenacity import Retrying, stop_after_delay, wait_fixed
 
 from meshd import files
 from meshd.endpoint import Endpoint
-from meshd.errors import InputError, SerfError
+from meshd.errors import InputError, MeshdError
 from meshd.gossip import serf
 from meshd.gossip.messages import APPLIED, BURY, CONFIRM, GONE, RECORD
 from meshd.gossip.serf import Serf
@@ -39,12 +39,17 @@ def handlers() -> Path:
 
 
 def configure(state: State) -> Path:
-    """Write the Serf agent's configuration (it holds the gossip key: 0600) and give its path.
+    """Write the Serf agent's configuration (it holds the gossip key: 0600) and return its path.
 
+    Unless an agent runs, which has the old one, there is a new key for RPC in it.
     With a daemon the claim is among the tags from the first packet on, since setting tags later costs 0.5 s. Without
     one, the handler publishes them at the agent's first event.
     """
     settings, claim = state.settings, state.claim()
+    if not processes(state):
+        # On a full disk Serf starts with the key that is there.
+        with suppress(MeshdError):
+            state.renew_rpc_key()
     config = serf.agent_config(
         name=settings.name,
         bind=Endpoint(state.bind, settings.gossip_port),
@@ -74,25 +79,38 @@ def start(state: State) -> serf.Serf:
         if pid is None:
             extra = state.serf_extra if state.serf_extra.is_dir() else None
             pid = serf.start(configure(state), state.serf_log, extra)
-    return serf.wait_ready(state.settings.rpc_port, state.rpc_key, pid, state.serf_log)
+    return serf.wait_ready(access(state), pid, state.serf_log)
+
+
+def access(state: State) -> serf.Access:
+    """Return the way to this host's own agent: that with our configuration, or any of root's where somebody runs it."""
+    return serf.Access(state.settings.rpc_port, lambda: state.rpc_key, lambda: processes(state))
+
+
+def processes(state: State) -> list[int]:
+    """Return the processes of which one is this host's own agent."""
+    if not state.settings.daemon:
+        return serf.own_agents()
+    pid = serf.running(state.serf_config)
+    return [] if pid is None else [pid]
 
 
 def rpc(state: State, timeout: float = 5.0) -> serf.Serf:
-    """Give a connection to the Serf agent that runs now, whoever started it. Raises SerfError."""
-    return serf.Serf.connect(state.settings.rpc_port, state.rpc_key, timeout)
+    """Return a connection to the Serf agent that runs now, whoever started it. Raises SerfError."""
+    return Serf.connect(access(state), timeout)
 
 
 def connect(state: State, timeout: float = 10.0) -> serf.Serf:
-    """Give a connection to the Serf agent that the daemon is starting. Raises SerfError when there is none in time."""
+    """Return a connection to the agent that the daemon is starting. Raises ConflictError or SerfError without one."""
 
     def find() -> int:
         pid = serf.running(state.serf_config)
         if pid is None:
-            raise SerfError(f"the Serf agent does not start; its log is {state.serf_log}")
+            raise serf.why_ended(state.serf_log)
         return pid
 
     pid = Retrying(stop=stop_after_delay(timeout), wait=wait_fixed(0.02), reraise=True)(find)
-    return serf.wait_ready(state.settings.rpc_port, state.rpc_key, pid, state.serf_log)
+    return serf.wait_ready(access(state), pid, state.serf_log)
 
 
 def stop(state: State) -> None:
@@ -104,5 +122,5 @@ def stop(state: State) -> None:
 
 def members(state: State) -> list[Member]:
     """Ask this host's own Serf for all members. Raises SerfError."""
-    with Serf.connect(state.settings.rpc_port, state.rpc_key) as serf:
-        return serf.members()
+    with rpc(state) as client:
+        return client.members()

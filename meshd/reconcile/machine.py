@@ -8,7 +8,7 @@ from ipaddress import IPv4Network
 from typing import ClassVar
 
 from meshd.errors import ApplyError, MeshdError
-from meshd.gossip.serf_agent import members
+from meshd.gossip.serf_agent import access, members
 from meshd.mesh.model import Member
 from meshd.mesh.records import NAMES
 from meshd.net import links, underlay
@@ -113,7 +113,7 @@ def this_machine(state: State) -> Machine:
         Routes(settings.wireguard, settings.overlay),
         Nftables(table_name(settings.wireguard), ("ip", "ip6") if ipv6 else ("ip",)),
         wireguard(state),
-        SerfTags(settings.rpc_port, state.rpc_key, settings.name, NAMES, listed),
+        SerfTags(access(state), settings.name, NAMES, listed),
     ]
     network = docker(settings)
     if network is not None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
-from meshd.gossip.serf.client import BROADCAST_TIMEOUT, Serf
+from meshd.gossip.serf.client import BROADCAST_TIMEOUT, Access, Serf
 from meshd.mesh.model import Member
 from meshd.net.resources import Action, Change, Resource, Tags
 
@@ -17,10 +17,9 @@ class SerfTags:
     kinds: ClassVar[frozenset[str]] = frozenset({"tags"})
 
     def __init__(
-        self, port: int, auth_key: str, name: str, names: Sequence[str], members: Callable[[], Sequence[Member]]
+        self, access: Access, name: str, names: Sequence[str], members: Callable[[], Sequence[Member]]
     ) -> None:
-        self._port = port
-        self._auth_key = auth_key
+        self._access = access
         self._name = name
         self._names = tuple(names)
         self._members = members
@@ -35,5 +34,5 @@ class SerfTags:
         assert isinstance(resource, Tags)  # noqa: S101  what the dispatch by kind guarantees, for the type checker
         wanted = {} if change.action is Action.REMOVE else dict(resource.tags)
         # Whether the change has gone out, and has to be told again, is known after BROADCAST_TIMEOUT.
-        with Serf.connect(self._port, self._auth_key, 2 * BROADCAST_TIMEOUT) as serf:
+        with Serf.connect(self._access, 2 * BROADCAST_TIMEOUT) as serf:
             serf.tags(wanted, [name for name in self._names if name not in wanted])

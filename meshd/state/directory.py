@@ -123,10 +123,13 @@ class State:
         keys.save_key(self.directory / "gossip.key", key)
         self.__dict__.pop("gossip_key", None)
 
-    @cached_property
+    @property
     def rpc_key(self) -> str:
-        """What authenticates meshd to its own Serf agent."""
+        """The secret that authenticates meshd to its own Serf agent: whoever starts the agent makes a new one."""
         return keys.key(self.directory / "rpc.key").hex()
+
+    def renew_rpc_key(self) -> None:
+        keys.save_key(self.directory / "rpc.key", keys.new_key())
 
     @cached_property
     def mesh(self) -> Mesh:

@@ -1,13 +1,15 @@
 """What meshd relies on in Serf, against the agent that is installed (docs/serf.md)."""
 
 import json
+import os
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address
 from pathlib import Path
 from threading import Thread
@@ -17,13 +19,17 @@ import pytest
 from meshd.endpoint import Endpoint
 from meshd.errors import ConflictError, SerfError
 from meshd.gossip import serf
-from meshd.gossip.serf import Serf
+from meshd.gossip.serf import Access, Serf, loopback
 from meshd.mesh.model import Status
 from tests.conftest import eventually
 
 pytestmark = [pytest.mark.root]
 
 KEY = bytes(range(32))
+
+
+def access(port: int, pid: int, key: str = "secret") -> Access:
+    return Access(port, lambda: key, lambda: [pid])
 
 
 @dataclass
@@ -47,8 +53,12 @@ class Agent:
     def log(self) -> Path:
         return self.directory / "serf.log"
 
-    def connect(self, auth: str = "secret") -> Serf:
-        return Serf.connect(self.rpc_port, auth)
+    @property
+    def access(self) -> Access:
+        return access(self.rpc_port, self.pid)
+
+    def connect(self) -> Serf:
+        return Serf.connect(self.access)
 
     def states(self) -> dict[str, Status]:
         with self.connect() as client:
@@ -90,7 +100,7 @@ def start(netns: object, tmp_path: Path) -> Iterator[Start]:
             path.write_text(json.dumps(config))
             agent.pid = serf.start(path, agent.log)
             ends.callback(serf.stop, agent.pid)
-            serf.wait_ready(agent.rpc_port, "secret", agent.pid, agent.log).close()
+            serf.wait_ready(agent.access, agent.pid, agent.log).close()
             return agent
 
         yield begin
@@ -102,7 +112,7 @@ def test_an_agent_without_a_key_is_used_without(netns: object, tmp_path: Path) -
     path.write_text(json.dumps({"bind": "127.0.0.1:7946", "rpc_addr": "127.0.0.1:7001", "node_name": "plain"}))
     pid = serf.start(path, tmp_path / "log")
     try:
-        with serf.wait_ready(7001, "whatever", pid, tmp_path / "log") as client:
+        with serf.wait_ready(access(7001, pid, "whatever"), pid, tmp_path / "log") as client:
             assert [member.name for member in client.members()] == ["plain"]
     finally:
         serf.stop(pid)
@@ -233,11 +243,66 @@ def test_an_open_agent_on_the_port_is_not_taken_for_the_one_that_was_started(sta
     path.write_text(json.dumps({"bind": "127.0.0.9:7946", "rpc_addr": "127.0.0.1:7001", "node_name": "open"}))
     pid = serf.start(path, tmp_path / "open.log")
     try:
-        serf.wait_ready(7001, "", pid, tmp_path / "open.log").close()
+        serf.wait_ready(access(7001, pid, ""), pid, tmp_path / "open.log").close()
         with pytest.raises(ConflictError, match=r"a port is taken.*7001"):
             start(1)
     finally:
         serf.stop(pid)
+
+
+# Says when it listens on 127.0.0.1:7001, then what it is sent. As whoever it is to be, and accepts only if it is to.
+SQUAT = """
+import os, socket, sys
+os.setuid(int(sys.argv[1]))
+server = socket.create_server(("127.0.0.1", 7001))
+print("listening", flush=True)
+while sys.argv[2] == "accepts":
+    connection, _ = server.accept()
+    print(connection.recv(4096) or "nothing", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize(
+    ("who", "accepts", "error"),
+    [
+        ("65534", "accepts", r"a process of user 65534 listens on 127\.0\.0\.1:7001"),
+        ("0", "accepts", r"another process than the Serf agent \(pid \d+\) listens on 127\.0\.0\.1:7001"),
+        ("65534", "does not", r"the Serf agent \(pid \d+\) does not accept"),
+    ],
+    ids=["another user", "another process", "a silent one"],
+)
+def test_nothing_is_sent_to_whoever_else_has_the_port(start: Start, who: str, accepts: str, error: str) -> None:
+    agent = start(2)
+    command = [sys.executable, "-I", "-c", SQUAT, who, accepts]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as squatter:
+        assert squatter.stdout is not None
+        assert squatter.stdout.readline() == "listening\n"
+        try:
+            with pytest.raises(SerfError, match=error):
+                Serf.connect(access(7001, agent.pid), timeout=0.3)
+            with pytest.raises(SerfError, match="the Serf agent does not run, and another process listens"):
+                Serf.connect(replace(agent.access, port=7001, processes=list))
+            if accepts == "accepts":
+                assert [squatter.stdout.readline() for _ in range(2)] == ["nothing\n"] * 2
+        finally:
+            squatter.kill()
+
+
+def test_the_kernel_tells_in_both_its_ways_who_is_at_the_other_end(netns: object) -> None:
+    assert netns
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+        ends = client.getpeername(), client.getsockname()
+        ways = loopback._diagnosed, loopback._listed
+        assert [way(*ends) for way in ways] == [loopback.Owner(0, 0)] * 2, "nobody's, before it is accepted"
+        accepted, _ = server.accept()
+        with accepted:
+            for one, other, (here, there) in ((client, accepted, ends), (accepted, client, ends[::-1])):
+                inode = os.fstat(other.fileno()).st_ino
+                assert loopback.other_end(one) == loopback.Owner(inode, os.geteuid())
+                assert [way(here, there) for way in ways] == [loopback.Owner(inode, os.geteuid())] * 2
+        nobody = (server.getsockname(), ("127.0.0.1", 1))
+        assert [way(*nobody) for way in ways] == [None] * 2, "the listener is not the connection"
 
 
 def test_an_agent_is_found_again_by_its_configuration_and_ends_by_a_signal(start: Start, tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """One contract for Serf's RPC, as a pass uses it: the agent that is installed, and the stand-in of the benchmarks."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from ipaddress import IPv4Address
 from pathlib import Path
 
@@ -11,20 +13,20 @@ import pytest
 from meshd.endpoint import Endpoint
 from meshd.errors import SerfError
 from meshd.gossip import serf
-from meshd.gossip.serf import Serf
+from meshd.gossip.serf import Access, Serf
 from meshd.mesh.model import Member, Status
 from meshd.mesh.records import LIMIT, size
 from meshd.net.resources import Action, Change, Tags
 from meshd.reconcile.own_tags import SerfTags
 from tests.bench.stand_in import serving
 
-pytestmark = [pytest.mark.root, pytest.mark.usefixtures("agent")]
+pytestmark = [pytest.mark.root]
 
 PORT = 7001
 
 
 @contextmanager
-def _real(tags: dict[str, str], directory: Path) -> Iterator[None]:
+def _real(tags: dict[str, str], directory: Path) -> Iterator[int]:
     address = Endpoint(IPv4Address("127.0.0.1"), 7946)
     config = serf.agent_config(
         name="barge1",
@@ -40,46 +42,45 @@ def _real(tags: dict[str, str], directory: Path) -> Iterator[None]:
     path.write_text(json.dumps(config))
     pid = serf.start(path, log)
     try:
-        serf.wait_ready(PORT, "secret", pid, log).close()
-        yield
+        serf.wait_ready(Access(PORT, lambda: "secret", lambda: [pid]), pid, log).close()
+        yield pid
     finally:
         serf.stop(pid)
 
 
 @contextmanager
-def _stand_in(tags: dict[str, str], _directory: Path) -> Iterator[None]:
+def _stand_in(tags: dict[str, str], _directory: Path) -> Iterator[int]:
     with serving(PORT, "secret", [Member("barge1", IPv4Address("127.0.0.1"), 7946, Status.ALIVE, tags)]):
-        yield
+        yield os.getpid()
 
 
 @pytest.fixture(params=[_real, _stand_in], ids=["serf", "stand-in"])
-def agent(request: pytest.FixtureRequest, netns: object, tmp_path: Path) -> Iterator[None]:
-    """barge1, with one tag that is not meshd's."""
+def agent(request: pytest.FixtureRequest, netns: object, tmp_path: Path) -> Iterator[Access]:
+    """The way to barge1, with one tag that is not meshd's."""
     assert netns
-    with request.param({"role": "web"}, tmp_path):
-        yield
+    with request.param({"role": "web"}, tmp_path) as pid:
+        yield Access(PORT, lambda: "secret", lambda: [pid])
 
 
-def connect(auth: str = "secret") -> Serf:
-    return Serf.connect(PORT, auth)
-
-
-def test_the_rpc_wants_the_key_and_says_nothing_without() -> None:
+def test_the_rpc_wants_the_key_and_says_nothing_without(agent: Access) -> None:
     for wrong in ("", "wrong"):
-        with pytest.raises(SerfError, match=r"[Aa]uth"), connect(wrong) as client:
+        with (
+            pytest.raises(SerfError, match=r"[Aa]uth"),
+            Serf.connect(replace(agent, key=lambda: wrong)) as client,
+        ):
             client.members()
 
 
-def test_a_member_is_listed_with_address_state_and_tags() -> None:
-    with connect() as client:
+def test_a_member_is_listed_with_address_state_and_tags(agent: Access) -> None:
+    with Serf.connect(agent) as client:
         for _ in range(2):
             member = Member("barge1", IPv4Address("127.0.0.1"), 7946, Status.ALIVE, {"role": "web"})
             assert client.members() == [member]
         assert client.stats()
 
 
-def test_an_entry_has_the_same_fields_in_the_same_types() -> None:
-    with connect() as client:
+def test_an_entry_has_the_same_fields_in_the_same_types(agent: Access) -> None:
+    with Serf.connect(agent) as client:
         entry = client._call("members", body=True)["Members"][0]
     assert {key: type(value) for key, value in entry.items()} == {
         **dict.fromkeys((b"Name", b"Addr", b"Status"), bytes),
@@ -89,10 +90,10 @@ def test_an_entry_has_the_same_fields_in_the_same_types() -> None:
     }
 
 
-def test_tags_up_to_the_limit_are_carried_and_one_byte_more_is_refused() -> None:
+def test_tags_up_to_the_limit_are_carried_and_one_byte_more_is_refused(agent: Access) -> None:
     fits = {"meshd": "x" * (LIMIT - size({"meshd": "x" * 400}) + 400)}
     assert size(fits) == LIMIT
-    with connect() as client:
+    with Serf.connect(agent) as client:
         client.tags(fits, ["role"])
         assert client.members()[0].tags == fits
         with pytest.raises(SerfError, match="tags"):
@@ -100,12 +101,12 @@ def test_tags_up_to_the_limit_are_carried_and_one_byte_more_is_refused() -> None
         assert client.members()[0].tags == fits
 
 
-def test_own_tags_are_a_resource_that_leaves_those_of_others_alone() -> None:
+def test_own_tags_are_a_resource_that_leaves_those_of_others_alone(agent: Access) -> None:
     def members() -> list[Member]:
-        with connect() as client:
+        with Serf.connect(agent) as client:
             return client.members()
 
-    adapter = SerfTags(PORT, "secret", "barge1", ("meshd", "wg"), members)
+    adapter = SerfTags(agent, "barge1", ("meshd", "wg"), members)
     assert adapter.read() == []
     wanted = Tags((("meshd", "1;seq=1"), ("wg", "x")))
     for _ in range(2):

@@ -371,6 +371,31 @@ def test_a_killed_daemon_reads_as_absent_and_is_started_again(go: contract.WireG
     assert go.read() == [device(name), peer(1)]
 
 
+def test_another_user_at_the_socket_is_sent_nothing(go: contract.WireGuard, name: str) -> None:
+    path, heard = Path(f"/var/run/wireguard/{name}.sock"), []
+    add(go, device(name))
+    kill(name)
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        # The kernel remembers who it was that began to listen.
+        os.seteuid(65534)
+        try:
+            server.listen()
+        finally:
+            os.seteuid(0)
+        server.setblocking(False)
+        with pytest.raises(ApplyError, match="another user listens there"):
+            userspace.exchange(path, "get=1\n\n")
+        assert not userspace._answers(path), "nobody takes it for wireguard-go"
+        for _ in range(2):
+            connection, _ = server.accept()
+            with connection:
+                heard.append(connection.recv(4096))
+    assert heard == [b"", b""]
+    path.unlink()
+
+
 def test_removing_cleans_up_after_a_killed_daemon(go: contract.WireGuard, name: str) -> None:
     add(go, device(name))
     kill(name)

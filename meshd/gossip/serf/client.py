@@ -5,8 +5,9 @@ Everything that is read was written, in part, by other members: it is bounded an
 """
 
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
 from threading import Lock
@@ -18,6 +19,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt
 
 from meshd.endpoint import IPAddress
 from meshd.errors import SerfError
+from meshd.gossip.serf import loopback
 from meshd.mesh.model import Member, Status
 from meshd.printable import printable
 
@@ -27,6 +29,18 @@ _STATUSES = frozenset(Status)
 CHUNK = 65536
 # Serf waits this long for a change of its own tags to have left (its option `broadcast_timeout`).
 BROADCAST_TIMEOUT = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """The way to one agent's RPC: its port on loopback, and the processes of which one must be at the other end.
+
+    The key is read after that is certain. It is another one after each start of the agent.
+    """
+
+    port: int
+    key: Callable[[], str]
+    processes: Callable[[], Collection[int]]
 
 
 class Serf:
@@ -41,23 +55,25 @@ class Serf:
         self._unpacker = _unpacker()
         self._seq = 0
         self._sending = Lock()
-        self.is_open = False
-        """Whether the agent wants no key of anybody."""
 
     @classmethod
-    def connect(cls, port: int, auth_key: str, timeout: float = 5.0) -> Self:
+    def connect(cls, access: Access, timeout: float = 5.0) -> Self:
         """Connect to the agent on loopback and authenticate. Raises SerfError.
 
+        Any local user may listen there while the agent does not, so nothing is sent before it is certain who answers.
         An agent without `rpc_auth`, one that somebody runs by hand, is used without.
         """
         try:
-            connection = socket.create_connection(("127.0.0.1", port), timeout)
+            connection = socket.create_connection(("127.0.0.1", access.port), timeout)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except OSError as error:
-            raise SerfError(f"the Serf agent does not answer on 127.0.0.1:{port}: {error.strerror or error}") from error
+            raise SerfError(
+                f"the Serf agent does not answer on 127.0.0.1:{access.port}: {error.strerror or error}"
+            ) from error
         client = cls(connection, timeout)
         try:
-            client._handshake(auth_key)
+            loopback.check(connection, access.processes, timeout)
+            client._handshake(access.key())
         except BaseException:
             client.close()
             raise
@@ -71,7 +87,6 @@ class Serf:
             except SerfError:
                 # An agent that wants no key refuses any; it then answers everything. One that wants another says no.
                 self.stats()
-                self.is_open = True
 
     def __enter__(self) -> Self:
         return self

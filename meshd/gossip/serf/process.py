@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
 from meshd.endpoint import Endpoint
 from meshd.errors import ConflictError, MissingError, SerfError
-from meshd.gossip.serf.client import Serf
+from meshd.gossip.serf.client import Access, Serf
 
 POLL = 0.02
-# Who answers without a key may be somebody else's agent, as that of Debian's package; ours then ends within this time.
-IMPOSTOR = 1.0
+# The agent that was found last, by its configuration file: looking through all processes takes milliseconds.
+_found: dict[Path, int] = {}
 
 
 def agent_config(
@@ -99,20 +100,40 @@ def clean_environment() -> dict[str, str]:
 
 
 def running(config_path: Path) -> int | None:
-    """Give the process id of the agent that runs with this configuration file, None if there is none."""
+    """Return the process id of the agent that runs with this configuration file, None if there is none."""
     wanted = f"-config-file={config_path}"
-    return next((pid for pid, arguments in agents() if arguments[:1] == [wanted] and _is_own(pid)), None)
+
+    def is_it(pid: int, arguments: list[str] | None) -> bool:
+        return arguments is not None and arguments[:1] == [wanted] and _is_own(pid)
+
+    known = _found.get(config_path)
+    if known is not None and is_it(known, _arguments(known)):
+        return known
+    found = next((pid for pid, arguments in agents() if is_it(pid, arguments)), None)
+    if found is not None:
+        _found[config_path] = found
+    return found
+
+
+def own_agents() -> list[int]:
+    """Return the process ids of all agents of this user that run here, whatever their configuration."""
+    return [pid for pid, _ in agents() if _is_own(pid)]
 
 
 def agents() -> Iterator[tuple[int, list[str]]]:
     """Find every `serf agent` that runs here, whoever started it: its process id and its arguments."""
     for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        with suppress(OSError):
-            words = (entry / "cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
-            if Path(words[0]).name == "serf" and words[1:2] == ["agent"]:
-                yield int(entry.name), words[2:]
+        if entry.name.isdigit() and (arguments := _arguments(int(entry.name))) is not None:
+            yield int(entry.name), arguments
+
+
+def _arguments(pid: int) -> list[str] | None:
+    """Return the arguments of a `serf agent`, None for another process."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
+    except OSError:
+        return None
+    return words[2:] if Path(words[0]).name == "serf" and words[1:2] == ["agent"] else None
 
 
 def _is_own(pid: int) -> bool:
@@ -129,30 +150,21 @@ def _is_own(pid: int) -> bool:
     return facts["Uid"][1] == str(os.geteuid()) and len(facts.get("NSpid", "1")) == 1
 
 
-def wait_ready(port: int, auth_key: str, pid: int, log_path: Path, timeout: float = 10.0) -> Serf:
-    """Give a connection as soon as the agent answers.
+def wait_ready(access: Access, pid: int, log_path: Path, timeout: float = 10.0) -> Serf:
+    """Return a connection as soon as the agent answers.
 
     Raises ConflictError for a port that is taken, SerfError with what the log says when the agent has ended.
     """
+    # Another process on the port is not the agent; that one then ends.
+    access = replace(access, processes=lambda: [pid] if _alive(pid) else [])
     alive = retry_if_exception(lambda error: isinstance(error, SerfError) and _alive(pid))
     try:
         retrying = Retrying(retry=alive, stop=stop_after_delay(timeout), wait=wait_fixed(POLL), reraise=True)
-        client = retrying(Serf.connect, port, auth_key)
+        return retrying(Serf.connect, access)
     except SerfError:
         if not _alive(pid):
-            raise _reason(log_path) from None
+            raise why_ended(log_path) from None
         raise
-    if client.is_open and not _outlives(pid, IMPOSTOR):
-        client.close()
-        raise _reason(log_path)
-    return client
-
-
-def _outlives(pid: int, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while (lives := _alive(pid)) and time.monotonic() < deadline:
-        time.sleep(POLL)
-    return lives
 
 
 def stop(pid: int, timeout: float = 5.0) -> None:
@@ -186,7 +198,8 @@ def _alive(pid: int) -> bool:
     return state != "Z"
 
 
-def _reason(log_path: Path) -> ConflictError | SerfError:
+def why_ended(log_path: Path) -> ConflictError | SerfError:
+    """Return the error that the agent's log tells of."""
     lines = log_path.read_text(errors="replace").splitlines() if log_path.exists() else []
     told = next((line for line in reversed(lines) if "rror" in line or "ailed" in line), "it wrote no reason")
     if "address already in use" in told:

@@ -7,6 +7,7 @@ and found again by its socket, so that restarting meshd disturbs nobody.
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ SOCKETS = Path("/var/run/wireguard")  # compiled into wireguard-go
 TIMEOUT = 5.0  # seconds for one exchange, for a start and for an end
 MAX_ANSWER = 64 << 20  # bytes; a peer takes about 400
 _POLL = 0.01
+_CREDENTIALS = struct.Struct("=iII")  # struct ucred: process, user, group
 
 
 def is_running(name: str) -> bool:
@@ -112,6 +114,8 @@ def exchange(path: Path, request: str) -> str:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             sock.settimeout(TIMEOUT)
             sock.connect(str(path))
+            if not _is_own(sock):
+                raise ApplyError(f"asking wireguard-go at {path}: another user listens there")
             sock.sendall(request.encode("ascii"))
             return _receive(sock, deadline).decode("ascii")
     except UnicodeDecodeError as error:
@@ -176,14 +180,20 @@ def _has_link(name: str) -> bool:
 
 
 def _answers(path: Path) -> bool:
-    """Whether somebody listens: a socket file outlives a killed wireguard-go."""
+    """Whether a wireguard-go of this user listens: a socket file outlives one that was killed."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             sock.settimeout(TIMEOUT)
             sock.connect(str(path))
+            return _is_own(sock)
     except OSError:
         return False
-    return True
+
+
+def _is_own(sock: socket.socket) -> bool:
+    """Return whether it was this user who listened at the other end (unix(7)): a request may hold the private key."""
+    _, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    return bool(uid == os.geteuid())
 
 
 def _wait(condition: Callable[[], bool], seconds: float) -> bool:
