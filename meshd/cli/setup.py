@@ -99,7 +99,7 @@ def _join(state: State, address: str, invitation: Invitation, options: dict[str,
     admission = invitation.redeem(options["name"], os.uname().nodename, time.time())
     of_the_mesh = {name: getattr(invitation, name) for name in INVITED}
     settings = Settings(**{**of_the_mesh, **given(options), "name": admission.name})
-    lifecycle.join(state, settings, invitation, admission, member)
+    lifecycle.join(state, settings, invitation, admission, member, say=output.warn)
 
 
 @click.command()

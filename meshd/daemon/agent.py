@@ -21,6 +21,7 @@ from meshd import files
 from meshd.daemon import hints
 from meshd.daemon.exchange import PATIENCE, Exchange
 from meshd.daemon.hints import ABOUT_MEMBERS, READINESS, Echoes, Hint, Source
+from meshd.daemon.keeper import Keeper
 from meshd.daemon.log import configure as configure_log
 from meshd.errors import InputError, MeshdError
 from meshd.gossip import calls, serf, serf_agent
@@ -71,6 +72,7 @@ class Agent:
         self.handshakes = Schedule()
         self.full_pass_due = 0.0
         self.complaints: set[str] = set()
+        self.keeper = Keeper(state, self._search_all)
         # Why this host's Serf does not run, the empty string while it does.
         self.silence = ""
         self.echoes = Echoes()
@@ -150,7 +152,7 @@ class Agent:
         _notify_service_manager()
         while not self.ending:
             ok = self._survive(partial(self._pass_that_is_due, causes))
-            due = min(self.full_pass_due, self.handshakes.due)
+            due = min(self.full_pass_due, self.handshakes.due, self.keeper.due)
             causes = self._wait(max(0.0, due - time.monotonic()) if ok else RETRY)
 
     def _survive(self, work: Callable[[], bool]) -> bool:
@@ -208,23 +210,12 @@ class Agent:
             return False
         return True
 
-    def _keep_serf(self) -> str:
-        """Start Serf unless it runs; say why it does not."""
-        if serf.running(self.state.serf_config) is not None:
-            return ""
-        try:
-            with serf_agent.start(self.state):
-                log.info("serf started")
-        except MeshdError as error:
-            return f"serf: {error}"
-        return ""
-
     def _pass(self, causes: list[Hint], kinds: Collection[str]) -> bool:
         """Make a pass; what went wrong is logged once, not in each pass. True unless something failed.
 
         Without Serf nobody is met anew, and what is known is kept up all the same.
         """
-        self.silence = self._keep_serf()
+        self.silence = self.keeper.keep()
         if any(hint.source is Source.ENGINE for hint in causes):
             self.engine = None
         options = Options(
@@ -254,6 +245,10 @@ class Agent:
         return not report.failures and not self.silence
 
     # --- after a reconcile -----------------------------------------------------------------------------------------
+
+    def _search_all(self) -> None:
+        """Have the next reconcile search every host that Serf does not know: one that has just started knows none."""
+        self.lost = frozenset()
 
     def _search_lost(self, report: Report) -> None:
         if report.lost.keys() - self.lost:
@@ -312,12 +307,14 @@ class Agent:
 
     def _watch_log(self) -> None:
         """Hint at member events as Serf logs them: 1 to 3 s before its handlers and streams hear of them."""
+        pid = serf.running(self.state.serf_config)
         with serf_agent.rpc(self.state) as client:
             self.hint(Source.LOG, "connected")
             try:
                 for line in client.monitor("INFO"):
-                    if "serf: EventMember" in line:
+                    if is_member_event := "serf: EventMember" in line:
                         self.echoes.logged(time.monotonic())
+                    if is_member_event or self.keeper.hear(line, pid):
                         self.hint(Source.LOG, line.partition("serf: ")[2][:80])
             finally:
                 self.hint(Source.LOG, "connection lost")

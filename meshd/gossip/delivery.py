@@ -22,6 +22,8 @@ ASK, ASK_TENFOLD = 1.0, 1.5
 TELLINGS = 4
 # Who has not said after so many questions that it is ready may not have heard them.
 PATIENCE = 2
+# Seconds until a Serf that did not answer is asked again.
+AGAIN = 0.2
 # Seconds for meeting who has not said that it has a tombstone.
 MEETING = 10.0
 
@@ -67,12 +69,7 @@ def wait_ready(
     deadline = time.monotonic() + timeout
     asked = 0
 
-    while True:
-        expected = expected_hosts(state)
-        progress(len(ready & expected) + 1, len(expected) + 1)
-        missing = expected - ready
-        if not missing or time.monotonic() >= deadline or has_ended(state):
-            return Readiness(frozenset(ready & expected), frozenset(missing))
+    def ask(expected: set[str], missing: set[str]) -> None:
         if asked:
             calls.rebroadcast(state, ASK)
         if meeting and asked >= PATIENCE:
@@ -86,6 +83,20 @@ def wait_ready(
                     progress(len(ready & expected) + 1, len(expected) + 1)
                 if expected <= ready:
                     break
+
+    while True:
+        try:
+            expected = expected_hosts(state)
+            progress(len(ready & expected) + 1, len(expected) + 1)
+            missing = expected - ready
+            if not missing or time.monotonic() >= deadline or has_ended(state):
+                return Readiness(frozenset(ready & expected), frozenset(missing))
+            ask(expected, missing)
+        except SerfError:
+            # This host's own Serf may start again at any moment (see daemon.keeper).
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(AGAIN)
         asked += 1
 
 

@@ -103,14 +103,13 @@ def rpc(state: State, timeout: float = 5.0) -> serf.Serf:
 def connect(state: State, timeout: float = 10.0) -> serf.Serf:
     """Return a connection to the agent that the daemon is starting. Raises ConflictError or SerfError without one."""
 
-    def find() -> int:
+    def find() -> serf.Serf:
         pid = serf.running(state.serf_config)
         if pid is None:
             raise serf.why_ended(state.serf_log)
-        return pid
+        return serf.wait_ready(access(state), pid, state.serf_log)
 
-    pid = Retrying(stop=stop_after_delay(timeout), wait=wait_fixed(0.02), reraise=True)(find)
-    return serf.wait_ready(access(state), pid, state.serf_log)
+    return Retrying(stop=stop_after_delay(timeout), wait=wait_fixed(0.02), reraise=True)(find)
 
 
 def stop(state: State) -> None:

@@ -1,6 +1,8 @@
 """Make a mesh, or join one. On any error the host is as it was before."""
 
+import math
 import time
+from collections.abc import Callable
 
 from meshd import files
 from meshd.daemon import hints, service
@@ -13,11 +15,19 @@ from meshd.lifecycle.rollback import all_or_nothing
 from meshd.lifecycle.up import begin, up
 from meshd.mesh import addressing
 from meshd.mesh.invitations import Admission, Invitation
+from meshd.mesh.model import Member
 from meshd.net import underlay
 from meshd.state import authority
 from meshd.state.claim import choose_subnet, endpoint, has_ended, publish, settle_subnet
 from meshd.state.directory import Claim, State
 from meshd.state.settings import Settings
+
+# What Serf says of a member whose agent has another key, and of one that ends or starts at this moment.
+ANOTHER_KEY = "No installed keys could decrypt the message"
+STARTS_AGAIN = ("connection refused", "connection reset", "broken pipe", "EOF")
+# Seconds to ask again while the answer stays the same, which is longer than an agent needs for that; and at most.
+UNCHANGED, LONGEST = 10.0, 120.0
+AGAIN = 0.2
 
 
 def init(state: State, settings: Settings) -> None:
@@ -32,8 +42,19 @@ def init(state: State, settings: Settings) -> None:
         begin(state)
 
 
-def join(state: State, settings: Settings, invitation: Invitation, admission: Admission, member: Endpoint) -> None:
-    """Join the mesh of the member at `member`. On any error the host is as it was before."""
+def join(
+    state: State,
+    settings: Settings,
+    invitation: Invitation,
+    admission: Admission,
+    member: Endpoint,
+    *,
+    say: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Join the mesh of the member at `member`. On any error the host is as it was before.
+
+    `say` is told why this takes longer than usual.
+    """
     _not_set_up(state)
     preflight.member_address(member, settings.overlay)
     allowed = admission.certificate.subnets
@@ -51,25 +72,54 @@ def join(state: State, settings: Settings, invitation: Invitation, admission: Ad
         claim = publish(state, None, subnet=subnet, endpoint=endpoint(state), settled=not settings.daemon)
         if settings.daemon:
             service.start(state)
-            _enter(state, claim, member)
+            _enter(state, claim, member, say)
         begin(state)
 
 
-def _enter(state: State, claim: Claim, member: Endpoint) -> None:
+def _enter(state: State, claim: Claim, member: Endpoint, say: Callable[[str], None]) -> None:
     """Join the gossip, and settle the claim against those of all members."""
     settings = state.settings
-    with serf_agent.connect(state) as client:
+    members = _meet(state, member, say)
+    if holder := serf.name_conflict(state.serf_log):
+        raise ConflictError(f"the name {settings.name} is already in the mesh ({holder}): pass --name")
+    subnet = settle_subnet(state, claim, members)
+    publish(state, claim, subnet=subnet, endpoint=endpoint(state), settled=True)
+
+
+def _meet(state: State, member: Endpoint, say: Callable[[str], None]) -> list[Member]:
+    """Join the gossip through a member; return all members.
+
+    While somebody changes the keys of all Serf agents, they have another key at times and start again (see
+    daemon.keeper). So a member with another key is asked again, longer than they need for that.
+    """
+    begun, before, until = time.monotonic(), "", math.inf
+    while True:
         try:
-            client.join([str(member)])
+            with serf_agent.connect(state) as client:
+                client.join([str(member)])
+                return client.members()
         except SerfError as error:
-            raise InputError(
-                f"{member} answers, but not as a member of the mesh {settings.mesh!r}: the invitation is of another "
-                f"mesh, or another program uses that port ({error})"
-            ) from None
-        if holder := serf.name_conflict(state.serf_log):
-            raise ConflictError(f"the name {settings.name} is already in the mesh ({holder}): pass --name")
-        subnet = settle_subnet(state, claim, client.members())
-        publish(state, claim, subnet=subnet, endpoint=endpoint(state), settled=True)
+            obstacle, now = _obstacle(str(error)), time.monotonic()
+            if obstacle != before:
+                before, until = obstacle, min(now + UNCHANGED, begun + LONGEST)
+                if obstacle == ANOTHER_KEY:
+                    say(
+                        f"{member} has another gossip key at the moment: a member changes the keys of all Serf agents "
+                        f"(serf keys), or the invitation is of another mesh. It is asked again for {UNCHANGED:g} s"
+                    )
+            if not obstacle or now >= until:
+                raise InputError(
+                    f"{member} answers, but not as a member of the mesh {state.settings.mesh!r}: the invitation is of "
+                    f"another mesh, or another program uses that port ({error})"
+                ) from None
+        time.sleep(AGAIN)
+
+
+def _obstacle(error: str) -> str:
+    """Return what kept this host from joining, the empty string for what does not pass by itself."""
+    if not error.startswith("join: "):
+        return "own Serf"  # it starts again
+    return next((text for text in (ANOTHER_KEY, *STARTS_AGAIN) if text in error), "")
 
 
 def join_again(state: State, invitation: Invitation | None) -> None:

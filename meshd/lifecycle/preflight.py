@@ -4,6 +4,8 @@ import shutil
 import socket
 from ipaddress import IPv4Network
 
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
+
 from meshd.endpoint import Endpoint, IPAddress, unusable
 from meshd.errors import ConflictError, InputError, MissingError
 from meshd.gossip import serf
@@ -11,6 +13,7 @@ from meshd.net import links, routes, underlay, wireguard
 from meshd.net.docker import DockerNetwork
 from meshd.state.settings import Settings
 
+START = 1.0
 PACKAGES = {"serf": "serf", "nft": "nftables"}
 
 
@@ -44,8 +47,12 @@ def member_address(member: Endpoint, overlay: IPv4Network) -> None:
 
 def reachable(member: Endpoint, timeout: float = 5.0) -> None:
     """Require that something answers at a member's gossip address. Raises InputError."""
+    # A member's Serf that starts at this moment listens within a second.
+    starts = retry_if_exception_type(ConnectionRefusedError)
     try:
-        socket.create_connection((str(member.address), member.port), timeout).close()
+        for attempt in Retrying(retry=starts, stop=stop_after_delay(START), wait=wait_fixed(0.1), reraise=True):
+            with attempt:
+                socket.create_connection((str(member.address), member.port), timeout).close()
     except OSError as error:
         reason = "no answer" if isinstance(error, TimeoutError) else (error.strerror or str(error)).lower()
         raise InputError(

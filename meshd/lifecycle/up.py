@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from meshd.daemon import hints, service
-from meshd.errors import InputError, MeshdError
+from meshd.errors import InputError, MeshdError, SerfError
 from meshd.gossip import serf, serf_agent
 from meshd.gossip.delivery import ASK
 from meshd.lifecycle.containers import attached_containers, disconnect
@@ -62,11 +62,11 @@ def begin(state: State) -> Report:
 def _can_wait(failure: Failure, *, daemon: bool) -> bool:
     """Return whether a failure of the first reconcile is left to the daemon, or to the handlers.
 
-    A rival for the subnet, one that joins just now, is the daemon's to settle. Without a daemon there is no Serf agent
-    yet that lists members and takes tags.
+    A rival for the subnet, one that joins just now, is the daemon's to settle. So is a Serf that starts again at this
+    moment: it has answered already. Without a daemon there is no Serf agent yet that lists members and takes tags.
     """
     if daemon:
-        return failure.area is Area.SUBNET
+        return failure.area is Area.SUBNET or isinstance(failure.error, SerfError)
     return failure.area is Area.MEMBERS or (failure.area is Area.READ and failure.subject == "tags")
 
 

@@ -207,10 +207,13 @@ def invitation(host: LabHost) -> str:
     return host.run(["meshd", "invite", "--reusable"]).stdout.split("MESHD_INVITE=")[1].split()[0]
 
 
+# In a shell, the key of the RPC as Serf wants it.
+RPC_KEY = "$(base64 -d /var/lib/meshd/rpc.key | od -An -tx1 | tr -d ' \\n')"
+
+
 def serf(host: LabHost, *arguments: str) -> str:
     """Run `serf` on a host with the key of its RPC; give what it prints."""
-    key = "$(base64 -d /var/lib/meshd/rpc.key | od -An -tx1 | tr -d ' \\n')"
-    return host.run(["sh", "-c", f'SERF_RPC_AUTH={key} serf "$@"', "sh", *arguments]).stdout
+    return host.run(["sh", "-c", f'SERF_RPC_AUTH={RPC_KEY} serf "$@"', "sh", *arguments]).stdout
 
 
 def serf_lists(host: LabHost) -> set[str]:

@@ -1,18 +1,25 @@
 """What must not work against Serf's agent, by a local user for whom its port is free, or by a member with Serf's tools.
 
-barge1 and barge2 are a mesh of hosts with a daemon; barge3 is set up without one, and its Serf does not run.
+barge1 and barge2 are a mesh of hosts with a daemon. barge3 is set up without one at first, and its Serf does not run.
 """
 
+import re
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
+from itertools import pairwise, permutations
 from pathlib import Path
+from typing import IO
 
 import pytest
 
+from meshd.errors import MeshdError
 from meshd.lab.hosts import Lab, LabHost
-from tests.lab.conftest import assemble, eventually, invitation, join, log, serf, settled
+from tests.lab.conftest import RPC_KEY, assemble, eventually, invitation, join, log, overlay, serf, settled
 from tests.lab.faults import KILL_DAEMON, SERF, STATE, kill_daemon, kill_serf
+from tests.lab.traffic import unbroken
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
@@ -79,11 +86,11 @@ def test_a_squatter_on_serfs_port_hears_nothing(hosts: list[LabHost]) -> None:
     one.run(["meshd", "down"])
     with squatter(one) as said:
         eventually(lambda: "listens" in said.read_text(), 10, "it has the port")
-        done = one.run(["meshd", "up"], check=False)
-        assert (done.returncode, "a port is taken" in done.stderr) == (1, True), done.stderr
-        assert "another process listens on 127.0.0.1:7373" in commands(one)
+        done, told = one.run(["meshd", "up"], check=False), commands(one)
         eventually(lambda: "connected" in said.read_text(), 10, "it was asked")
         assert "heard" not in said.read_text()
+        assert (done.returncode, "a port is taken" in done.stderr) == (1, True), done.stderr
+        assert "another process listens on 127.0.0.1:7373" in told
     eventually(lambda: settled([one, two]), 40, "Serf starts as soon as its port is free")
 
 
@@ -93,6 +100,7 @@ def test_who_takes_the_port_of_a_serf_that_ended_hears_nothing(hosts: list[LabHo
         one.run(["sh", "-ec", f"kill -KILL {SERF}"])
         eventually(lambda: "listens" in said.read_text(), 10, "it was faster than the daemon")
         eventually(lambda: said.read_text().count("connected") > 3, 10, "the daemon looks for Serf there")
+        assert "heard" not in said.read_text()
         eventually(lambda: "a port is taken" in log(one), 10, "and says what is wrong")
         one.run(["sh", "-ec", KILL_DAEMON])
         one.run(["meshd", "up"], check=False)
@@ -105,10 +113,10 @@ def test_without_a_daemon_a_squatter_hears_nothing(hosts: list[LabHost]) -> None
     alone = hosts[2]
     with squatter(alone) as said:
         eventually(lambda: "listens" in said.read_text(), 10, "it has the port")
-        assert "another process listens on 127.0.0.1:7373" in commands(alone)
-        alone.run(["meshd", "up"])
+        told = commands(alone)
         assert "connected" in said.read_text(), "it was asked"
         assert "heard" not in said.read_text()
+        assert "another process listens on 127.0.0.1:7373" in told
 
 
 def rpc_key(host: LabHost) -> str:
@@ -127,3 +135,140 @@ def test_the_key_of_the_rpc_is_another_one_after_each_start_of_serf(hosts: list[
     assert "barge1" in serf(one, "members")
     old = f"SERF_RPC_AUTH=$(echo {first.strip()} | base64 -d | od -An -tx1 | tr -d ' \\n') serf members"
     assert "Invalid authentication token" in one.run(["sh", "-c", old], check=False).stdout, "the old one opens nothing"
+
+
+# --- a member --------------------------------------------------------------------------------------------------------
+
+
+# Serf's own key command, and with what it needs to know. Says what it has done to whom.
+CHANGE_KEYS = f"""
+key() {{ base64 -d {STATE}/rpc.key | od -An -tx1 | tr -d ' \\n'; }}
+change() {{
+    other=$(head -c 32 /dev/urandom | base64)
+    export SERF_RPC_AUTH=$(key)
+    serf keys -install $other; serf keys -use $other; serf keys -remove $(cat {STATE}/gossip.key)
+}}
+"""
+# A member that lets nothing of meshd's get in its way: its agent is back on the mesh's key before each command.
+LOOP = f"""
+{CHANGE_KEYS}
+until=$(($(date +%s) + $1)); shift
+while [ $(date +%s) -lt $until ]; do
+    serf agent -config-file={STATE}/serf.json >/dev/null 2>&1 & agent=$!
+    export SERF_RPC_AUTH=$(key)
+    until serf join "$@" 2>&1 | grep -v refused; do sleep 0.1; kill -0 $agent || break; done
+    change
+    kill -KILL $agent; wait $agent 2>/dev/null
+done
+"""
+AGAIN = 10.0
+
+
+@pytest.fixture(scope="module")
+def mesh(lab: Lab, hosts: list[LabHost]) -> list[LabHost]:
+    """Two hosts and a third one whose root is the attacker."""
+    one, two, alone = hosts
+    alone.run(["meshd", "leave", "--force"])
+    join(alone, one, invitation(one), "--no-docker")
+    mesh = [one, two, lab.host("barge3")]
+    eventually(lambda: settled(mesh), 40, "they have met")
+    return mesh
+
+
+def on_the_meshs_key(hosts: list[LabHost]) -> bool:
+    """Tell whether the agents of these hosts list each other and have one key, that of the mesh."""
+    key = hosts[0].run(["cat", f"{STATE}/gossip.key"]).stdout.strip()
+    for host in hosts:
+        try:
+            listed, keys = serf(host, "members", "-status=alive"), serf(host, "keys", "-list")
+        except MeshdError:
+            return False  # it starts again
+        if not all(other.name in listed for other in hosts):
+            return False
+        if [line.split()[0] for line in keys.splitlines() if line.endswith("]")] != [key]:
+            return False
+    return True
+
+
+def starts(host: LabHost, begun: int) -> list[datetime]:
+    """When the daemon has started Serf, since its log had so many characters."""
+    lines = [line for line in log(host)[begun:].splitlines() if line.endswith("serf started")]
+    return [datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S,%f") for line in lines]
+
+
+def test_keys_that_a_member_changed_are_the_meshs_again(mesh: list[LabHost]) -> None:
+    begun = [len(log(host)) for host in mesh]
+    with unbroken(list(permutations(mesh, 2))) as wrong:
+        said = mesh[2].run(["sh", "-c", f"{CHANGE_KEYS}change"], check=False).stdout
+        assert "Successfully changed primary key" in said, said
+        eventually(lambda: on_the_meshs_key(mesh), AGAIN, "all are on the mesh's key")
+        eventually(lambda: settled(mesh), 10, "nothing is to be changed")
+    assert wrong == []
+    for host, length in zip(mesh, begun, strict=True):
+        told = log(host)[length:]
+        assert re.search(r"a member changed the keys .* Members now: barge1, barge2, barge3\n", told), told
+        assert 1 <= len(starts(host, length)) <= 2, told
+
+
+def test_keys_that_were_changed_while_no_daemon_ran_are_the_meshs_again(lab: Lab, mesh: list[LabHost]) -> None:
+    one, newcomer, offer = mesh[0], lab.power_on("barge4"), invitation(mesh[0])
+    one.run(["sh", "-ec", KILL_DAEMON])
+    before = one.run(["sh", "-ec", f"echo {SERF}"]).stdout
+    mesh[2].run(["sh", "-c", f"{CHANGE_KEYS}change"], check=False)
+    eventually(lambda: on_the_meshs_key(mesh[1:]), AGAIN, "those with a daemon are")
+    # What the monitor remembers is gone by the time that the daemon is back.
+    one.run(["sh", "-c", f"export SERF_RPC_AUTH={RPC_KEY}; for i in $(seq 600); do serf info >/dev/null; done"])
+    assert not on_the_meshs_key(mesh), "that one is not"
+    assert one.run(["sh", "-ec", f"echo {SERF}"]).stdout == before
+    begun, said = len(log(one)), newcomer.directory / "said"
+    with said.open("w") as output:
+        joining = joins(newcomer, one, offer, output)
+    eventually(lambda: "has another gossip key at the moment" in said.read_text(), 10, "a join waits, and says why")
+    one.run(["meshd", "up"])
+    eventually(lambda: on_the_meshs_key(mesh), AGAIN, "all are")
+    assert joining.wait(timeout=AGAIN) == 0, said.read_text()
+    assert len(starts(one, begun)) == 1
+    eventually(lambda: settled([*mesh, newcomer]), 20, "nothing is to be changed")
+    newcomer.run(["meshd", "leave"])
+    eventually(lambda: settled(mesh), 20, "it is gone")
+
+
+def joins(host: LabHost, via: LabHost, offer: str, output: IO[str]) -> "subprocess.Popen[str]":
+    """Begin to join."""
+    words = ["env", f"MESHD_INVITE={offer}", "meshd", "join", str(via.address), "--no-docker"]
+    return host.popen(words, stdout=output, stderr=output)
+
+
+SECONDS = 60
+
+
+def test_a_minute_of_it_costs_no_packet_and_no_host_and_a_join_succeeds(lab: Lab, mesh: list[LabHost]) -> None:
+    one, two, attacker = mesh
+    newcomer, offer = lab.host("barge4"), invitation(one)
+    begun = [len(log(host)) for host in mesh]
+    attacker.run(["sh", "-ec", f"{KILL_DAEMON}; kill -KILL {SERF}"])
+    targets, said = [str(one.address), str(two.address)], newcomer.directory / "said"
+    with (
+        (attacker.directory / "attack").open("w") as output,
+        said.open("w") as answer,
+        unbroken(list(permutations(mesh, 2))) as wrong,
+    ):
+        attack = attacker.popen(["sh", "-c", LOOP, "sh", str(SECONDS), *targets], stdout=output, stderr=output)
+        eventually(lambda: starts(one, begun[0]) and starts(two, begun[1]), 30, "it has begun")
+        joining = joins(newcomer, two, offer, answer)
+        attack.wait(timeout=SECONDS + 30)
+        ended = time.monotonic()
+        eventually(lambda: on_the_meshs_key([one, two]), AGAIN, "both are on the mesh's key")
+        assert joining.wait(timeout=max(0.1, ended + AGAIN - time.monotonic())) == 0, said.read_text()
+        attacker.run(["meshd", "up"])
+        eventually(lambda: settled([*mesh, newcomer]), 40, "all are there")
+    done = (attacker.directory / "attack").read_text()
+    assert done.count("Successfully changed primary key") >= 5, done
+    assert wrong == []
+    for host, length in zip((one, two), begun, strict=False):
+        times = starts(host, length)
+        pauses = [(later - earlier).total_seconds() for earlier, later in pairwise(times)]
+        assert len(times) >= 5, "the attack did reach it again and again"
+        assert min(pauses) > 4.9, pauses
+        removed = [line for line in log(host)[length:].splitlines() if "remove " in line]
+        assert not [line for line in removed if any(overlay(other) in line for other in mesh)], "no peer and no route"

@@ -1,5 +1,6 @@
 """What meshd relies on in Serf, against the agent that is installed (docs/serf.md)."""
 
+import base64
 import json
 import os
 import socket
@@ -16,10 +17,12 @@ from threading import Thread
 
 import pytest
 
+from meshd.daemon.keeper import KEY_COMMAND
 from meshd.endpoint import Endpoint
 from meshd.errors import ConflictError, SerfError
 from meshd.gossip import serf
 from meshd.gossip.serf import Access, Serf, loopback
+from meshd.lifecycle.join import ANOTHER_KEY
 from meshd.mesh.model import Status
 from tests.conftest import eventually
 
@@ -144,6 +147,32 @@ def test_another_gossip_key_gets_nobody_in(start: Start) -> None:
     with outside.connect() as client, pytest.raises(SerfError):
         client.join([inside.gossip])
     assert list(inside.states()) == ["barge1"]
+
+
+def test_a_change_of_keys_reaches_all_is_logged_and_ends_with_a_new_start(start: Start) -> None:
+    one, two, newcomer = start(1), start(2), start(3)
+    ours, other = (base64.b64encode(key).decode() for key in (KEY, bytes(32)))
+    with two.connect() as client:
+        client.join([one.gossip])
+    for what, key in (("install", other), ("use", other), ("remove", ours)):
+        command = ["serf", "keys", f"-rpc-addr=127.0.0.1:{two.rpc_port}", f"-{what}", key]
+        subprocess.run(command, env={**os.environ, "SERF_RPC_AUTH": "secret"}, check=True, stdout=subprocess.DEVNULL)
+    for agent in (one, two):
+        # Both ways in which meshd hears of it, at the log level that it sets.
+        assert len(KEY_COMMAND.findall(agent.log.read_bytes())) == 3
+        with agent.connect() as client:
+            told = (line for line in client.monitor("INFO") if KEY_COMMAND.search(line.encode()))
+            assert [next(told).rpartition("Received ")[2] for _ in range(3)] == [
+                f"{what}-key query" for what in ("install", "use", "remove")
+            ]
+    with newcomer.connect() as client:
+        with pytest.raises(SerfError, match=f"join: .*{ANOTHER_KEY}"):
+            client.join([one.gossip])
+        assert list(newcomer.states()) == ["barge3"]
+        serf.stop(one.pid)
+        again = start(1)
+        assert client.join([again.gossip]) == 1, "an agent that starts again has the key of its configuration"
+    assert not KEY_COMMAND.search(again.log.read_bytes()), "and its log begins anew"
 
 
 def test_a_query_is_answered_on_the_connection_of_its_stream(start: Start) -> None:
