@@ -15,7 +15,8 @@ SEED = 53640
 
 @pytest.mark.root
 @pytest.mark.lab
-def test_the_mesh_stays_true_through_random_faults(lab: Lab) -> None:
+def test_mesh_survives_random_faults(lab: Lab) -> None:
+    """Random faults violate no promise."""
     said: list[str] = []
     outcome = run(lab, 12, SEED, said.append)
     print("\n".join(said))  # noqa: T201
@@ -24,7 +25,8 @@ def test_the_mesh_stays_true_through_random_faults(lab: Lab) -> None:
     assert outcome.checks > 12 * 60
 
 
-def test_a_seed_draws_the_same_faults_and_every_one_of_them() -> None:
+def test_seed_repeats_faults_and_covers_all() -> None:
+    """A seed draws the same faults each time, and sixty draws cover all kinds."""
     first = [draw for draw, _ in zip(draws(7), range(60), strict=False)]
     assert first == [draw for draw, _ in zip(draws(7), range(60), strict=False)]
     assert {draw.name for draw in first} == set(FAULTS)

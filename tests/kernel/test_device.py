@@ -44,7 +44,8 @@ def read(device: contract.WireGuard) -> list[Peer]:
     return [resource for resource in device.read() if isinstance(resource, Peer)]
 
 
-def test_three_hundred_peers_are_read_changed_and_removed(device: contract.WireGuard) -> None:
+def test_kernel_device_with_300_peers(device: contract.WireGuard) -> None:
+    """Three hundred peers are read, changed and removed."""
     peers = sorted((peer(number) for number in range(COUNT)), key=lambda one: one.key)
     change(device, Action.ADD, *peers)
     assert isinstance(device, kernel.Kernel)
@@ -60,7 +61,8 @@ def test_three_hundred_peers_are_read_changed_and_removed(device: contract.WireG
     assert read(device) == [wanted[one.key] for one in peers[COUNT // 2 :]]
 
 
-def test_a_peer_with_more_allowed_ips_than_a_message_holds_is_read_whole(device: contract.WireGuard) -> None:
+def test_kernel_peer_with_many_allowed_ips(device: contract.WireGuard) -> None:
+    """A peer with more allowed IPs than one message holds is read whole."""
     peers = [peer(1), peer(2, *MANY), peer(3)]  # AAE…, AAI…, AAM…: in the order of their keys
     change(device, Action.ADD, *peers)
     assert isinstance(device, kernel.Kernel)

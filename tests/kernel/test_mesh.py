@@ -77,7 +77,8 @@ def netem(lab: Lab, hosts: list[LabHost], *words: str) -> Iterator[None]:
             lab.switch.run(["tc", "qdisc", "del", "dev", host.name, "root"])
 
 
-def test_the_mesh_is_made_of_the_kernels_wireguard(hosts: list[LabHost]) -> None:
+def test_mesh_uses_kernel_wireguard(hosts: list[LabHost]) -> None:
+    """The mesh uses the kernel's WireGuard and settles."""
     eventually(lambda: at_rest(hosts), SOON, "a whole mesh")
     facts = json.loads(hosts[0].run(["meshd", "status", "--json"]).stdout)
     assert facts["wireguard_backend"] == "kernel"
@@ -88,7 +89,8 @@ def test_the_mesh_is_made_of_the_kernels_wireguard(hosts: list[LabHost]) -> None
         assert host.run(["pgrep", "wireguard-go"], check=False).returncode == 1
 
 
-def test_loss_delay_and_reordering_leave_the_mesh_whole(lab: Lab, hosts: list[LabHost]) -> None:
+def test_loss_delay_and_reordering_change_no_peer(lab: Lab, hosts: list[LabHost]) -> None:
+    """Ten percent of loss, delay and reordering change no peer and no route."""
     whole, said = held(hosts), [len(log(host)) for host in hosts]
     with netem(lab, hosts, "loss", "10%", "delay", "50ms", "20ms", "reorder", "25%", "50%"):
         heard = answers(hosts, 20)
@@ -101,7 +103,8 @@ def test_loss_delay_and_reordering_leave_the_mesh_whole(lab: Lab, hosts: list[La
         assert "remove" not in log(host)[length:]
 
 
-def test_half_of_the_packets_lost_heals_afterwards(lab: Lab, hosts: list[LabHost]) -> None:
+def test_mesh_heals_after_half_of_packets_lost(lab: Lab, hosts: list[LabHost]) -> None:
+    """While half of all packets are lost no peer goes, and afterwards the mesh heals."""
     whole = held(hosts)
     with netem(lab, hosts, "loss", "50%"):
         heard = answers(hosts, 30)
@@ -111,7 +114,8 @@ def test_half_of_the_packets_lost_heals_afterwards(lab: Lab, hosts: list[LabHost
     assert held(hosts) == whole
 
 
-def test_down_takes_the_device_away_and_up_brings_it_back(hosts: list[LabHost]) -> None:
+def test_down_and_up_on_kernel_device(hosts: list[LabHost]) -> None:
+    """`down` removes the device, and `up` brings it back."""
     first, last = hosts[0], hosts[2]
     last.run(["meshd", "down"])
     assert "wg0" not in last.run(["ip", "link"]).stdout
@@ -120,7 +124,8 @@ def test_down_takes_the_device_away_and_up_brings_it_back(hosts: list[LabHost]) 
     eventually(lambda: all(answers(hosts)), SOON, "all reach all, by the same addresses")
 
 
-def test_leave_leaves_no_trace_here_nor_there(hosts: list[LabHost], before: str) -> None:
+def test_leave_removes_every_trace(hosts: list[LabHost], before: str) -> None:
+    """After `leave` nothing is left on this host, and nothing of it on the others."""
     first, last = hosts[0], hosts[2]
     last.run(["meshd", "leave"])
     eventually(lambda: all(len(peers(host)) == 1 for host in hosts[:2]), SOON, "the others drop its peer")

@@ -55,7 +55,8 @@ def no_serf(host: LabHost) -> Iterator[None]:
         broken.unlink()
 
 
-def test_without_serf_what_is_known_is_kept_up(lab: Lab, hosts: list[LabHost]) -> None:
+def test_known_hosts_are_kept_without_serf(lab: Lab, hosts: list[LabHost]) -> None:
+    """While Serf cannot run, peers and routes of known hosts are kept and repaired."""
     one, two = hosts
     with nothing_in_clear(lab), no_serf(one):
         eventually(lambda: "serf: the Serf agent did not start" in log(one), 5, "it is said")
@@ -65,7 +66,8 @@ def test_without_serf_what_is_known_is_kept_up(lab: Lab, hosts: list[LabHost]) -
     eventually(lambda: is_well(one), 20, "all is well again")
 
 
-def test_after_a_boot_without_serf_the_others_are_reached(lab: Lab, hosts: list[LabHost]) -> None:
+def test_boot_without_serf_reaches_known_hosts(lab: Lab, hosts: list[LabHost]) -> None:
+    """After a boot without Serf the known hosts are reached."""
     one, two = hosts
     with no_serf(one):
         lab.power_off(one)
@@ -78,7 +80,8 @@ def test_after_a_boot_without_serf_the_others_are_reached(lab: Lab, hosts: list[
     eventually(lambda: is_well(one), 30, "all is well again")
 
 
-def test_state_that_is_damaged_under_a_daemon_does_not_end_it(lab: Lab, hosts: list[LabHost]) -> None:
+def test_daemon_survives_damaged_state(lab: Lab, hosts: list[LabHost]) -> None:
+    """A state file that is damaged under a daemon does not end it, and is reported once."""
     one, two = lab.hosts()[: len(hosts)]
     before, route = daemon(one), ["ip", "route", "show", f"{overlay(two)}/24"]
     for name in ("claim.json", "settings.json"):
@@ -130,9 +133,10 @@ def small(lab: Lab, hosts: list[LabHost]) -> tuple[list[LabHost], str]:
 
 
 @pytest.mark.parametrize("fault", [full, read_only], ids=["full", "read-only"])
-def test_a_disk_that_takes_nothing_stops_no_repair(
+def test_daemon_repairs_on_full_or_read_only_disk(
     small: tuple[list[LabHost], str], fault: Callable[[LabHost], AbstractContextManager[str]]
 ) -> None:
+    """With a full or read-only disk the daemon repairs drift and admits newcomers."""
     (one, two, three), invitation = small
     before = daemon(one)
     with fault(one) as reason:

@@ -78,24 +78,28 @@ def listener(host: LabHost, kind: str, address: str, port: int) -> Iterator[None
         process.communicate(timeout=10)
 
 
-def test_an_address_that_nobody_has(scene: Scene) -> None:
+def test_join_address_of_nobody(scene: Scene) -> None:
+    """The address of no host is named in the error, with the ports to check."""
     error = scene.refused(scene.guest, "join", "10.10.10.199", "--no-docker")
     assert "10.10.10.199:7946 does not answer" in error
     assert "does its firewall admit TCP and UDP port 7946?" in error
 
 
-def test_a_host_where_nothing_listens(scene: Scene) -> None:
+def test_join_host_without_meshd(scene: Scene) -> None:
+    """A host that refuses the connection is named in the error."""
     error = scene.refused(scene.guest, "join", str(scene.docker.address), "--no-docker")
     assert "10.10.10.103:7946 does not answer (connection refused)" in error
 
 
-def test_an_address_that_answers_but_is_no_mesh(scene: Scene) -> None:
+def test_join_address_of_another_program(scene: Scene) -> None:
+    """An address that answers as another program is named in the error."""
     with listener(scene.docker, "SOCK_STREAM", str(scene.docker.address), 7946):
         error = scene.refused(scene.guest, "join", str(scene.docker.address), "--no-docker")
     assert "10.10.10.103:7946 answers, but not as a member of the mesh 'meshd'" in error
 
 
-def test_an_invitation_to_another_mesh(scene: Scene) -> None:
+def test_join_with_invitation_of_another_mesh(scene: Scene) -> None:
+    """An invitation of another mesh is refused."""
     ours = invitations.decode(scene.invitation)
     other = replace(ours, gossip_key=b"k" * 32)
     error = scene.refused(
@@ -105,7 +109,8 @@ def test_an_invitation_to_another_mesh(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("spoil", [lambda t: t[:-3], lambda t: t[:20] + "A" + t[20:], lambda t: t.swapcase()])
-def test_a_damaged_invitation(scene: Scene, spoil: "type[str]") -> None:
+def test_join_with_damaged_invitation(scene: Scene, spoil: "type[str]") -> None:
+    """A damaged invitation is refused, and its secret is not repeated."""
     error = scene.refused(
         scene.guest, "join", "10.10.10.101", "--no-docker", env={"MESHD_INVITE": spoil(scene.invitation)}
     )
@@ -122,9 +127,10 @@ def test_a_damaged_invitation(scene: Scene, spoil: "type[str]") -> None:
         ("iptables", "iptables", []),
     ],
 )
-def test_a_missing_program_is_named_with_its_package(
+def test_join_without_program_names_package(
     scene: Scene, program: str, package: str, options: list[str], tmp_path: Path
 ) -> None:
+    """A missing program is named with its package."""
     for name in set(PROGRAMS) - {program}:
         found = shutil.which(name, path="/usr/sbin:/usr/bin:/sbin:/bin")
         assert found, name
@@ -139,7 +145,8 @@ def test_a_missing_program_is_named_with_its_package(
     assert scene.state(host) == []
 
 
-def test_docker_that_is_not_there(scene: Scene) -> None:
+def test_join_without_docker_engine(scene: Scene) -> None:
+    """The error for an absent Docker engine names the ways out."""
     error = scene.refused(scene.guest, "join", "10.10.10.101")
     assert "the Docker engine does not answer" in error
     assert "systemctl start docker" in error
@@ -156,7 +163,8 @@ def test_docker_that_is_not_there(scene: Scene) -> None:
         ("SOCK_STREAM", "127.0.0.1", 7373, "--rpc-port"),
     ],
 )
-def test_a_port_that_is_taken(scene: Scene, kind: str, address: str, port: int, option: str) -> None:
+def test_join_with_taken_port(scene: Scene, kind: str, address: str, port: int, option: str) -> None:
+    """A taken port is named with the option that changes it."""
     with listener(scene.guest, kind, address, port):
         error = scene.refused(scene.guest, "join", "10.10.10.101", "--no-docker")
     assert f"port {port} on {address} is not free" in error
@@ -164,7 +172,8 @@ def test_a_port_that_is_taken(scene: Scene, kind: str, address: str, port: int, 
 
 
 @pytest.mark.parametrize(("interface", "option"), [("wg0", "--interface"), ("ovl0", "--bridge")])
-def test_an_interface_name_that_is_taken(scene: Scene, interface: str, option: str) -> None:
+def test_join_with_taken_interface_name(scene: Scene, interface: str, option: str) -> None:
+    """A taken interface name is named with the option that changes it."""
     scene.docker.run(["ip", "link", "add", interface, "type", "bridge"])
     try:
         error = scene.refused(scene.docker, "join", "10.10.10.101")
@@ -174,7 +183,8 @@ def test_an_interface_name_that_is_taken(scene: Scene, interface: str, option: s
         scene.docker.run(["ip", "link", "del", interface])
 
 
-def test_a_docker_network_ovl0_with_other_settings(scene: Scene) -> None:
+def test_join_with_foreign_docker_network_of_same_name(scene: Scene) -> None:
+    """A Docker network of that name with other settings is named with the command that removes it."""
     scene.docker.run(["docker", "network", "create", "--subnet", "10.77.0.0/24", "ovl0"])
     try:
         error = scene.refused(scene.docker, "join", "10.10.10.101")
@@ -185,7 +195,8 @@ def test_a_docker_network_ovl0_with_other_settings(scene: Scene) -> None:
         scene.docker.run(["docker", "network", "rm", "ovl0"])
 
 
-def test_an_overlay_that_overlaps_a_docker_network(scene: Scene) -> None:
+def test_join_with_overlay_overlapping_docker_network(scene: Scene) -> None:
+    """An overlay that overlaps a Docker network is refused."""
     scene.docker.run(["docker", "network", "create", "--subnet", "172.20.7.0/24", "shop"])
     try:
         error = scene.refused(scene.docker, "join", "10.10.10.101")
@@ -194,7 +205,8 @@ def test_an_overlay_that_overlaps_a_docker_network(scene: Scene) -> None:
         scene.docker.run(["docker", "network", "rm", "shop"])
 
 
-def test_an_overlay_that_overlaps_a_route(scene: Scene) -> None:
+def test_join_with_overlay_overlapping_route(scene: Scene) -> None:
+    """An overlay that overlaps a route is refused."""
     scene.guest.run(["ip", "route", "add", "172.20.9.0/24", "via", "10.10.10.1"])
     try:
         error = scene.refused(scene.guest, "join", "10.10.10.101", "--no-docker")
@@ -203,19 +215,21 @@ def test_an_overlay_that_overlaps_a_route(scene: Scene) -> None:
         scene.guest.run(["ip", "route", "del", "172.20.9.0/24"])
 
 
-def test_a_name_that_is_in_the_mesh_already(scene: Scene) -> None:
+def test_join_with_taken_name(scene: Scene) -> None:
+    """A name that another host of the mesh has is refused."""
     error = scene.refused(scene.guest, "join", "10.10.10.101", "--no-docker", "--name", "barge1")
     assert "the name barge1 is already in the mesh (10.10.10.101:7946): pass --name" in error
     assert scene.members() == ["barge1"]
 
 
-def test_a_subnet_that_is_taken(scene: Scene) -> None:
+def test_join_with_taken_subnet(scene: Scene) -> None:
+    """A subnet that another host of the mesh has is refused."""
     error = scene.refused(scene.guest, "join", "10.10.10.101", "--no-docker", "--subnet", "172.20.101.0/24")
     assert "the subnet 172.20.101.0/24 is taken by barge1" in error
 
 
-def test_an_overlay_without_a_free_subnet(scene: Scene) -> None:
-    """A mesh beside the first one, with room for two."""
+def test_join_exhausted_overlay(scene: Scene) -> None:
+    """In an overlay without a free subnet, which is that of a second mesh with room for two, a join is refused."""
     apart = ["--state-dir", "/var/lib/meshd/small"]
     ports = ["--interface", "wg1", "--wireguard-port", "51821", "--gossip-port", "7956", "--rpc-port", "7383"]
     options = ["--no-docker", *ports]
@@ -235,7 +249,8 @@ def test_an_overlay_without_a_free_subnet(scene: Scene) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"), [("ro", "Read-only file system"), ("size=4k", "No space left on device")]
 )
-def test_a_state_directory_that_cannot_be_written(scene: Scene, options: str, reason: str) -> None:
+def test_join_with_unwritable_state_directory(scene: Scene, options: str, reason: str) -> None:
+    """A state directory that cannot be written is named in the error."""
     scene.guest.run(["mkdir", "-p", "/run/small"])
     scene.guest.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", "/run/small"])
     try:
@@ -247,7 +262,7 @@ def test_a_state_directory_that_cannot_be_written(scene: Scene, options: str, re
         scene.guest.run(["umount", "/run/small"])
 
 
-def test_a_join_that_is_interrupted_leaves_nothing(scene: Scene) -> None:
+def test_interrupted_join_leaves_nothing(scene: Scene) -> None:
     """At whatever moment: each try is cut a little later than the one before."""
     guest = scene.guest
     before = snapshot(guest)
@@ -275,7 +290,8 @@ def test_a_join_that_is_interrupted_leaves_nothing(scene: Scene) -> None:
     "name", ["settings.json", "underlay.json", "claim.json", "hosts.json", "contacts.json", "wireguard.key"]
 )
 @pytest.mark.parametrize("content", ["", "{", '{"hosts": 7, "record": 7, "": 7}'])
-def test_damaged_state_is_named_and_traffic_goes_on(scene: Scene, name: str, content: str) -> None:
+def test_damaged_state_is_named_and_traffic_continues(scene: Scene, name: str, content: str) -> None:
+    """A damaged state file is named by each command, and the traffic continues."""
     guest = scene.guest
     if not scene.state(guest):
         join(guest, scene.member, scene.invitation, "--no-docker")
@@ -296,7 +312,8 @@ def test_damaged_state_is_named_and_traffic_goes_on(scene: Scene, name: str, con
     eventually(lambda: guest.run(["meshd", "plan"], check=False).stdout == "no changes\n", 20, "all is well again")
 
 
-def test_joining_another_mesh_needs_to_leave_the_first(scene: Scene) -> None:
+def test_join_of_second_mesh_is_refused(scene: Scene) -> None:
+    """A host has to leave its mesh before it joins another one."""
     guest = scene.guest
     if not scene.state(guest):
         join(guest, scene.member, scene.invitation, "--no-docker")

@@ -35,7 +35,8 @@ def reached(hosts: list[LabHost]) -> bool:
     return ping(hosts[0], overlay(hosts[1])) and ping(hosts[1], overlay(hosts[0]))
 
 
-def test_such_a_host_has_none_of_the_programs_that_others_have(lab: Lab, before: list[str]) -> None:
+def test_busybox_host_lacks_usual_programs(lab: Lab, before: list[str]) -> None:
+    """The host lacks the programs that other hosts have."""
     assert before
     host = lab.hosts()[0]
     for program in ("bash", "docker", "ip6tables", "iptables", "perl", "ss", "systemctl", "wg"):
@@ -44,14 +45,16 @@ def test_such_a_host_has_none_of_the_programs_that_others_have(lab: Lab, before:
         assert host.run(["realpath", f"/usr/bin/{program}"]).stdout == "/usr/bin/busybox\n", program
 
 
-def test_init_and_join_make_a_mesh(hosts: list[LabHost]) -> None:
+def test_busybox_init_and_join(hosts: list[LabHost]) -> None:
+    """`init` and `join` make a mesh of two such hosts."""
     eventually(lambda: reached(hosts), LIMIT, "both reach each other")
     for host in hosts:
         assert host.run(["meshd", "status"]).returncode == 0
         assert host.run(["meshd", "plan"]).stdout == "no changes\n"
 
 
-def test_down_leaves_the_host_as_it_was_and_up_brings_it_back(hosts: list[LabHost], before: list[str]) -> None:
+def test_busybox_down_and_up(hosts: list[LabHost], before: list[str]) -> None:
+    """`down` leaves the host as it was, and `up` brings it back."""
     two = hosts[1]
     two.run(["meshd", "down"])
     assert snapshot(two) == before[1]
@@ -59,7 +62,8 @@ def test_down_leaves_the_host_as_it_was_and_up_brings_it_back(hosts: list[LabHos
     eventually(lambda: reached(hosts), LIMIT, "both reach each other")
 
 
-def test_up_after_a_reboot_brings_it_back(lab: Lab, hosts: list[LabHost], before: list[str]) -> None:
+def test_busybox_up_after_reboot(lab: Lab, hosts: list[LabHost], before: list[str]) -> None:
+    """`up` after a reboot brings the host back with its subnet."""
     subnet = members(hosts[1])["barge2"]["subnet"]
     lab.power_off(hosts[1])
     hosts[1] = lab.power_on("barge2", root=ROOT)
@@ -69,7 +73,8 @@ def test_up_after_a_reboot_brings_it_back(lab: Lab, hosts: list[LabHost], before
     assert members(hosts[0])["barge2"]["subnet"] == subnet
 
 
-def test_leave_leaves_nothing_here_nor_there(hosts: list[LabHost], before: list[str]) -> None:
+def test_busybox_leave_removes_every_trace(hosts: list[LabHost], before: list[str]) -> None:
+    """After `leave` nothing is left on this host, and the other one knows."""
     one, two = hosts
     two.run(["meshd", "leave"])
     eventually(lambda: members(one).get("barge2", {}).get("state", "left") == "left", LIMIT, "the other knows it")

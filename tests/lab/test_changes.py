@@ -35,7 +35,7 @@ def key(host: LabHost) -> str:
     return host.run(["wg", "show", "wg0", "public-key"]).stdout.strip()
 
 
-def test_a_restart_with_a_new_key_is_followed_by_all(lab: Lab, hosts: list[LabHost]) -> None:
+def test_new_key_after_restart_reaches_all(lab: Lab, hosts: list[LabHost]) -> None:
     """Serf raises no event at all for a restart as quick as this one: a leave and a join in one window are nothing."""
     one, two, three = hosts
     before = key(two)
@@ -54,8 +54,8 @@ def test_a_restart_with_a_new_key_is_followed_by_all(lab: Lab, hosts: list[LabHo
     eventually(lambda: settled(hosts), 40, "all agree")
 
 
-def test_two_hosts_that_learn_of_each_other_at_once_do_not_talk_past_each_other(hosts: list[LabHost]) -> None:
-    """Handshakes that cross are both lost for 5 s, which without meshd's care is one of eight."""
+def test_simultaneous_first_handshakes_do_not_collide(hosts: list[LabHost]) -> None:
+    """Two hosts that add each other at once complete a handshake without the 5 s that crossing ones lose."""
     one, two, _ = hosts
     keys = {one: key(two), two: key(one)}
     took = []
@@ -72,8 +72,8 @@ def test_two_hosts_that_learn_of_each_other_at_once_do_not_talk_past_each_other(
     eventually(lambda: all(keepalives(host) == {"25"} for host in keys), 2, "and both keep at it")
 
 
-def test_first_messages_that_are_lost_are_not_waited_for(lab: Lab, hosts: list[LabHost]) -> None:
-    """WireGuard alone repeats them after 5 s, on both sides at the same time."""
+def test_lost_first_handshake_is_started_again_early(lab: Lab, hosts: list[LabHost]) -> None:
+    """A first handshake that was lost is started again before WireGuard itself would do so, after 5 s."""
     one, two, _ = hosts
     lab.switch.run(["nft", "-f", "-"], text=LOSE)
     try:
@@ -99,7 +99,8 @@ def endpoint(host: LabHost, of: str) -> str:
     return rows[of]
 
 
-def test_an_endpoint_that_wireguard_has_learned_stays(lab: Lab, hosts: list[LabHost]) -> None:
+def test_learned_endpoint_is_kept(lab: Lab, hosts: list[LabHost]) -> None:
+    """An endpoint that WireGuard has learned is kept by every reconcile while its handshake is fresh."""
     one, two, _ = hosts
     other = key(two)
     eventually(lambda: endpoint(one, other) == f"{two.address}:51820", 5, "the endpoint is the published one")
@@ -119,8 +120,8 @@ def test_an_endpoint_that_wireguard_has_learned_stays(lab: Lab, hosts: list[LabH
     assert endpoint(one, other) == f"{two.address}:51820", "and it moves back in the same way"
 
 
-def test_a_host_at_another_underlay_address_is_followed(lab: Lab, hosts: list[LabHost]) -> None:
-    """Serf takes some 40 s to believe a known name at a new address; the record is announced besides it."""
+def test_new_underlay_address_reaches_all(lab: Lab, hosts: list[LabHost]) -> None:
+    """The others follow a host to another underlay address by its announcement; Serf itself takes some 40 s."""
     one, two, three = hosts
     eventually(lambda: settled(hosts), 40, "all agree before")
     with nothing_in_clear(lab, *hosts):

@@ -47,12 +47,13 @@ def version(host: LabHost) -> str:
     return host.run(["docker", "version", "--format", "{{.Server.Version}}"]).stdout
 
 
-def test_there_are_other_dockers_to_test() -> None:
+def test_other_docker_versions_are_available() -> None:
+    """Docker versions of other suites are unpacked."""
     assert VERSIONS, f"{FOLDER} has none: make test-docker"
 
 
-def test_upgraded_in_place_from_each_to_the_next(lab: Lab) -> None:
-    """From the installed one on; one host after the other, so that in between the mesh is of two versions."""
+def test_docker_upgrade_in_place(lab: Lab) -> None:
+    """Docker is upgraded host by host from the installed version on, so that the mesh is of two versions in between."""
     mesh = Mesh(lab, None)
     try:
         mesh.check()
@@ -71,20 +72,22 @@ def mesh(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Mesh]:
     lab.down()
 
 
-def test_the_mesh(mesh: Mesh) -> None:
+def test_mesh_on_docker_version(mesh: Mesh) -> None:
+    """A mesh on this version of Docker keeps every promise."""
     if mesh.root is not None:
         assert version(mesh.hosts[0]).startswith(VERSIONS[mesh.root.name])
     mesh.check()
 
 
 @pytest.mark.parametrize("number", ["TERM", "KILL"])
-def test_dockerd_restarted(mesh: Mesh, number: str) -> None:
+def test_dockerd_restart(mesh: Mesh, number: str) -> None:
+    """After a restart of dockerd, by SIGTERM or SIGKILL, the mesh is whole."""
     restart_docker(mesh.lab, mesh.hosts[0], number, mesh.root)
     mesh.check()
 
 
-def test_networks_pruned(mesh: Mesh) -> None:
-    """With the containers there, and on a host where none is left."""
+def test_docker_networks_pruned(mesh: Mesh) -> None:
+    """After `docker network prune`, with and without containers, the mesh is whole."""
     mesh.hosts[0].run(["docker", "network", "prune", "-f"])
     bare = mesh.hosts[2]
     bare.run(["docker", "rm", "-f", "box"])

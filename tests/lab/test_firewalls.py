@@ -87,7 +87,8 @@ EVENTS = {
 
 
 @pytest.mark.parametrize("what", EVENTS)
-def test_containers_reach_each_other_again(mesh: Mesh, what: str) -> None:
+def test_containers_reach_each_other_after_firewall_event(mesh: Mesh, what: str) -> None:
+    """After a reload or restart of a firewall, containers reach each other again in time."""
     number, command, with_docker = EVENTS[what]
     host = mesh.hosts[number]
     with nothing_in_clear(mesh.lab):
@@ -116,7 +117,8 @@ SHUT = {
 
 
 @pytest.mark.parametrize("what", SHUT)
-def test_status_names_the_port_that_is_shut_and_what_opens_it(mesh: Mesh, what: str) -> None:
+def test_status_names_blocked_port_and_remedy(mesh: Mesh, what: str) -> None:
+    """`meshd status` and `up` name a blocked port with the command that opens it."""
     number, command = SHUT[what]
     host, neighbour = mesh.hosts[number], mesh.hosts[3]
     host.run(["sh", "-ec", command])
@@ -131,7 +133,8 @@ def test_status_names_the_port_that_is_shut_and_what_opens_it(mesh: Mesh, what: 
     assert "Warning" not in host.run(["meshd", "up"]).stderr
 
 
-def test_status_names_a_port_that_a_file_of_rules_shuts(mesh: Mesh) -> None:
+def test_status_names_port_blocked_by_nftables_file(mesh: Mesh) -> None:
+    """`meshd status` names a port that a file of nft rules blocks."""
     host = mesh.hosts[3]
     host.run(["nft", "-f", "-"], text=NFTABLES.replace("7946, 51820", "7946"))
     (line,) = problems(host)
@@ -143,8 +146,8 @@ def test_status_names_a_port_that_a_file_of_rules_shuts(mesh: Mesh) -> None:
     assert problems(host) == []
 
 
-def test_status_names_the_way_that_firewalld_shuts(mesh: Mesh) -> None:
-    """Without its zone what comes from other hosts is admitted by meshd and rejected by firewalld."""
+def test_status_names_forwarding_blocked_by_firewalld(mesh: Mesh) -> None:
+    """Without its zone, firewalld rejects what comes from other hosts, and `meshd status` says so."""
     host, neighbour = mesh.hosts[0], mesh.hosts[1]
     host.run(["sh", "-ec", "firewall-cmd --permanent --zone=trusted --remove-interface=wg0; firewall-cmd --reload"])
     eventually(lambda: not seen(neighbour, overlay(host, 9)), LIMIT, "firewalld rejects it")

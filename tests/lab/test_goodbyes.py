@@ -48,7 +48,8 @@ def routes(host: LabHost) -> list[str]:
     return host.run(["ip", "route", "show", "proto", "77", "dev", "wg0"]).stdout.splitlines()
 
 
-def test_a_dead_agent_keeps_its_peer_and_routes_on_all_others(hosts: list[LabHost]) -> None:
+def test_dead_agent_keeps_peer_and_routes(hosts: list[LabHost]) -> None:
+    """The peer and routes of a host whose agents have died stay on all others."""
     one, two, three = hosts
     # The daemon first, which would start it again.
     three.run(["sh", "-ec", f"kill -KILL $(cat {STATE}/agent.pid); kill -KILL $(pgrep -f '^[^ ]*serf agent')"])
@@ -59,7 +60,8 @@ def test_a_dead_agent_keeps_its_peer_and_routes_on_all_others(hosts: list[LabHos
     assert len(peers(one)) == len(peers(two)) == 2
 
 
-def test_a_host_that_was_down_hears_of_a_goodbye_when_it_is_back(lab: Lab, hosts: list[LabHost]) -> None:
+def test_leave_reaches_host_that_was_down(lab: Lab, hosts: list[LabHost]) -> None:
+    """A host that was down learns of a leave when it is back."""
     one, two, three = hosts
     lab.power_off(two)
     three.run(["meshd", "leave"])
@@ -72,7 +74,8 @@ def test_a_host_that_was_down_hears_of_a_goodbye_when_it_is_back(lab: Lab, hosts
     assert "barge3" in two.run(["cat", f"{STATE}/hosts.json"]).stdout
 
 
-def test_both_sides_of_a_partition_hear_each_others_goodbyes(lab: Lab, hosts: list[LabHost]) -> None:
+def test_leave_reaches_other_side_of_partition(lab: Lab, hosts: list[LabHost]) -> None:
+    """Hosts that leave on both sides of a partition are removed everywhere after it heals."""
     one, two, three = hosts
     four = lab.power_on("barge4")
     join(four, one, invitation(one), "--no-docker")
@@ -87,7 +90,8 @@ def test_both_sides_of_a_partition_hear_each_others_goodbyes(lab: Lab, hosts: li
     assert ping(one, overlay(three))
 
 
-def test_forget_removes_a_dead_host_for_good_and_frees_its_subnet(lab: Lab, hosts: list[LabHost]) -> None:
+def test_forget_removes_dead_host_and_frees_subnet(lab: Lab, hosts: list[LabHost]) -> None:
+    """`forget` removes a dead host everywhere and frees its subnet; should it come back, it is refused."""
     one, two, three = hosts
     refused = one.run(["meshd", "forget", "barge3"], check=False)
     assert refused.returncode == 1
@@ -117,7 +121,8 @@ def test_forget_removes_a_dead_host_for_good_and_frees_its_subnet(lab: Lab, host
     eventually(lambda: settled([one, two, three, four]), 15, "it has joined anew")
 
 
-def test_an_empty_member_list_deletes_nothing(lab: Lab, hosts: list[LabHost]) -> None:
+def test_empty_member_list_removes_nothing(lab: Lab, hosts: list[LabHost]) -> None:
+    """A host that lists nobody but itself removes no peer and no route."""
     one, two, _ = hosts
     before = peers(one), routes(one)
     lab.cut(["barge1"], ["barge2", "barge3"])
@@ -134,9 +139,8 @@ def test_an_empty_member_list_deletes_nothing(lab: Lab, hosts: list[LabHost]) ->
     eventually(lambda: settled(hosts), 30, "and the mesh is whole again")
 
 
-def test_who_left_and_came_again_unheard_is_taken_in_when_the_authority_has_confirmed_it(
-    lab: Lab, hosts: list[LabHost]
-) -> None:
+def test_unheard_rejoin_is_admitted_after_confirmation(lab: Lab, hosts: list[LabHost]) -> None:
+    """A host that leaves and joins again unheard is admitted when the authority has confirmed it."""
     one, two, three = hosts
     lab.cut(["barge1", "barge3"], ["barge2"])
     try:
@@ -148,7 +152,8 @@ def test_who_left_and_came_again_unheard_is_taken_in_when_the_authority_has_conf
     assert ping(two, overlay(three))
 
 
-def test_who_lost_its_disk_is_told_that_it_needs_an_invitation_for_its_name(lab: Lab, hosts: list[LabHost]) -> None:
+def test_rejoin_after_disk_loss_needs_named_invitation(lab: Lab, hosts: list[LabHost]) -> None:
+    """A host that lost its disk is refused by a reusable invitation and admitted by one for its name."""
     one, two, three = hosts
     lab.power_off(three)
     three = lab.power_on("barge3")
@@ -162,7 +167,8 @@ def test_who_lost_its_disk_is_told_that_it_needs_an_invitation_for_its_name(lab:
     eventually(lambda: settled([one, two, three]), 15, "it is a host again")
 
 
-def test_an_invited_host_can_have_the_name_of_one_that_left(hosts: list[LabHost]) -> None:
+def test_name_of_left_host_can_be_used_again(hosts: list[LabHost]) -> None:
+    """An invited host can take the name of one that has left."""
     one, _, three = hosts
     three.run(["meshd", "leave"])
     join(three, one, invitation(one), "--no-docker")

@@ -61,7 +61,8 @@ def alone(lab: Lab) -> Iterator[Alone]:
             agent.wait()
 
 
-def test_three_hosts_assemble_by_their_handlers_alone(alone: Alone) -> None:
+def test_handlers_assemble_mesh(alone: Alone) -> None:
+    """Three hosts assemble by their handlers, without a daemon."""
     eventually(alone.full_reach, 30, "every host reaches every other's overlay address")
     names = {host.name: "alive" for host in alone.hosts}
     for host in alone.hosts:
@@ -72,7 +73,8 @@ def test_three_hosts_assemble_by_their_handlers_alone(alone: Alone) -> None:
     assert json.loads(alone.hosts[0].run(["meshd", "plan", "--json"]).stdout)["changes"] == []
 
 
-def test_a_changed_key_is_taken_over_by_the_others(alone: Alone) -> None:
+def test_handlers_follow_changed_key(alone: Alone) -> None:
+    """The others follow a host with a new key."""
     changed, other = alone.hosts[1], alone.hosts[0]
     changed.run(["rm", "/var/lib/meshd/wireguard.key"])
     changed.run(["meshd", "sync"])
@@ -80,7 +82,8 @@ def test_a_changed_key_is_taken_over_by_the_others(alone: Alone) -> None:
     assert len(other.run(["wg", "show", "wg0", "peers"]).stdout.split()) == 2
 
 
-def test_a_dead_agent_keeps_its_peer(alone: Alone) -> None:
+def test_handlers_keep_peer_of_dead_agent(alone: Alone) -> None:
+    """The peer of a host whose agent has died stays."""
     third = alone.hosts[2]
     third.run(["pkill", "-KILL", "-x", "serf"])
     alone.agents[2].wait()
@@ -90,13 +93,15 @@ def test_a_dead_agent_keeps_its_peer(alone: Alone) -> None:
     eventually(lambda: alone.state(alone.hosts[0])["barge3"] == "alive", 30, "it is back, by the printed line")
 
 
-def test_a_revocation_is_confirmed_by_all(alone: Alone) -> None:
+def test_handlers_confirm_revocation(alone: Alone) -> None:
+    """All other hosts confirm a revocation."""
     first = alone.hosts[0]
     first.run(["meshd", "invite", "ghost"])
     assert "2 of 2 other hosts that are alive have confirmed it" in first.run(["meshd", "revoke", "ghost"]).stdout
 
 
-def test_down_stays_down_whatever_serf_tells(alone: Alone) -> None:
+def test_handlers_do_nothing_while_down(alone: Alone) -> None:
+    """After `down` the handlers change nothing until `up`."""
     second = alone.hosts[1]
     second.run(["meshd", "down"])
     assert snapshot(second) == alone.before[1]
@@ -108,7 +113,8 @@ def test_down_stays_down_whatever_serf_tells(alone: Alone) -> None:
     eventually(alone.full_reach, 15, "it is back")
 
 
-def test_one_that_leaves_is_gone_and_leaves_no_trace(alone: Alone) -> None:
+def test_handlers_remove_left_host(alone: Alone) -> None:
+    """The others remove a host that leaves, and nothing is left on it."""
     leaving, others = alone.hosts[2], alone.hosts[:2]
     leaving.run(["meshd", "leave"])
     alone.agents[2].wait(timeout=10)
@@ -120,7 +126,8 @@ def test_one_that_leaves_is_gone_and_leaves_no_trace(alone: Alone) -> None:
     assert ping(others[0], "172.20.102.0")
 
 
-def test_a_plain_serf_leave_is_a_goodbye_too(alone: Alone) -> None:
+def test_handlers_take_serf_leave_as_leave(alone: Alone) -> None:
+    """Without daemons Serf's own leave removes the host."""
     leaving, other = alone.hosts[1], alone.hosts[0]
     leaving.run(["serf", "leave"])
     eventually(lambda: peers(other) == [], 8, "its peer is gone")

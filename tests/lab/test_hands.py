@@ -45,7 +45,8 @@ def plain(lab: Lab, hosts: list[LabHost]) -> LabHost:
 
 
 @pytest.mark.parametrize("what", HANDS)
-def test_what_somebody_undoes_is_put_right(lab: Lab, hosts: list[LabHost], what: str) -> None:
+def test_drift_is_repaired(lab: Lab, hosts: list[LabHost], what: str) -> None:
+    """What someone else undoes on a host is repaired in time and logged."""
     one, two = hosts
     _put_right(lab, one, two, what)
     assert rtt(one, "box", overlay(two, 1)), "a container reaches the other side"
@@ -53,9 +54,8 @@ def test_what_somebody_undoes_is_put_right(lab: Lab, hosts: list[LabHost], what:
 
 
 @pytest.mark.parametrize("what", [what for what, hand in HANDS.items() if not hand.docker and hand.limit != FOUND])
-def test_what_somebody_undoes_without_docker_is_put_right(
-    lab: Lab, hosts: list[LabHost], plain: LabHost, what: str
-) -> None:
+def test_drift_is_repaired_without_docker(lab: Lab, hosts: list[LabHost], plain: LabHost, what: str) -> None:
+    """What someone else undoes on a host without Docker is repaired in time and logged."""
     _put_right(lab, plain, hosts[1], what)
 
 
@@ -92,7 +92,7 @@ def _logged_at(line: str) -> float:
 
 
 @pytest.mark.parametrize("number", ["TERM", "KILL"])
-def test_dockerd_restarted(lab: Lab, hosts: list[LabHost], number: str) -> None:
+def test_dockerd_restart_keeps_network(lab: Lab, hosts: list[LabHost], number: str) -> None:
     """What needs no engine goes on without it, and what somebody undoes meanwhile is put right with it or without."""
     one, two = hosts
     _settle(hosts)
@@ -118,7 +118,8 @@ def _network(host: LabHost) -> str:
     return host.run(["docker", "network", "inspect", "ovl0", "-f", "{{.Id}}"]).stdout
 
 
-def test_a_masquerade_that_somebody_puts_first_changes_no_source(lab: Lab, hosts: list[LabHost]) -> None:
+def test_foreign_masquerade_changes_no_source(lab: Lab, hosts: list[LabHost]) -> None:
+    """A masquerade rule of someone else changes no source address in the overlay."""
     one, two = hosts
     _settle(hosts)
     one.run(["iptables", "-w", "-t", "nat", "-I", "POSTROUTING", "-j", "MASQUERADE"])
@@ -133,7 +134,8 @@ def test_a_masquerade_that_somebody_puts_first_changes_no_source(lab: Lab, hosts
         one.run(["iptables", "-w", "-t", "nat", "-D", "POSTROUTING", "-j", "MASQUERADE"])
 
 
-def test_the_docker_network_removed(lab: Lab, hosts: list[LabHost]) -> None:
+def test_removed_docker_network_is_made_again(lab: Lab, hosts: list[LabHost]) -> None:
+    """A removed Docker network is made again at once."""
     one, two = hosts
     _settle(hosts)
     before = len(log(one))
@@ -151,7 +153,8 @@ def test_the_docker_network_removed(lab: Lab, hosts: list[LabHost]) -> None:
         assert rtt(two, "box", overlay(one, 1))
 
 
-def test_containers_that_come_and_go_change_nothing(lab: Lab, hosts: list[LabHost]) -> None:
+def test_containers_come_and_go_without_changes(lab: Lab, hosts: list[LabHost]) -> None:
+    """Containers that come and go change no peer and no route."""
     one, two = hosts
     _settle(hosts)
     before = len(log(one))
@@ -164,7 +167,7 @@ def test_containers_that_come_and_go_change_nothing(lab: Lab, hosts: list[LabHos
     assert len(peers(one)) == 2
 
 
-def test_who_has_given_the_bridge_its_address_may_go(hosts: list[LabHost]) -> None:
+def test_bridge_mac_address_survives_container_removal(hosts: list[LabHost]) -> None:
     """A bridge left to itself has the lowest MAC address of its ports, and all containers lose it with that port."""
     one, two = hosts
     _settle(hosts)

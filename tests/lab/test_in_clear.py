@@ -12,7 +12,8 @@ from tests.lab.conftest import capture, init, join, nothing_in_clear, overlay, p
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
 
-def test_nothing_of_the_mesh_is_readable_from_the_first_packet_on(lab: Lab) -> None:
+def test_no_mesh_data_is_readable_on_underlay(lab: Lab) -> None:
+    """No name, address or key of the mesh is readable on the underlay from the first packet on."""
     lab.up(2, docker=False)
     one, two = lab.hosts()
     with capture(lab) as heard:
@@ -34,7 +35,8 @@ def test_nothing_of_the_mesh_is_readable_from_the_first_packet_on(lab: Lab) -> N
     assert packets.count(one.address.packed + two.address.packed) > 20, "the capture did hear the two"
 
 
-def test_nothing_for_the_overlay_leaves_before_there_is_a_peer(lab: Lab) -> None:
+def test_no_overlay_packet_leaves_before_first_peer(lab: Lab) -> None:
+    """Packets for the overlay do not leave in clear before there is a peer."""
     lab.down()
     lab.up(2, docker=False)
     one, two = lab.hosts()
@@ -48,14 +50,16 @@ def test_nothing_for_the_overlay_leaves_before_there_is_a_peer(lab: Lab) -> None
         assert rtt(one, "box", overlay(two))
 
 
-def test_what_leaves_before_there_is_a_mesh_would_have_been_heard(lab: Lab) -> None:
+def test_capture_detects_overlay_packet_in_clear(lab: Lab) -> None:
+    """The capture does detect overlay traffic in clear."""
     lab.down()
     lab.up(2, docker=False)
     with pytest.raises(AssertionError, match="overlay traffic in clear"), nothing_in_clear(lab, *lab.hosts()):
         time.sleep(0.5)
 
 
-def test_what_is_said_in_clear_would_have_been_heard(lab: Lab) -> None:
+def test_capture_detects_text_in_clear(lab: Lab) -> None:
+    """The capture does detect text in clear."""
     lab.up(2, docker=False)
     one, two = lab.hosts()
     with capture(lab) as heard:

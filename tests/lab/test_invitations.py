@@ -49,7 +49,8 @@ def state(host: LabHost) -> State:
     return State(host.directory / "meshd")
 
 
-def test_an_invitation_for_one_host_gives_it_its_name_and_its_subnet(hosts: list[LabHost]) -> None:
+def test_named_invitation_fixes_name_and_subnet(hosts: list[LabHost]) -> None:
+    """A named invitation fixes the name and the subnet of its host, and admits only one."""
     one, two, three = hosts
     offer = invite(one, "db1", "--subnet", "172.20.77.0/24")
     assert "the invitation is for the host 'db1', not for 'web1'" in refused(two, offer, "--name", "web1")
@@ -63,7 +64,8 @@ def test_an_invitation_for_one_host_gives_it_its_name_and_its_subnet(hosts: list
     assert peers(one) == [state(two).claim().record.public_key]  # type: ignore[union-attr]
 
 
-def test_an_invitation_that_is_not_good_any_more_says_why(hosts: list[LabHost]) -> None:
+def test_expired_invitation_error_names_reason(hosts: list[LabHost]) -> None:
+    """An expired invitation is refused with its end, and a reusable one with its prefix."""
     one, two, _ = hosts
     old = invitations.encode(authority.invite(state(one), "barge2", Terms(expires=int(time.time()) - 60)))
     assert re.search(
@@ -74,7 +76,8 @@ def test_an_invitation_that_is_not_good_any_more_says_why(hosts: list[LabHost]) 
     assert "web-1 " in join(two, one, many, "--no-docker", "--name", "web-1")
 
 
-def test_a_revoked_invitation_admits_nobody(hosts: list[LabHost]) -> None:
+def test_revoked_invitation_admits_nobody(hosts: list[LabHost]) -> None:
+    """A revoked invitation, named or reusable, admits nobody."""
     one, two, three = hosts
     offer, many = invite(one, "ghost"), one.run(["meshd", "invite", "--reusable"]).stdout
     one.run(["meshd", "revoke", "ghost"])
@@ -89,7 +92,8 @@ def test_a_revoked_invitation_admits_nobody(hosts: list[LabHost]) -> None:
     assert "nothing to revoke for 'nobody'; known: barge1, ghost" in unknown.stderr
 
 
-def test_a_certificate_is_renewed_without_losing_a_packet(hosts: list[LabHost]) -> None:
+def test_certificate_renewal_loses_no_packet(hosts: list[LabHost]) -> None:
+    """A certificate is renewed by a second join without the loss of a packet."""
     one, two, _ = hosts
     join(two, one, invite(one, "barge2", "--ttl", "90d"), "--no-docker")
     before = state(two).certificate
@@ -106,7 +110,8 @@ def test_a_certificate_is_renewed_without_losing_a_packet(hosts: list[LabHost]) 
     assert after.expires > before.expires
 
 
-def test_who_comes_by_a_reusable_invitation_is_confirmed_and_stays(hosts: list[LabHost]) -> None:
+def test_reusable_invitation_host_is_confirmed(hosts: list[LabHost]) -> None:
+    """The authority confirms a host that joined by a reusable invitation."""
     one, two, _ = hosts
     join(two, one, invitation(one), "--no-docker")
     eventually(lambda: state(two).certificate.delegation is None, 20, "the authority has confirmed it")
@@ -114,7 +119,8 @@ def test_who_comes_by_a_reusable_invitation_is_confirmed_and_stays(hosts: list[L
     eventually(lambda: state(one).roster().hosts["barge2"].certificate == state(two).certificate, 5, "and it is used")
 
 
-def test_the_authority_is_handed_on_and_survives_its_first_host(hosts: list[LabHost]) -> None:
+def test_authority_export_and_import(hosts: list[LabHost]) -> None:
+    """The authority is handed on and outlives its first host."""
     one, two, three = hosts
     join(two, one, invite(one, "barge2"), "--no-docker")
     for command in (["invite", "barge3"], ["revoke", "barge1"], ["forget", "barge1"], ["authority", "export"]):

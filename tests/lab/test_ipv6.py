@@ -35,7 +35,8 @@ def endpoints(host: LabHost) -> set[str]:
     return {line.split()[1] for line in host.run(["wg", "show", "wg0", "endpoints"]).stdout.splitlines()}
 
 
-def test_a_mesh_without_ipv4_on_the_underlay(lab: Lab, hosts: list[LabHost]) -> None:
+def test_mesh_on_ipv6_only_underlay(lab: Lab, hosts: list[LabHost]) -> None:
+    """A mesh works on an underlay without IPv4."""
     one, two, three = hosts
     assert "10.10.10." not in one.run(["ip", "-4", "addr"]).stdout
     assert endpoints(one) == {"[fd00:10:10::66]:51820", "[fd00:10:10::67]:51820"}
@@ -48,7 +49,7 @@ def test_a_mesh_without_ipv4_on_the_underlay(lab: Lab, hosts: list[LabHost]) -> 
     assert settled(hosts)
 
 
-def test_large_packets_fit(hosts: list[LabHost]) -> None:
+def test_large_packets_on_ipv6_underlay(hosts: list[LabHost]) -> None:
     """The overlay's MTU leaves room for an IPv6 header, which is 20 bytes longer."""
     one, two, _ = hosts
     assert "mtu 1420" in one.run(["ip", "link", "show", "wg0"]).stdout
@@ -57,7 +58,8 @@ def test_large_packets_fit(hosts: list[LabHost]) -> None:
         assert "3 packets received" in done.stdout
 
 
-def test_a_power_cut_of_one_heals(lab: Lab, hosts: list[LabHost]) -> None:
+def test_power_cut_on_ipv6_underlay_heals(lab: Lab, hosts: list[LabHost]) -> None:
+    """A host is back after a power cut."""
     one, _, three = hosts
     lab.power_off(three)
     back = lab.power_on(three.name, underlay="ipv6")
@@ -65,7 +67,8 @@ def test_a_power_cut_of_one_heals(lab: Lab, hosts: list[LabHost]) -> None:
     eventually(lambda: ping(one, overlay(back)) and ping(back, overlay(one)), 15, "they reach each other")
 
 
-def test_leaving_over_ipv6(lab: Lab, hosts: list[LabHost]) -> None:
+def test_leave_on_ipv6_underlay(lab: Lab, hosts: list[LabHost]) -> None:
+    """The others remove a host that leaves."""
     one, two, _ = hosts
     lab.host("barge3").run(["meshd", "leave"])
     eventually(lambda: len(peers(one)) == len(peers(two)) == 1, 5, "the others drop it")
@@ -82,7 +85,7 @@ def dual(lab: Lab) -> Iterator[list[LabHost]]:
 
 
 @pytest.mark.parametrize("version", [4, 6])
-def test_hosts_with_both_take_the_version_of_the_first(lab: Lab, dual: list[LabHost], version: int) -> None:
+def test_dual_stack_hosts_use_version_of_first(lab: Lab, dual: list[LabHost], version: int) -> None:
     """IPv4 where nothing is said; who joins takes the address that leads to the member it was given."""
     places = [next(a for a in host.addresses if a.version == version) for host in dual]
     chosen = [] if version == 4 else ["--bind", str(places[0])]

@@ -10,7 +10,8 @@ pytestmark = [pytest.mark.root, pytest.mark.lab]
 STATE = "/var/lib/meshd"
 
 
-def test_join_waits_for_the_others_and_says_who_is_missing(lab: Lab) -> None:
+def test_join_waits_for_hosts_and_names_missing(lab: Lab) -> None:
+    """`join` waits for the others, shows the progress and names those that are not ready."""
     lab.up(2, docker=False)
     one, two = lab.hosts()
     invitation = {"MESHD_INVITE": init(one, "--no-docker")}
@@ -34,7 +35,8 @@ def test_join_waits_for_the_others_and_says_who_is_missing(lab: Lab) -> None:
     assert (progress[0], progress[-1]) == ("1/2 hosts ready", "2/2 hosts ready")
 
 
-def test_members_can_be_asked_by_root_alone(lab: Lab) -> None:
+def test_commands_require_root(lab: Lab) -> None:
+    """Only root can ask for members and status, and the error has no traceback."""
     lab.up(2, docker=False)
     one, _ = lab.hosts()
     for command in ("members", "status", "plan", "invite"):

@@ -53,7 +53,8 @@ def small(lab: Lab) -> Iterator[Lab]:
     lab.down()
 
 
-def test_up_twice_is_up_once_and_down_leaves_nothing(small: Lab) -> None:
+def test_lab_up_is_idempotent_and_down_leaves_nothing(small: Lab) -> None:
+    """`lab up` twice is harmless, and `lab down` leaves nothing."""
     first = command(small, "up", "--hosts", "2", "--no-docker")
     assert [line.split()[:2] for line in first.stdout.splitlines()] == [
         ["barge1", "10.10.10.101"],
@@ -68,7 +69,8 @@ def test_up_twice_is_up_once_and_down_leaves_nothing(small: Lab) -> None:
     assert command(small, "down").returncode == 0, "down when nothing is up is harmless"
 
 
-def test_exec_gives_the_commands_own_output_and_exit_code(small: Lab) -> None:
+def test_lab_exec_passes_output_and_exit_code(small: Lab) -> None:
+    """`lab exec` passes on the output and the exit code of the command."""
     command(small, "up", "--hosts", "1", "--no-docker")
     done = command(small, "exec", "barge1", "--", "sh", "-c", "hostname; echo to-stderr >&2; exit 7")
     assert (done.stdout, done.stderr, done.returncode) == ("barge1\n", "to-stderr\n", 7)
@@ -77,7 +79,8 @@ def test_exec_gives_the_commands_own_output_and_exit_code(small: Lab) -> None:
     assert "no lab host 'barge9' is running; running: barge1" in missing.stderr
 
 
-def test_a_host_sees_only_itself(small: Lab) -> None:
+def test_lab_host_sees_only_itself(small: Lab) -> None:
+    """A lab host has its own files, links and state directory."""
     small.up(2, docker=False)
     host = small.host("barge2")
     assert host.run(["ls", "-A", "/var/lib/meshd"]).stdout == ""
@@ -88,7 +91,7 @@ def test_a_host_sees_only_itself(small: Lab) -> None:
     assert [line.split(": ")[1].partition("@")[0] for line in links.splitlines()] == ["lo", "eth0"]
 
 
-def test_down_after_a_crash_leaves_nothing(small: Lab) -> None:
+def test_lab_down_after_crash_leaves_nothing(small: Lab) -> None:
     """A lab with an engine and a container whose processes are killed without a word."""
     small.up(1, docker=True)
     host = small.hosts()[0]
@@ -101,7 +104,8 @@ def test_down_after_a_crash_leaves_nothing(small: Lab) -> None:
     eventually(lambda: traces(small) == [], 10, f"nothing is left: {traces(small)}")
 
 
-def test_down_after_up_was_killed_half_way(small: Lab) -> None:
+def test_lab_down_after_killed_up_leaves_nothing(small: Lab) -> None:
+    """`lab down` leaves nothing after a `lab up` that was killed half-way."""
     process = subprocess.Popen(
         [MESHD, "lab", "--dir", str(small.directory), "up", "--hosts", "5", "--no-docker"], stdout=subprocess.DEVNULL
     )
@@ -113,7 +117,8 @@ def test_down_after_up_was_killed_half_way(small: Lab) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "error"), [(["up", "--hosts", "0"], "1 to 150 hosts"), (["up", "-n", "x"], "x")])
-def test_bad_numbers_are_refused(lab: Lab, arguments: list[str], error: str) -> None:
+def test_lab_up_refuses_bad_number_of_hosts(lab: Lab, arguments: list[str], error: str) -> None:
+    """A bad number of hosts is refused."""
     result = CliRunner().invoke(main, ["lab", "--dir", str(lab.directory), *arguments])
     assert result.exit_code == 2
     assert error in result.output

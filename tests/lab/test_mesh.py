@@ -48,14 +48,16 @@ def mesh(lab: Lab) -> Mesh:
     return mesh
 
 
-def test_join_prints_the_members(mesh: Mesh) -> None:
+def test_join_prints_members(mesh: Mesh) -> None:
+    """`join` prints the members."""
     lines = mesh.joined[1].splitlines()
     assert [line.split()[:4] for line in lines] == [
         [h.name, f"{overlay(h, 0)}/24", f"{h.address}:51820", "alive"] for h in mesh.hosts
     ]
 
 
-def test_members_is_one_sorted_line_a_host_and_agrees_everywhere(mesh: Mesh) -> None:
+def test_members_agrees_on_all_hosts(mesh: Mesh) -> None:
+    """`meshd members` prints one sorted line per host, the same on all hosts."""
     for host in mesh.hosts:
         rows = mesh.members(host)
         assert [(r["name"], r["state"], r["reason"]) for r in rows] == [(h.name, "alive", "") for h in mesh.hosts]
@@ -64,14 +66,16 @@ def test_members_is_one_sorted_line_a_host_and_agrees_everywhere(mesh: Mesh) -> 
         assert re.search(rf"^{host.name} .* this-host$", text, re.MULTILINE)
 
 
-def test_the_record_is_readable_in_serf_members(mesh: Mesh) -> None:
+def test_record_is_readable_in_serf_members(mesh: Mesh) -> None:
+    """Subnet and key of each host are readable in `serf members`."""
     text = serf(mesh.hosts[0], "members")
     for host in mesh.hosts:
         assert re.search(rf"^{host.name} .*subnet={re.escape(overlay(host, 0))}/24", text, re.MULTILINE)
     assert len(re.findall(r"\bwg=[A-Za-z0-9+/]{43}=", text)) == 3
 
 
-def test_a_settled_mesh_has_nothing_to_change(mesh: Mesh) -> None:
+def test_settled_mesh_has_no_changes(mesh: Mesh) -> None:
+    """`plan` and `sync` report no changes in a settled mesh."""
     for host in mesh.hosts:
         assert host.run(["meshd", "plan"]).stdout == "no changes\n"
         assert host.run(["meshd", "sync"]).stdout == "no changes\n"
@@ -82,7 +86,8 @@ def test_a_settled_mesh_has_nothing_to_change(mesh: Mesh) -> None:
         }
 
 
-def test_status_says_what_runs(mesh: Mesh) -> None:
+def test_status_shows_what_runs(mesh: Mesh) -> None:
+    """`meshd status` shows what runs on the host."""
     facts = json.loads(mesh.hosts[1].run(["meshd", "status", "--json"]).stdout)
     assert (facts["wireguard_interface"], facts["wireguard_port"]) == ("wg0", 51820)
     assert facts["wireguard_backend"] in {"userspace", "kernel"}
@@ -94,21 +99,24 @@ def test_status_says_what_runs(mesh: Mesh) -> None:
     assert facts["refused"] == {}
 
 
-def test_a_container_sees_one_flat_network(mesh: Mesh) -> None:
+def test_container_sees_flat_network(mesh: Mesh) -> None:
+    """A container has one route to the whole overlay."""
     for host in mesh.hosts:
         routes = host.run(["docker", "exec", "serf0", "ip", "route"]).stdout
         assert f"default via {overlay(host, 0)} dev eth0" in routes
         assert re.search(rf"172\.20\.0\.0/16 dev eth0 scope link +src {re.escape(overlay(host, 1))}", routes)
 
 
-def test_every_container_reaches_every_other_and_the_hosts(mesh: Mesh) -> None:
+def test_containers_reach_each_other_and_hosts(mesh: Mesh) -> None:
+    """Each container reaches all other containers and all hosts."""
     for source in mesh.hosts:
         for target in mesh.hosts:
             for last in (0, 1, 2):
                 assert rtt(source, "serf0", overlay(target, last)), f"{source.name} -> {overlay(target, last)}"
 
 
-def test_sources_are_preserved_between_containers(mesh: Mesh) -> None:
+def test_source_is_preserved_between_containers(mesh: Mesh) -> None:
+    """A server sees the address of the client's container."""
     server, client = mesh.hosts[0], mesh.hosts[2]
     run_container(server, "web", "meshd/serf", "sh", "-c", SERVER)
     url = f"http://{overlay(server, 3)}/cgi-bin/peer"
@@ -120,7 +128,8 @@ def test_sources_are_preserved_between_containers(mesh: Mesh) -> None:
     server.run(["docker", "rm", "-f", "web"])
 
 
-def test_the_rest_of_the_world_sees_the_hosts_address(mesh: Mesh) -> None:
+def test_world_sees_address_of_host(mesh: Mesh) -> None:
+    """The rest of the world sees the address of the container's host."""
     host, world = mesh.hosts[1], mesh.lab.switch
     server = world.popen(["sh", "-c", "exec busybox nc -ll -p 8000 -e sh -c 'echo hello'"])
     capture = world.popen(
@@ -138,7 +147,8 @@ def test_the_rest_of_the_world_sees_the_hosts_address(mesh: Mesh) -> None:
             process.communicate()
 
 
-def test_published_ports_work_and_others_are_closed_to_the_underlay(mesh: Mesh) -> None:
+def test_published_port_is_open_and_others_are_closed(mesh: Mesh) -> None:
+    """A published port answers on the underlay, and others are closed."""
     host, other = mesh.hosts[0], mesh.hosts[1]
     run_container(host, "published", "-p", "8080:80", "meshd/serf", "sh", "-c", SERVER)
     container = overlay(host, 3)
@@ -157,7 +167,7 @@ def test_published_ports_work_and_others_are_closed_to_the_underlay(mesh: Mesh) 
         host.run(["docker", "rm", "-f", "published"])
 
 
-def test_the_first_packet_between_containers_is_not_late(mesh: Mesh) -> None:
+def test_first_packet_between_containers_is_not_late(mesh: Mesh) -> None:
     """Over a tunnel that is up, a first ping between containers that never spoke is not slower than the next."""
     source, target = mesh.hosts[1], mesh.hosts[2]
     assert rtt(source, "serf0", overlay(target, 1))
@@ -177,7 +187,8 @@ def test_the_first_packet_between_containers_is_not_late(mesh: Mesh) -> None:
 
 
 @pytest.mark.parametrize("via", [0, 1, 2])
-def test_a_fourth_host_joins_through_any_and_leaves_without_a_trace(mesh: Mesh, via: int) -> None:
+def test_fourth_host_joins_through_any_and_leaves(mesh: Mesh, via: int) -> None:
+    """A fourth host joins through any member, and its leave leaves no trace anywhere."""
     fourth = mesh.lab.power_on("barge4")
     try:
         before, others = snapshot(fourth), [snapshot(host) for host in mesh.hosts]
@@ -200,7 +211,8 @@ def test_a_fourth_host_joins_through_any_and_leaves_without_a_trace(mesh: Mesh, 
         mesh.lab.power_off(fourth)
 
 
-def test_the_network_outlives_dockerd(mesh: Mesh) -> None:
+def test_network_outlives_dockerd(mesh: Mesh) -> None:
+    """The network and the host's reachability outlive a restart of dockerd."""
     host, other = mesh.hosts[2], mesh.hosts[0]
     pid = host.run(["cat", "/run/docker.pid"]).stdout.strip()
     host.run(["kill", pid])
@@ -214,7 +226,8 @@ def test_the_network_outlives_dockerd(mesh: Mesh) -> None:
     assert host.run(["meshd", "plan"]).stdout == "no changes\n"
 
 
-def test_a_restart_of_daemon_and_serf_loses_no_packet(mesh: Mesh) -> None:
+def test_restart_of_daemon_and_serf_loses_no_packet(mesh: Mesh) -> None:
+    """The death of daemon and Serf loses no packet between containers."""
     source, target = mesh.hosts[0], mesh.hosts[1]
     ping = source.popen(["docker", "exec", "serf0", "ping", "-c", "400", "-i", "0.02", overlay(target, 1)], stdout=-1)
     agent = f"$(cat {STATE}/agent.pid)"
@@ -233,7 +246,8 @@ def test_a_restart_of_daemon_and_serf_loses_no_packet(mesh: Mesh) -> None:
     )
 
 
-def test_a_handler_is_a_hint_to_the_daemon(mesh: Mesh) -> None:
+def test_handler_makes_daemon_reconcile(mesh: Mesh) -> None:
+    """Serf's handler makes the daemon reconcile at once."""
     host = mesh.hosts[0]
     command = re.search(r'"member-join[^"=]*=([^"]+)"', host.run(["cat", f"{STATE}/serf.json"]).stdout)
     assert command, "Serf is told of the handler"
@@ -251,7 +265,8 @@ def test_a_handler_is_a_hint_to_the_daemon(mesh: Mesh) -> None:
     assert re.search(rf"add peer {re.escape(peer)}.*seen by .*serf handler: member-join", host.run(["cat", LOG]).stdout)
 
 
-def test_down_leaves_the_host_as_it_was_found_and_up_brings_it_back(mesh: Mesh) -> None:
+def test_down_restores_host_and_up_brings_it_back(mesh: Mesh) -> None:
+    """`down` refuses while containers run, then leaves the host as it was; `up` brings it back."""
     host, other = mesh.hosts[2], mesh.hosts[0]
     done = host.run(["meshd", "down"], check=False)
     assert done.returncode == 1
@@ -272,14 +287,16 @@ def test_down_leaves_the_host_as_it_was_found_and_up_brings_it_back(mesh: Mesh) 
     assert ip_address(overlay(host, 0)) in {ip_address(r["subnet"].split("/")[0]) for r in mesh.members(other)}
 
 
-def test_joining_again_is_harmless(mesh: Mesh) -> None:
+def test_join_again_is_harmless(mesh: Mesh) -> None:
+    """Joining again changes nothing."""
     before = snapshot(mesh.hosts[1])
     output = join(mesh.hosts[1], mesh.hosts[0], mesh.invitation)
     assert len(output.splitlines()) >= 3
     assert snapshot(mesh.hosts[1]) == before
 
 
-def test_every_host_leaves_and_is_as_it_was_before(mesh: Mesh) -> None:
+def test_leave_restores_every_host(mesh: Mesh) -> None:
+    """After `leave` each host is as it was before the mesh."""
     for host in reversed(mesh.hosts):
         done = host.run(["meshd", "leave", "--force"])
         assert "has left the mesh" in done.stdout

@@ -52,7 +52,8 @@ def assert_large_packets_pass(hosts: list[LabHost]) -> None:
 
 
 @pytest.mark.parametrize("mtu", [1280, 1400, 1500, 9000])
-def test_the_overlay_follows_the_underlay(lab: Lab, mtu: int) -> None:
+def test_overlay_mtu_follows_underlay(lab: Lab, mtu: int) -> None:
+    """The MTU of the overlay follows that of the underlay, and large packets pass."""
     hosts = assembled(lab, mtu)
     with nothing_in_clear(lab):
         assert [mtus(host) for host in hosts] == [[str(mtu - OVERHEAD)] * 3] * 2
@@ -80,13 +81,14 @@ def narrow(lab: Lab, hosts: list[LabHost], mtu: int) -> Iterator[None]:
             host.run(["ip", "route", "del", str(other.address)])
 
 
-def test_a_path_that_is_narrower_than_the_hosts_believe(lab: Lab) -> None:
+def test_large_packets_pass_narrow_path(lab: Lab) -> None:
+    """Large packets pass a path that is narrower than the hosts know."""
     hosts = lab.hosts() or assembled(lab, 9000)
     with nothing_in_clear(lab), narrow(lab, hosts, 1400):
         assert_large_packets_pass(hosts)
 
 
-def test_an_underlay_that_gets_narrower_while_containers_run(lab: Lab) -> None:
+def test_underlay_mtu_decrease_while_containers_run(lab: Lab) -> None:
     """Docker cannot change a network under its containers: they keep their MTU until they are started anew."""
     hosts = lab.hosts() or assembled(lab, 9000)
     for host in hosts:

@@ -49,7 +49,7 @@ def lost(host: LabHost, *names: str) -> bool:
 PARTITIONS = {"1|2": ([1], [2, 3]), "2|3": ([1, 2], [3, 4, 5]), "a pair": ([1], [2])}
 
 
-def test_partitions_heal_by_themselves(lab: Lab) -> None:
+def test_partitions_heal(lab: Lab) -> None:
     """Six labs side by side, or this would take six minutes."""
     cases = [(name, seconds) for name in PARTITIONS for seconds in (30, 90)]
     labs = [Lab(lab.directory.parent / f"partition{number}") for number in range(len(cases))]
@@ -88,7 +88,8 @@ def _apart(lab: Lab, hosts: Sequence[LabHost], name: str, seconds: float) -> flo
     return took
 
 
-def test_a_host_that_reboots_while_it_is_cut_off_finds_the_mesh_after_the_healing(lab: Lab) -> None:
+def test_host_rebooted_in_partition_finds_mesh(lab: Lab) -> None:
+    """A host that reboots while it is cut off finds the mesh after the partition."""
     # Serf itself would look for the others in vain until long after.
     configure_serf(lab, 3, reconnect_interval="1h")
     one, two, three = assemble(lab, docker=0, plain=3)
@@ -107,7 +108,7 @@ def test_a_host_that_reboots_while_it_is_cut_off_finds_the_mesh_after_the_healin
         eventually(lambda: settled([one, two, three, four]), 30, "and all agree")
 
 
-def test_a_partition_longer_than_serf_remembers_heals(lab: Lab) -> None:
+def test_partition_longer_than_serf_remembers_heals(lab: Lab) -> None:
     """Serf forgets failed members after its reconnect time-out, here 5 s; then it does not look for them any more."""
     configure_serf(lab, 3, reconnect_timeout="5s", tombstone_timeout="5s")
     one, two, three = assemble(lab, docker=0, plain=3)
@@ -135,7 +136,8 @@ def _forgot(host: LabHost, *names: str) -> bool:
     return not serf_lists(host) & set(names)
 
 
-def test_joining_through_a_member_that_cannot_reach_the_others_just_then(lab: Lab) -> None:
+def test_join_through_isolated_member(lab: Lab) -> None:
+    """A host that joins through an isolated member reaches all others after the partition."""
     one, two, three = assemble(lab, docker=0, plain=3)
     with nothing_in_clear(lab):
         lab.cut(["barge1"], ["barge2", "barge3"])
@@ -150,7 +152,7 @@ def test_joining_through_a_member_that_cannot_reach_the_others_just_then(lab: La
 
 
 @pytest.mark.parametrize("which", ["one", "the founder", "all"])
-def test_after_a_power_cut_the_mesh_is_back_by_itself(lab: Lab, which: str) -> None:
+def test_mesh_is_back_after_power_cut(lab: Lab, which: str) -> None:
     """`meshd up` stands in for the service manager, which runs `meshd agent` at boot (tests/lab/test_boot.py)."""
     hosts = assemble(lab, docker=1, plain=2)
     off = {"one": hosts[1:2], "the founder": hosts[:1], "all": hosts}[which]
@@ -166,7 +168,8 @@ def test_after_a_power_cut_the_mesh_is_back_by_itself(lab: Lab, which: str) -> N
 
 
 @pytest.mark.parametrize("docker_first", [False, True], ids=["meshd first", "dockerd first"])
-def test_either_order_at_boot_ends_well(lab: Lab, docker_first: bool) -> None:
+def test_boot_order_of_meshd_and_docker(lab: Lab, docker_first: bool) -> None:
+    """Either order of meshd and Docker at boot ends well."""
     hosts = assemble(lab, docker=1, plain=1)
     before = hosts[0].run(["docker", "network", "inspect", "ovl0", "-f", "{{.Id}}"]).stdout
     # A container that sends from its first moment on.

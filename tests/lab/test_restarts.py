@@ -30,13 +30,15 @@ def before(hosts: list[LabHost]) -> list[int]:
     "fault", [kill_daemon, kill_serf, kill_both, leave_serf, sync_in_a_loop, upgrade], ids=lambda f: f.__name__
 )
 @pytest.mark.usefixtures("before")
-def test_a_restart_loses_no_packet(lab: Lab, hosts: list[LabHost], fault: Callable[[LabHost], None]) -> None:
+def test_restart_loses_no_packet(lab: Lab, hosts: list[LabHost], fault: Callable[[LabHost], None]) -> None:
+    """A restart of daemon, Serf or both, a sync or an upgrade loses no packet between containers."""
     with nothing_in_clear(lab), traffic(*hosts):
         fault(hosts[1])
         eventually(lambda: settled(hosts), 40, "both see each other alive, and nothing is to be changed")
 
 
-def test_what_was_restarted_is_logged(hosts: list[LabHost], before: list[int]) -> None:
+def test_restart_is_logged_and_removes_nothing(hosts: list[LabHost], before: list[int]) -> None:
+    """A restart of Serf is logged, and no peer or route was removed at any time."""
     one, two = (log(host)[length:] for host, length in zip(hosts, before, strict=True))
     assert "serf started" in two
     assert "withheld" not in one + two

@@ -45,7 +45,8 @@ def reach(hosts: Mapping[str, LabHost]) -> bool:
     return bool(addresses) and all(ping(host, address) for host in hosts.values() for address in addresses)
 
 
-def test_five_that_start_at_once_and_prefer_the_same_subnet_get_five(lab: Lab) -> None:
+def test_five_hosts_preferring_one_subnet_get_five(lab: Lab) -> None:
+    """Five hosts that prefer the same subnet and start at once get five."""
     lab.up(5, docker=False)
     hosts = dict(zip(islice(names_that_prefer_the_same(), 5), lab.hosts(), strict=True))
     (first, host), *others = hosts.items()
@@ -62,7 +63,8 @@ def test_five_that_start_at_once_and_prefer_the_same_subnet_get_five(lab: Lab) -
 
 
 @pytest.mark.parametrize("used", [False, True], ids=["nobody attached", "a container attached"])
-def test_two_that_claimed_one_subnet_apart_are_told_apart_when_they_meet(lab: Lab, used: bool) -> None:
+def test_same_subnet_claimed_in_partition_is_resolved(lab: Lab, used: bool) -> None:
+    """One of two hosts that claimed the same subnet in a partition moves, and the other loses no packet."""
     lab.up(4, docker=False)
     one, two, three, four = lab.hosts()
     same = list(islice(names_that_prefer_the_same(), 2))
@@ -110,7 +112,8 @@ def test_two_that_claimed_one_subnet_apart_are_told_apart_when_they_meet(lab: La
         assert rtt(four, "box", containers[0])
 
 
-def test_two_that_know_each_other_and_move_to_one_subnet_at_once_are_both_told(lab: Lab) -> None:
+def test_known_hosts_moving_to_one_subnet_are_both_told(lab: Lab) -> None:
+    """Two known hosts that move to one subnet in a partition are both told."""
     lab.up(2, docker=False)
     one, two = lab.hosts()
     join(two, one, init(one, "--no-docker"), "--no-docker")

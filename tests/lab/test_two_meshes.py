@@ -81,7 +81,8 @@ def settled(host: LabHost, second: Second) -> bool:
     return plans == ["no changes\n"] * 2
 
 
-def test_both_reach_their_own_and_nothing_of_each_other(hosts: list[LabHost], second: Second) -> None:
+def test_two_meshes_are_separate(hosts: list[LabHost], second: Second) -> None:
+    """The containers of each mesh reach their own mesh and not the other one."""
     one, two = hosts
     assert rtt(one, "box", overlay(two, 1))
     eventually(lambda: rtt(one, "boxb", second.address(two)), 5, "the second mesh is there")
@@ -92,7 +93,7 @@ def test_both_reach_their_own_and_nothing_of_each_other(hosts: list[LabHost], se
         eventually(lambda host=host: settled(host, second), 5, "neither has anything to change")  # type: ignore[misc]
 
 
-def test_a_container_of_neither_is_on_neither(hosts: list[LabHost], second: Second) -> None:
+def test_container_on_no_mesh_reaches_neither(hosts: list[LabHost], second: Second) -> None:
     """Docker's own networks are masqueraded as the host, which is on both."""
     one, two = hosts
     server = ["-p", "8080:80", "meshd/serf", "sh", "-c", SERVER]
@@ -105,7 +106,8 @@ def test_a_container_of_neither_is_on_neither(hosts: list[LabHost], second: Seco
     one.run(["docker", "rm", "-f", "other"])
 
 
-def test_daemon_and_serf_of_one_are_killed(lab: Lab, hosts: list[LabHost], second: Second) -> None:
+def test_kill_of_second_mesh_disturbs_no_first(lab: Lab, hosts: list[LabHost], second: Second) -> None:
+    """The death of the second mesh's daemon and Serf does not disturb the first mesh."""
     two = hosts[1]
     state = str(two.directory / "b")
     with undisturbed(lab, hosts):
@@ -118,13 +120,15 @@ def test_daemon_and_serf_of_one_are_killed(lab: Lab, hosts: list[LabHost], secon
         )
 
 
-def test_the_device_of_one_is_deleted(lab: Lab, hosts: list[LabHost], second: Second) -> None:
+def test_deleted_device_of_second_mesh_disturbs_no_first(lab: Lab, hosts: list[LabHost], second: Second) -> None:
+    """The loss of the second mesh's device does not disturb the first mesh."""
     with undisturbed(lab, hosts):
         hosts[1].run(["ip", "link", "del", "wg1"])
         eventually(lambda: rtt(hosts[0], "boxb", second.address(hosts[1])), 10, "the second mesh has it again")
 
 
-def test_one_goes_down_and_up(lab: Lab, hosts: list[LabHost], second: Second) -> None:
+def test_down_of_second_mesh_disturbs_no_first(lab: Lab, hosts: list[LabHost], second: Second) -> None:
+    """`down` and `up` of the second mesh do not disturb the first mesh."""
     two = hosts[1]
     with undisturbed(lab, hosts):
         two.run(["docker", "rm", "-f", "boxb"])
@@ -134,7 +138,8 @@ def test_one_goes_down_and_up(lab: Lab, hosts: list[LabHost], second: Second) ->
         eventually(lambda: ping(hosts[0], second.address(two).removesuffix("1") + "0"), 10, "the second mesh is back")
 
 
-def test_a_third_one_with_the_names_of_the_first_is_refused(hosts: list[LabHost]) -> None:
+def test_third_mesh_with_taken_names_is_refused(hosts: list[LabHost]) -> None:
+    """A third mesh with names or ports of the first is refused."""
     host = hosts[0]
     before = first_mesh(host)
     third = ["meshd", "--state-dir", str(host.directory / "c"), "init", "--mesh", "c"]
@@ -166,7 +171,8 @@ def test_a_third_one_with_the_names_of_the_first_is_refused(hosts: list[LabHost]
     assert first_mesh(host) == before
 
 
-def test_one_is_left_for_good(lab: Lab, hosts: list[LabHost], second: Second) -> None:
+def test_leave_of_second_mesh_disturbs_no_first(lab: Lab, hosts: list[LabHost], second: Second) -> None:
+    """`leave` of the second mesh removes all of it and does not disturb the first mesh."""
     with undisturbed(lab, hosts):
         for host in reversed(hosts):
             host.run(["docker", "rm", "-f", "boxb"], check=False)

@@ -85,7 +85,8 @@ def aliases(host: LabHost, name: str) -> list[str]:
     return sorted(facts["NetworkSettings"]["Networks"]["ovl0"]["Aliases"])
 
 
-def test_a_disk_that_fills_up_leaves_no_half_host_behind(hosts: list[LabHost]) -> None:
+def test_full_disk_at_join_is_rolled_back(hosts: list[LabHost]) -> None:
+    """A disk that fills up during a join leaves no half of a host behind."""
     host, before = hosts[1], snapshot(hosts[1])
     host.run(["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "tmpfs", STATE])
     try:
@@ -99,7 +100,8 @@ def test_a_disk_that_fills_up_leaves_no_half_host_behind(hosts: list[LabHost]) -
         host.run(["umount", "-l", STATE])
 
 
-def test_who_cannot_say_goodbye_stays_or_is_told_how_the_others_get_rid_of_it(mesh: list[LabHost]) -> None:
+def test_leave_with_taken_port_is_refused_or_forced(mesh: list[LabHost]) -> None:
+    """A leave that cannot be announced is refused; with `--force` it names `meshd forget`."""
     one, two = mesh
     two.run(["meshd", "down"])
     with listener(two, "SOCK_STREAM", str(two.address), 7946):
@@ -128,7 +130,8 @@ def test_who_cannot_say_goodbye_stays_or_is_told_how_the_others_get_rid_of_it(me
     join(two, one, invitation(one), "--no-docker")
 
 
-def test_a_full_disk_keeps_nobody_from_leaving_by_force(mesh: list[LabHost]) -> None:
+def test_leave_on_full_disk_is_refused_or_forced(mesh: list[LabHost]) -> None:
+    """A full disk makes `leave` fail, and `leave --force` succeed."""
     two = mesh[1]
     two.run(["meshd", "down"])
     small = f"mv {STATE}/* /run/kept; mount -t tmpfs -o size=1m,mode=700 tmpfs {STATE}; mv /run/kept/* {STATE}"
@@ -150,8 +153,8 @@ def test_a_full_disk_keeps_nobody_from_leaving_by_force(mesh: list[LabHost]) -> 
         two.run(["umount", STATE])
 
 
-def test_a_goodbye_waits_for_the_pass_that_is_under_way(mesh: list[LabHost]) -> None:
-    """A pass publishes the claim that it has read, and would take back a goodbye that was said meanwhile."""
+def test_leave_waits_for_running_reconcile(mesh: list[LabHost]) -> None:
+    """A leave waits for the reconcile that runs, which would otherwise publish the old claim again."""
     two = mesh[1]
     # Nobody else is to wait for the lock.
     two.run(["sh", "-c", f"kill -KILL $(cat {STATE}/agent.pid)"])
@@ -164,7 +167,8 @@ def test_a_goodbye_waits_for_the_pass_that_is_under_way(mesh: list[LabHost]) -> 
         assert holder.stdout.read() == claim
 
 
-def test_down_takes_away_later_what_a_docker_that_hung_has_kept(mesh: list[LabHost]) -> None:
+def test_down_again_finishes_after_docker_hung(mesh: list[LabHost]) -> None:
+    """`down`, run again, removes what a hanging Docker has kept."""
     one, _ = mesh
     one.run(["pkill", "-STOP", "dockerd"])
     try:
@@ -181,7 +185,8 @@ def test_down_takes_away_later_what_a_docker_that_hung_has_kept(mesh: list[LabHo
     assert "is not up on this host" in again.stderr
 
 
-def test_renumber_moves_every_container_that_it_can_with_its_aliases_and_names_the_others(mesh: list[LabHost]) -> None:
+def test_renumber_moves_containers_and_names_failed_ones(mesh: list[LabHost]) -> None:
+    """`renumber --force` moves containers with their aliases and names those that it could not."""
     one, _ = mesh
     for number in range(3):
         container(one, f"web{number}", SLEEP, "--network-alias", f"service{number}", "--network-alias", "all")
@@ -210,7 +215,8 @@ def test_renumber_moves_every_container_that_it_can_with_its_aliases_and_names_t
         assert f"s{number}" in aliases(one, f"stuck{number}")
 
 
-def test_a_renumber_that_is_ended_leaves_no_container_off(mesh: list[LabHost]) -> None:
+def test_interrupted_renumber_leaves_no_container_off(mesh: list[LabHost]) -> None:
+    """A `renumber --force` that is interrupted leaves no container off the overlay."""
     one, _ = mesh
     for number in range(2):
         container(one, f"web{number}", SLEEP)

@@ -111,7 +111,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_is_said_to_be_shut_is_what_packets_meet(name: str, netns_pair: tuple[Namespace, Namespace]) -> None:
+def test_reported_blocks_match_packets(name: str, netns_pair: tuple[Namespace, Namespace]) -> None:
+    """What meshd reports as blocked is what real packets do not pass."""
     case, (client, host) = CASES[name], netns_pair
     with host.entered():
         load(case.rules)
@@ -139,21 +140,24 @@ BOTH = {"the way from wg0 to ovl0", "the way from ovl0 to wg0"}
         ),
     ],
 )
-def test_the_way_between_wireguard_and_the_bridge(
+def test_reported_blocks_between_wireguard_and_docker(
     rules: str, docker: bool, expected: set[str], netns: Namespace
 ) -> None:
+    """A blocked way between WireGuard and the Docker network is reported for each direction."""
     assert netns
     load(rules)
     assert told(replace(SETTINGS, docker=docker)) == expected
 
 
-def test_while_no_link_has_the_address_a_rule_for_any_link_may_admit(netns: Namespace) -> None:
+def test_rule_for_any_link_may_admit_without_link(netns: Namespace) -> None:
+    """While no link has the address, a rule for any link may admit."""
     assert netns
     load("table inet t {\nchain input {\n" + SHUT + 'iifname "eth0" tcp dport 7946 accept\n}\n}\n')
     assert told(SETTINGS, link=None) == {UDP, WIREGUARD}
 
 
-def test_over_ipv6_the_rules_for_ipv6_count(netns: Namespace) -> None:
+def test_reported_blocks_over_ipv6(netns: Namespace) -> None:
+    """Over an IPv6 underlay the rules for IPv6 count."""
     assert netns
     load("table ip6 t {\nchain input {\n" + SHUT + "udp dport 51820 accept\n}\n}\n")
     assert told(SETTINGS, version=6) == {TCP, UDP}

@@ -16,9 +16,10 @@ from tests.netns.conftest import Namespace
 pytestmark = [pytest.mark.root]
 
 
-def test_without_wireguard_serf_and_underlay_the_guards_are_laid_and_go(
+def test_guards_are_laid_without_wireguard_and_serf(
     netns: Namespace, state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Without WireGuard, Serf and an underlay, the table and the unreachable route are still laid and removed."""
     found = shutil.which("nft")
     assert found
     (tmp_path / "bin").mkdir()

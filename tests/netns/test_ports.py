@@ -25,9 +25,10 @@ def container(link: str, within: Namespace, address: str) -> None:
     ip("-n", within.name, "addr", "add", address, "dev", f"{link}-eth")
 
 
-def test_only_a_container_of_this_overlay_that_is_on_no_bridge_is_loose(
+def test_loose_ports_are_containers_without_bridge(
     netns_pair: tuple[Namespace, Namespace],
 ) -> None:
+    """Only a container of this overlay that is on no bridge counts as loose."""
     here, there = netns_pair
     adapter = Ports(OVERLAY)
     with here.entered():
@@ -50,12 +51,14 @@ def test_only_a_container_of_this_overlay_that_is_on_no_bridge_is_loose(
         assert sorted(adapter.read(), key=lambda port: port.key) == [Port("loose", None), Port("plugged", None)]
 
 
-def test_a_container_that_has_just_ended_is_no_error(netns_pair: tuple[Namespace, Namespace]) -> None:
+def test_attach_of_ended_container_is_harmless(netns_pair: tuple[Namespace, Namespace]) -> None:
+    """The port of a container that has just ended raises no error."""
     with netns_pair[0].entered():
         ip("link", "add", "ovl0", "type", "bridge")
         Ports(OVERLAY).apply(Change(Action.SET, Port("gone", "ovl0")))
 
 
-def test_without_a_bridge_the_error_says_so(netns_pair: tuple[Namespace, Namespace]) -> None:
+def test_attach_without_bridge_raises_error(netns_pair: tuple[Namespace, Namespace]) -> None:
+    """The error says that there is no bridge."""
     with netns_pair[0].entered(), pytest.raises(ApplyError, match="setting port loose of ovl0: there is no bridge"):
         Ports(OVERLAY).apply(Change(Action.SET, Port("loose", "ovl0")))

@@ -41,7 +41,8 @@ def change(routes: Routes, action: Action, *wanted: Route) -> None:
         routes.apply(Change(action, route))
 
 
-def test_what_is_added_is_read_back_and_seen_from_outside(routes: Routes) -> None:
+def test_routes_round_trip(routes: Routes) -> None:
+    """Routes are read back, and `ip` shows them."""
     assert routes.read() == []
     change(routes, Action.ADD, PEER, GUARD)
     assert routes.read() == [GUARD, PEER]
@@ -53,7 +54,8 @@ def test_what_is_added_is_read_back_and_seen_from_outside(routes: Routes) -> Non
     assert shown["172.20.0.0/16"]["metric"] == 4_000_000_000
 
 
-def test_more_routes_than_one_message_holds_are_read_whole(routes: Routes) -> None:
+def test_routes_of_several_messages_are_read(routes: Routes) -> None:
+    """A dump of several netlink messages is read whole."""
     wanted = [Route(IPv4Network((f"172.20.{n // 4}.{n % 4 * 64}", 26)), "wg0", OWN) for n in range(1000)]
     lines = [f"route add {r.prefix} dev wg0 scope link src {OWN} proto {PROTOCOL}\n" for r in wanted]
     foreign = "route add 172.21.0.0/24 dev wg0\n"
@@ -61,7 +63,8 @@ def test_more_routes_than_one_message_holds_are_read_whole(routes: Routes) -> No
     assert routes.read() == wanted
 
 
-def test_everything_twice_is_harmless(routes: Routes) -> None:
+def test_routes_apply_is_idempotent(routes: Routes) -> None:
+    """Adding or removing everything twice is harmless."""
     for _ in range(2):
         change(routes, Action.ADD, PEER, GUARD)
     assert routes.read() == [GUARD, PEER]
@@ -70,13 +73,15 @@ def test_everything_twice_is_harmless(routes: Routes) -> None:
     assert routes.read() == []
 
 
-def test_set_replaces(routes: Routes) -> None:
+def test_routes_set_replaces_route(routes: Routes) -> None:
+    """A changed route replaces the old one."""
     change(routes, Action.ADD, Route(PEER.prefix, "wg0"))
     routes.apply(Change(Action.SET, PEER, Route(PEER.prefix, "wg0")))
     assert routes.read() == [PEER]
 
 
-def test_two_meshes_do_not_see_each_other(routes: Routes) -> None:
+def test_routes_of_two_meshes_are_separate(routes: Routes) -> None:
+    """Two meshes on one host do not see each other's routes."""
     other = Routes("other", IPv4Network("172.21.0.0/16"))
     theirs = Route(IPv4Network("172.21.7.0/24"), "other")
     change(routes, Action.ADD, PEER, GUARD)
@@ -85,7 +90,8 @@ def test_two_meshes_do_not_see_each_other(routes: Routes) -> None:
     assert other.read() == [Route(IPv4Network("172.21.0.0/16"), None, metric=9), theirs]
 
 
-def test_what_others_made_is_neither_read_nor_replaced_nor_removed(routes: Routes) -> None:
+def test_foreign_routes_are_kept(routes: Routes) -> None:
+    """A route of someone else is neither read nor replaced nor removed."""
     ip("route", "add", "172.20.7.0/24", "dev", "other")
     assert routes.read() == []
     with pytest.raises(ConflictError, match=r"adding route 172\.20\.7\.0/24 via wg0 .*other"):
@@ -94,24 +100,28 @@ def test_what_others_made_is_neither_read_nor_replaced_nor_removed(routes: Route
     assert ip("route", "show", "172.20.7.0/24")[0]["dev"] == "other"
 
 
-def test_a_missing_link_is_an_error_to_add_and_none_to_remove(routes: Routes) -> None:
+def test_route_via_missing_link(routes: Routes) -> None:
+    """A missing link raises an error when a route is added, and none when it is removed."""
     missing = Route(PEER.prefix, "wg9")
     with pytest.raises(ApplyError, match=r"adding route 172\.20\.7\.0/24 via wg9: there is no link wg9"):
         change(routes, Action.ADD, missing)
     change(routes, Action.REMOVE, missing)
 
 
-def test_a_source_that_the_host_lacks_is_refused_by_the_kernel(routes: Routes) -> None:
+def test_route_with_foreign_source_is_refused(routes: Routes) -> None:
+    """A source address that the host lacks is refused by the kernel."""
     with pytest.raises(ApplyError, match=r"adding route 172\.20\.7\.0/24 via wg0 from 192\.0\.2\.1: Invalid argument"):
         change(routes, Action.ADD, Route(PEER.prefix, "wg0", IPv4Address("192.0.2.1")))
 
 
-def test_routes_of_other_tables_are_not_ours(routes: Routes) -> None:
+def test_routes_of_other_tables_are_ignored(routes: Routes) -> None:
+    """Routes of other tables are not meshd's."""
     ip("route", "add", "172.20.8.0/24", "dev", "wg0", "proto", str(PROTOCOL), "table", "100")
     assert routes.read() == []
 
 
-def test_a_thousand_routes_are_read_back_quickly(routes: Routes, tmp_path: Path) -> None:
+def test_thousand_routes_are_read_in_time(routes: Routes, tmp_path: Path) -> None:
+    """A thousand routes are read back within seconds."""
     wanted = [Route(IPv4Network(f"172.20.{n // 4}.{n % 4 * 64}/26"), "wg0", OWN) for n in range(1000)]
     batch = tmp_path / "batch"
     batch.write_text("".join(f"route add {r.prefix} dev wg0 src {OWN} proto {PROTOCOL} scope link\n" for r in wanted))
@@ -121,7 +131,8 @@ def test_a_thousand_routes_are_read_back_quickly(routes: Routes, tmp_path: Path)
     assert time.monotonic() - started < 5  # 0.03 s, but 1 s in an emulated machine
 
 
-def test_overlapping_finds_what_others_have(routes: Routes) -> None:
+def test_overlapping_finds_foreign_routes(routes: Routes) -> None:
+    """Routes of others that overlap the overlay are found."""
     change(routes, Action.ADD, PEER, GUARD)
     assert overlapping(OVERLAY, ["wg0"]) == []
     ip("route", "add", "172.16.0.0/12", "dev", "other")

@@ -13,27 +13,32 @@ from tests.conftest import OVERLAY
 UNDERLAY = ip_address("10.10.10.101")
 
 
-def test_the_last_octet_of_the_underlay_is_preferred() -> None:
+def test_choose_prefers_last_underlay_octet() -> None:
+    """A host gets the subnet with the last octet of its underlay address if that one is free."""
     assert choose(OVERLAY, 24, (), UNDERLAY, "barge1") == IPv4Network("172.20.101.0/24")
 
 
-def test_the_last_octet_counts_in_other_overlays_too() -> None:
+def test_choose_uses_last_octet_in_any_overlay() -> None:
+    """The last octet picks the subnet in overlays of other lengths as well."""
     assert choose(IPv4Network("10.0.0.0/8"), 20, (), UNDERLAY, "x") == IPv4Network("10.6.80.0/20")
 
 
-def test_a_persisted_subnet_comes_first() -> None:
+def test_choose_keeps_persisted_subnet() -> None:
+    """A subnet that the host had before is chosen first."""
     kept = IPv4Network("172.20.7.0/24")
     assert choose(OVERLAY, 24, (), UNDERLAY, "barge1", persisted=kept) == kept
 
 
-def test_a_taken_octet_falls_back_to_the_identity_and_differs_between_hosts() -> None:
+def test_choose_falls_back_to_name_if_octet_taken() -> None:
+    """If the preferred subnet is taken, the name decides, so two hosts choose differently."""
     taken = {IPv4Network("172.20.101.0/24")}
     first, second = (choose(OVERLAY, 24, taken, UNDERLAY, name) for name in ("barge1", "barge2"))
     assert first != second
     assert not {first, second} & taken
 
 
-def test_probing_goes_upwards_and_around() -> None:
+def test_choose_probes_upwards_and_wraps() -> None:
+    """The search goes upwards, wraps at the end, and finds each free subnet before it reports exhaustion."""
     overlay = IPv4Network("10.0.0.0/24")
     taken: set[IPv4Network] = set()
     for _ in range(capacity(overlay, 28)):
@@ -47,13 +52,15 @@ def test_probing_goes_upwards_and_around() -> None:
 
 
 @pytest.mark.parametrize("octet", [0, 255])
-def test_edges_are_never_chosen(octet: int) -> None:
+def test_choose_avoids_overlay_edges(octet: int) -> None:
+    """The first and the last subnet of the overlay are never chosen."""
     subnet = choose(OVERLAY, 24, (), ip_address(f"10.0.0.{octet}"), "x")
     assert is_usable(subnet, OVERLAY)
 
 
 @given(st.ip_addresses(), st.text(), st.integers(18, 30))
-def test_every_choice_is_usable(underlay: object, identity: str, length: int) -> None:
+def test_choose_returns_usable_subnet(underlay: object, identity: str, length: int) -> None:
+    """Every choice lies in the overlay, has the requested length and is usable."""
     subnet = choose(OVERLAY, length, (), underlay, identity)  # type: ignore[arg-type]
     assert subnet.subnet_of(OVERLAY)
     assert subnet.prefixlen == length
@@ -63,6 +70,7 @@ def test_every_choice_is_usable(underlay: object, identity: str, length: int) ->
 @pytest.mark.parametrize(
     ("overlay", "length"), [("172.20.0.0/16", 17), ("172.20.0.0/16", 31), ("127.0.0.0/8", 24), ("224.0.0.0/8", 24)]
 )
-def test_an_overlay_that_cannot_work_is_refused(overlay: str, length: int) -> None:
+def test_check_overlay_refuses_unusable_overlay(overlay: str, length: int) -> None:
+    """An overlay is refused if it is reserved or cannot be cut into subnets of the given length."""
     with pytest.raises(InputError, match="overlay"):
         check_overlay(IPv4Network(overlay), length)

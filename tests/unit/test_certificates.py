@@ -17,7 +17,8 @@ from meshd.mesh.records import encode, pack_certificate, pack_delegation, to_wir
 from tests.conftest import AUTHORITY, MESH, certificate, delegated, delegation, public_key, record, seed
 
 
-def test_the_vectors_of_the_documented_format(golden: Callable[[str, str], None]) -> None:
+def test_documented_vectors(golden: Callable[[str, str], None]) -> None:
+    """The format is the one of the documented test vectors."""
     web = delegation("web-", subnets=(IPv4Network("172.20.101.0/24"),))
     plain, by_delegation = record(1, seq=7), record(2, by=delegated("barge2", delegation()))
     leaving = record(1, seq=8, leaving=True)
@@ -59,7 +60,8 @@ OTHER: dict[str, object] = {
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(Record)])
-def test_every_field_of_a_record_is_signed_or_is_the_signature(field: str) -> None:
+def test_signature_covers_every_record_field(field: str) -> None:
+    """A change to any field of a record invalidates it."""
     changed = replace(record(1), **{field: OTHER[field]})  # type: ignore[arg-type]
     if field == "certificate":
         # Another certificate of the same identity stands behind the same record: that is how one is renewed.
@@ -69,7 +71,8 @@ def test_every_field_of_a_record_is_signed_or_is_the_signature(field: str) -> No
         MESH.trust.check("barge1", changed)
 
 
-def test_a_signature_of_one_kind_is_none_of_another() -> None:
+def test_signature_is_bound_to_kind_and_mesh() -> None:
+    """A signature counts for one kind of statement and one mesh only."""
     word = certificates.revoke(AUTHORITY, "meshd", 7, "barge1")
     assert MESH.trust.is_revocation(word)
     assert not MESH.trust.is_forget("barge1", 7, public_key("barge1"), word.signature)
@@ -77,11 +80,13 @@ def test_a_signature_of_one_kind_is_none_of_another() -> None:
 
 
 @given(st.text(max_size=20), st.text(max_size=20), st.text(max_size=20), st.text(max_size=20))
-def test_no_two_lists_of_fields_have_the_same_bytes(a: str, b: str, c: str, d: str) -> None:
+def test_signed_body_is_unambiguous(a: str, b: str, c: str, d: str) -> None:
+    """Two different lists of fields never have the same signed bytes."""
     one, two = (certificates._body("kind", "mesh", *(t.encode() for t in texts)) for texts in ((a, b), (c, d)))
     assert (one == two) is ((a, b) == (c, d))
 
 
 @given(st.binary(max_size=80), st.binary(max_size=80))
-def test_noise_is_no_signature_and_no_key(key: bytes, signature: bytes) -> None:
+def test_noise_is_no_signature(key: bytes, signature: bytes) -> None:
+    """Random bytes are neither a key nor a signature, and raise no error."""
     assert not certificates._holds(key, b"body", signature)

@@ -36,30 +36,35 @@ NETWORK = Network(
 )
 
 
-def test_what_docker_inspects_is_read_as_a_network() -> None:
+def test_network_from_inspect_output() -> None:
+    """The output of `docker network inspect` is read as a network."""
     assert _network(INSPECTED) == NETWORK
 
 
 @pytest.mark.parametrize("ipam", [None, {}, {"Config": None}, {"Config": [{"Subnet": "10.0.0.0/8"}]}], ids=str)
-def test_a_network_that_somebody_made_otherwise_differs_and_does_not_crash(ipam: Any) -> None:
+def test_foreign_network_differs_without_crash(ipam: Any) -> None:
+    """A network that someone else made with other settings differs from the desired one and raises no error."""
     found = _network({**INSPECTED, "IPAM": ipam, "Options": None})
     assert found != NETWORK
     assert "subnet" in _differences(found, NETWORK)
 
 
-def test_differences_name_both_sides() -> None:
+def test_differences_name_both_values() -> None:
+    """A difference is shown with the value found and the value wanted."""
     other = _network({**INSPECTED, "Options": {**INSPECTED["Options"], "com.docker.network.driver.mtu": "1500"}})
     assert _differences(other, NETWORK) == "mtu 1500 instead of 1420"
 
 
-def test_ipv6_pools_are_no_concern_of_the_overlay() -> None:
+def test_subnets_skip_ipv6_pools() -> None:
+    """IPv6 pools and empty ones are skipped, as the overlay is IPv4."""
     pools = [{"Subnet": "fd00::/64"}, {"Subnet": "172.20.0.0/16"}, {}]
     assert _subnets({"IPAM": {"Config": pools}}) == [IPv4Network("172.20.0.0/16")]
 
 
 # The SDK drops the socket whose connect has failed, and Python says so when it collects it.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_engine_that_is_not_there_is_said_with_what_to_do(tmp_path: Path) -> None:
+def test_missing_engine_error_names_remedies(tmp_path: Path) -> None:
+    """The error for an absent Docker engine names how to install it and how to go without."""
     bridge = DockerNetwork("meshd", "ovl0", f"unix://{tmp_path}/docker.sock")
     with pytest.raises(MissingError, match=r"Docker engine does not answer.*apt install docker\.io.*--no-docker"):
         bridge.engine()

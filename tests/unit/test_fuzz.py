@@ -58,7 +58,8 @@ def member(state: State) -> State:
 
 @same_state
 @given(names, payloads, st.booleans())
-def test_what_others_send_over_serf_changes_nothing(member: State, name: str, payload: bytes, query: bool) -> None:
+def test_fuzz_daemon_messages_change_no_state(member: State, name: str, payload: bytes, query: bool) -> None:
+    """Noise in queries and events changes no state of the daemon, and the answers are short."""
     before, answered = contents(member), list[bytes]()
     exchange = Exchange(member, lambda _: None, threading.Event())
     exchange.receive(QUERY if query else EVENT, name, payload, answered.append if query else None)
@@ -69,9 +70,8 @@ def test_what_others_send_over_serf_changes_nothing(member: State, name: str, pa
 
 @same_state
 @given(names, payloads, st.sampled_from([QUERY, EVENT]))
-def test_a_lone_handler_answers_the_same_noise_with_nothing_or_little(
-    member: State, name: str, payload: bytes, kind: str
-) -> None:
+def test_fuzz_handler_messages_change_no_state(member: State, name: str, payload: bytes, kind: str) -> None:
+    """Noise in queries changes no state of the handler that runs alone, and the answers are short."""
     before = contents(member)
     message = messages.read(kind, name, payload, member.mesh)
     reply = responder.respond(member, message) if message is not None else responder.NOTHING
@@ -98,7 +98,8 @@ SHAPES = {
 @pytest.mark.parametrize("name", FILES)
 @same_state
 @given(st.data())
-def test_a_state_file_is_read_or_named_as_damaged(state: State, name: str, data: st.DataObject) -> None:
+def test_fuzz_state_files(state: State, name: str, data: st.DataObject) -> None:
+    """A state file of any content is read or raises InputError."""
     before = (state.directory / "settings.json").read_bytes()
     content = data.draw(SHAPES.get(name, values) | values)
     (state.directory / name).write_text(json.dumps(content))
@@ -113,14 +114,16 @@ def test_a_state_file_is_read_or_named_as_damaged(state: State, name: str, data:
 @same_state
 @given(st.text(max_size=200) | values.map(json.dumps))
 @example('{"format": "meshd-authority 1", "salt": "00", "sealed": "00"}')
-def test_what_is_no_export_is_refused(member: State, text: str) -> None:
+def test_fuzz_authority_import(member: State, text: str) -> None:
+    """Text that is no export of an authority raises InputError and changes no state."""
     before = contents(member)
     with pytest.raises(InputError):
         authority.restore(member, text, "a passphrase")
     assert contents(member) == before
 
 
-def test_whatever_comes_by_the_control_socket_is_a_hint_of_printable_text(state: State) -> None:
+def test_control_socket_noise_is_printable_hint(state: State) -> None:
+    """Whatever the control socket receives becomes a short hint of printable text."""
     agent = Agent(state)
     listener = threading.Thread(target=agent._listen)
     listener.start()

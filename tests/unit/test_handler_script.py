@@ -38,18 +38,21 @@ def listening(state: State) -> Iterator[socket.socket]:
         yield server
 
 
-def test_an_event_is_a_hint_to_the_daemon(state: State, listening: socket.socket) -> None:
+def test_handler_passes_event_to_daemon(state: State, listening: socket.socket) -> None:
+    """The handler passes an event to the daemon as a hint."""
     done = run(state, "member-join", "barge2\t10.10.10.102\t\twg=x\n")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert listening.recv(512) == b"serf: member-join"
 
 
-def test_a_query_is_hinted_with_its_name(state: State, listening: socket.socket) -> None:
+def test_handler_passes_query_name_to_daemon(state: State, listening: socket.socket) -> None:
+    """The handler passes a query to the daemon with the name of the query."""
     run(state, "query", "barge2 5", SERF_QUERY_NAME="meshd-applied")
     assert listening.recv(512) == b"serf: query meshd-applied"
 
 
-def test_a_daemon_that_does_not_read_holds_nobody_up(state: State, listening: socket.socket) -> None:
+def test_handler_does_not_block_on_full_socket(state: State, listening: socket.socket) -> None:
+    """The handler does not wait for a daemon that does not read its socket."""
     listening.setblocking(False)
     while hints.wake(state.socket, "full") and _fits(state):
         pass
@@ -67,7 +70,8 @@ def _fits(state: State) -> bool:
         return True
 
 
-def test_the_hint_needs_nothing_but_the_standard_library(state: State, listening: socket.socket) -> None:
+def test_handler_needs_only_standard_library(state: State, listening: socket.socket) -> None:
+    """The handler needs only the standard library to pass a hint on."""
     script = f"import runpy, sys; sys.argv = ['x', {str(state.directory)!r}]\n"
     script += f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
     script += "allowed = sys.stdlib_module_names | {'__main__'}\n"
@@ -77,12 +81,14 @@ def test_the_hint_needs_nothing_but_the_standard_library(state: State, listening
     assert listening.recv(512) == b"serf: "
 
 
-def test_without_its_daemon_a_host_that_has_one_leaves_it_to_the_daemon(state: State) -> None:
+def test_handler_does_nothing_while_daemon_is_down(state: State) -> None:
+    """On a host that is set up with a daemon, the handler does nothing while the daemon is down."""
     done = run(state, "member-join")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_alone_it_makes_a_pass_and_says_what_is_wrong(state: State) -> None:
+def test_handler_reconciles_without_daemon(state: State) -> None:
+    """On a host without a daemon, the handler reconciles and reports errors."""
     settings = state.settings
     state.save_settings(Settings(name=settings.name, bind=settings.bind, daemon=False, docker=False))
     done = run(state, "member-join")
@@ -90,12 +96,14 @@ def test_alone_it_makes_a_pass_and_says_what_is_wrong(state: State) -> None:
     assert "this host has not finished joining" in done.stderr
 
 
-def test_where_nothing_is_set_up_it_does_nothing(tmp_path: Path) -> None:
+def test_handler_does_nothing_without_mesh(tmp_path: Path) -> None:
+    """On a host without a mesh, the handler does nothing."""
     done = run(State(tmp_path / "none"), "member-join")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_a_query_that_is_not_meshds_is_not_answered(state: State) -> None:
+def test_handler_ignores_foreign_queries(state: State) -> None:
+    """The handler does not answer queries of others, nor malformed ones."""
     state.save_settings(Settings(name="barge1", bind=state.settings.bind, daemon=False, docker=False))
     for name, payload in (("other", "barge2 5"), ("meshd-applied", "nonsense")):
         done = run(state, "query", payload, SERF_QUERY_NAME=name)

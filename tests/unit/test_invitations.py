@@ -42,11 +42,13 @@ LATER = 2**32 - 1
 
 
 @pytest.mark.parametrize("original", [INVITATION, reusable(delegation("web-"))], ids=["named", "reusable"])
-def test_round_trip(original: Invitation) -> None:
+def test_invitation_round_trip(original: Invitation) -> None:
+    """An invitation survives the way to text and back."""
     assert invitations.decode(invitations.encode(original)) == original
 
 
-def test_a_named_invitation_makes_its_host_a_member_under_its_own_name() -> None:
+def test_named_invitation_admits_only_its_name() -> None:
+    """A named invitation admits a host under that name and no other one."""
     admission = INVITATION.redeem(None, "localhost", NOW)
     assert (admission.name, admission.certificate) == ("web1", certificate("web1"))
     assert certificates.public(admission.seed) == admission.certificate.identity
@@ -54,7 +56,8 @@ def test_a_named_invitation_makes_its_host_a_member_under_its_own_name() -> None
         INVITATION.redeem("web2", "localhost", NOW)
 
 
-def test_a_reusable_invitation_makes_anybody_a_member_within_its_terms() -> None:
+def test_reusable_invitation_admits_within_its_terms() -> None:
+    """A reusable invitation admits hosts with its prefix, each with an identity of its own."""
     wanted = reusable(delegation("web-", expires=LATER))
     one, two = wanted.redeem(None, "web-1", NOW), wanted.redeem("web-2", "localhost", NOW)
     assert (one.name, two.name) == ("web-1", "web-2")
@@ -68,18 +71,21 @@ def test_a_reusable_invitation_makes_anybody_a_member_within_its_terms() -> None
         wanted.redeem(None, "web-_", NOW)
 
 
-def test_an_expired_invitation_says_so() -> None:
+def test_expired_invitation_is_refused() -> None:
+    """An expired invitation is refused, and the error names its end."""
     for expired in (invitation(certificate=certificate("web1", expires=int(NOW + 60))), reusable(delegation())):
         with pytest.raises(InputError, match="the invitation expired on 1970-01-12"):
             expired.redeem(None, "web1", NOW + 60)
 
 
-def test_an_invitation_that_the_authority_did_not_make_says_so() -> None:
+def test_invitation_of_another_authority_is_refused() -> None:
+    """An invitation that its mesh's authority has not signed is refused."""
     with pytest.raises(InputError, match="not made by its mesh's authority"):
         invitation(authority=seed("other")).redeem(None, "web1", NOW)
 
 
-def test_round_trip_also_when_a_mail_program_wrapped_it() -> None:
+def test_invitation_survives_line_breaks() -> None:
+    """An invitation that a mail program has wrapped is still read."""
     text = invitations.encode(INVITATION)
     assert invitations.decode(text) == INVITATION
     assert invitations.decode(f"  {text[:40]}\n{text[40:]}\r\n") == INVITATION
@@ -95,13 +101,15 @@ def test_round_trip_also_when_a_mail_program_wrapped_it() -> None:
         ("meshd2.!!!", "damaged"),
     ],
 )
-def test_what_is_no_invitation_says_so(text: str, message: str) -> None:
+def test_text_that_is_no_invitation_is_refused(text: str, message: str) -> None:
+    """Text that is no invitation is refused with the reason."""
     with pytest.raises(InputError, match=message):
         invitations.decode(text)
 
 
 @given(st.integers(7, len(invitations.encode(INVITATION)) - 1), st.characters(codec="ascii"))
-def test_any_changed_character_is_noticed(position: int, character: str) -> None:
+def test_changed_character_in_invitation_is_detected(position: int, character: str) -> None:
+    """A changed character in an invitation is detected."""
     text = invitations.encode(INVITATION)
     spoiled = text[:position] + character + text[position + 1 :]
     try:
@@ -113,23 +121,27 @@ def test_any_changed_character_is_noticed(position: int, character: str) -> None
 
 
 @given(st.integers(7, len(invitations.encode(INVITATION)) - 1))
-def test_a_cut_invitation_is_noticed(length: int) -> None:
+def test_truncated_invitation_is_detected(length: int) -> None:
+    """A truncated invitation is detected."""
     with pytest.raises(InputError, match="damaged"):
         invitations.decode(invitations.encode(INVITATION)[:length])
 
 
 @given(st.text())
-def test_any_text_gives_an_input_error_that_does_not_repeat_it_at_length(text: str) -> None:
+def test_invitation_error_is_short(text: str) -> None:
+    """The error for any text is short and does not repeat the text."""
     with pytest.raises(InputError) as error:
         invitations.decode("meshd2." + text)
     assert len(str(error.value)) < 200
 
 
-def test_an_invitation_does_not_print_its_key() -> None:
+def test_invitation_repr_has_no_secret() -> None:
+    """The repr of an invitation contains no secret."""
     assert repr(INVITATION) == "Invitation(mesh='meshd', overlay=172.20.0.0/16, name='web1')"
 
 
-def test_a_key_is_made_once_and_is_private(tmp_path: Path) -> None:
+def test_key_is_made_once_with_mode_0600(tmp_path: Path) -> None:
+    """A key is made once, and only root can read its file."""
     path = tmp_path / "wireguard.key"
     first = keys.key(path)
     assert len(first) == 32
@@ -137,7 +149,8 @@ def test_a_key_is_made_once_and_is_private(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_damaged_key_is_an_error_and_is_not_replaced(tmp_path: Path) -> None:
+def test_damaged_key_is_not_replaced(tmp_path: Path) -> None:
+    """A damaged key file raises an error and is not replaced."""
     path = tmp_path / "wireguard.key"
     path.write_text("AAAA\n")
     with pytest.raises(InputError, match=r"wireguard\.key is damaged"):
@@ -145,7 +158,8 @@ def test_a_damaged_key_is_an_error_and_is_not_replaced(tmp_path: Path) -> None:
     assert path.read_text() == "AAAA\n"
 
 
-def test_the_public_key_is_the_one_of_rfc_7748() -> None:
+def test_public_key_matches_rfc_7748() -> None:
+    """The public key of Alice's private key is the one of RFC 7748."""
     # Section 6.1, Alice's pair.
     private = bytes.fromhex("77076d0a7318a57d3c16c17251b26645df4c2f87ebc0992ab177fba51db92c2a")
     expected = bytes.fromhex("8520f0098930a754748b7ddcb43ef75a0dbf3a0d26381af4eba4a98eaa9b4e6a")

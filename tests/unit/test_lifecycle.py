@@ -7,6 +7,7 @@ from meshd.gossip import delivery
 
 
 @pytest.mark.parametrize(("hosts", "seconds"), [(1, 1.0), (4, 1.0), (50, 2.5), (100, 3.0)])
-def test_a_question_has_the_longer_the_more_hosts_it_goes_to(hosts: int, seconds: float) -> None:
+def test_ask_timeout_grows_with_hosts(hosts: int, seconds: float) -> None:
+    """The timeout of a query grows with the number of hosts, and stays below the time that they keep it."""
     assert delivery._ask_timeout(hosts) == pytest.approx(seconds, abs=0.1)
     assert delivery._ask_timeout(hosts) < PATIENCE, "who is asked keeps the question for longer"

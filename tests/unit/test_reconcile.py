@@ -380,7 +380,8 @@ def test_observe_continues_after_an_unforeseen_error() -> None:
     assert str(failure).startswith("iptables: reading failed: UnicodeDecodeError('utf-8', b'caf\\xe9'")
 
 
-def test_a_host_that_has_begun_to_leave_claims_nothing_more(state: State) -> None:
+def test_renumber_is_refused_while_leaving(state: State) -> None:
+    """A host that has begun to leave does not claim another subnet."""
     own = record(1)
     last = publish(state, None, subnet=own.subnet, endpoint=own.endpoint, settled=True, leaving=True)
     with pytest.raises(InputError, match="has begun to leave 'meshd': run 'meshd leave' again"):

@@ -28,12 +28,14 @@ IPV6 = Endpoint(ip_address("2001:db8:1:2:3:4:5:6"), 65535)
     ],
     ids=["plain", "leaving", "ipv6", "delegated", "all"],
 )
-def test_round_trip(original: Record) -> None:
+def test_record_round_trip(original: Record) -> None:
+    """A record survives the way through tags and through its wire format."""
     assert decode(encode(original), OVERLAY, 24) == original
     assert from_wire(to_wire(original), OVERLAY, 24) == original
 
 
-def test_the_longest_record_fits_and_key_and_subnet_are_readable() -> None:
+def test_longest_record_fits_into_tags() -> None:
+    """The longest record fits into Serf's tags, and its key and subnet can be read there."""
     tags = encode(record(105, seq=2**48 - 1, by=delegated("barge105", LONG), endpoint=IPV6))
     assert tags["wg"] == public_key("barge105")
     assert tags["subnet"] == "172.20.205.0/24"
@@ -41,7 +43,8 @@ def test_the_longest_record_fits_and_key_and_subnet_are_readable() -> None:
     assert len(to_wire(record(1))) == 223
 
 
-def test_size_is_what_serf_encodes() -> None:
+def test_size_matches_serf_encoding() -> None:
+    """The computed size of tags is the one of Serf's encoding."""
     # Serf's codec knows no str8: strings of 32 bytes and more take a three-byte header, as msgpack's old format has it.
     tags = encode(record(1))
     assert size(tags) == 1 + len(msgpack.packb(tags, use_bin_type=False))
@@ -84,7 +87,8 @@ BAD: dict[str, dict[str, str | None]] = {
 
 
 @pytest.mark.parametrize(("reason", "change"), BAD.items(), ids=list(BAD))
-def test_bad_tags_are_refused_with_the_reason(reason: str, change: dict[str, str | None]) -> None:
+def test_bad_tags_are_refused_with_reason(reason: str, change: dict[str, str | None]) -> None:
+    """Bad tags are refused with the reason."""
     tags = {k: v for k, v in (encode(record(1)) | change).items() if v is not None}
     with pytest.raises(RecordError, match=reason.strip().replace("(", r"\(")):
         decode(tags, OVERLAY, 24)
@@ -95,7 +99,8 @@ def test_bad_tags_are_refused_with_the_reason(reason: str, change: dict[str, str
     st.sampled_from(["wg", "subnet", "meshd", "none"]),
 )
 @example({"subnet": "1/1"}, "none")
-def test_hostile_tags_give_a_record_or_a_record_error(tags: dict[str, str], spoil: str) -> None:
+def test_hostile_tags_raise_record_error(tags: dict[str, str], spoil: str) -> None:
+    """Hostile tags are a valid record or raise RecordError."""
     good = encode(record(1))
     mixed = good | {k: v for k, v in tags.items() if k == spoil} if spoil != "none" else tags
     try:
@@ -108,7 +113,8 @@ def test_hostile_tags_give_a_record_or_a_record_error(tags: dict[str, str], spoi
 
 
 @given(st.binary(max_size=400), st.integers(0, 399))
-def test_hostile_bytes_give_a_record_or_a_record_error(noise: bytes, at: int) -> None:
+def test_hostile_bytes_raise_record_error(noise: bytes, at: int) -> None:
+    """Hostile bytes are a valid record with one spelling or raise RecordError."""
     good = to_wire(record(1))
     for raw in (noise, good[:at] + noise + good[at + len(noise) :], good[: len(good) - at] + noise):
         try:
@@ -118,6 +124,7 @@ def test_hostile_bytes_give_a_record_or_a_record_error(noise: bytes, at: int) ->
         assert to_wire(result) == raw, "one record has one spelling"
 
 
-def test_a_subnet_of_another_overlay_is_refused() -> None:
+def test_subnet_of_another_overlay_is_refused() -> None:
+    """A subnet outside of the overlay is refused."""
     with pytest.raises(RecordError, match="outside of the overlay"):
         decode(encode(record(1)), IPv4Network("10.80.0.0/16"), 24)

@@ -60,52 +60,60 @@ calls: list[Callable[[Serf], object]] = [
 
 @pytest.mark.parametrize("call", calls, ids=["members", "stats", "join", "tags", "query", "stream", "monitor"])
 @given(st.binary(max_size=300))
-def test_noise_is_an_error_and_no_crash(call: Callable[[Serf], object], data: bytes) -> None:
+def test_rpc_noise_raises_serf_error(call: Callable[[Serf], object], data: bytes) -> None:
+    """Random bytes from the agent raise SerfError, nothing else."""
     with agent_that_sends(data) as serf, pytest.raises(SerfError):
         call(serf)
 
 
 @pytest.mark.parametrize("call", calls, ids=["members", "stats", "join", "tags", "query", "stream", "monitor"])
 @given(plain, plain)
-def test_well_formed_nonsense_is_an_error_or_an_answer(call: Callable[[Serf], object], one: Any, two: Any) -> None:
+def test_rpc_unexpected_values_raise_serf_error(call: Callable[[Serf], object], one: Any, two: Any) -> None:
+    """Well-formed but unexpected values are an answer or raise SerfError."""
     with agent_that_sends(packed(HEADER, one, HEADER, two)) as serf, contextlib.suppress(SerfError):
         call(serf)
 
 
 @given(plain)
-def test_a_members_entry_is_a_member_or_nothing(entry: Any) -> None:
+def test_decode_member_accepts_any_value(entry: Any) -> None:
+    """Any value is decoded as a member or as nothing."""
     raw = msgpack.unpackb(packed(entry), raw=True, strict_map_key=False)
     assert decode_member(raw) is None or isinstance(decode_member(raw), Member)
 
 
 @given(st.dictionaries(st.sampled_from(list(ENTRY)), plain))
-def test_a_spoiled_entry_does_not_hide_the_others(spoiled: dict[str, Any]) -> None:
+def test_members_skip_spoiled_entry(spoiled: dict[str, Any]) -> None:
+    """A spoiled entry does not hide the other members."""
     answer = packed(HEADER, {"Members": [{**ENTRY, **spoiled}, {**ENTRY, "Name": "barge2"}]})
     with agent_that_sends(answer) as serf:
         assert serf.members()[-1].name == "barge2"
 
 
-def test_names_and_tags_that_are_not_utf8_are_read() -> None:
+def test_decode_member_replaces_invalid_utf8() -> None:
+    """Tags that are not UTF-8 are read with replacement characters."""
     raw = msgpack.unpackb(packed({**ENTRY, "Tags": {b"\xff": b"\xfe\x00"}}), raw=True)
     member = decode_member(raw)
     assert member is not None
     assert member.tags == {"\ufffd": "\ufffd\\x00"}, "and made safe to show"
 
 
-def test_ipv4_in_ipv6_is_ipv4() -> None:
+def test_decode_member_unmaps_ipv4() -> None:
+    """An IPv4 address that is mapped into IPv6 is read as IPv4."""
     mapped = {**ENTRY, "Addr": bytes(10) + b"\xff\xff" + bytes([10, 10, 10, 101])}
     member = decode_member(msgpack.unpackb(packed(mapped), raw=True))
     assert member is not None
     assert str(member.address) == "10.10.10.101"
 
 
-def test_an_error_of_the_agent_is_told_in_one_line() -> None:
+def test_rpc_error_is_one_line() -> None:
+    """An error of the agent is reported in one line."""
     with agent_that_sends(packed({"Seq": 1, "Error": "no\n such  thing"})) as serf, pytest.raises(SerfError) as caught:
         serf.stats()
     assert str(caught.value) == "stats: no such thing"
 
 
-def test_tags_that_an_agent_has_lost_on_the_way_are_told_again() -> None:
+def test_tags_are_sent_again_after_broadcast_timeout() -> None:
+    """Tags are sent again after a broadcast time-out, three times at most."""
     lost = {"Error": "timeout waiting for update broadcast"}
     with agent_that_sends(packed({"Seq": 1, **lost}, {"Seq": 2, "Error": ""})) as serf:
         serf.tags({"a": "b"})
@@ -117,11 +125,13 @@ def test_tags_that_an_agent_has_lost_on_the_way_are_told_again() -> None:
         serf.tags({"a": "b"})
 
 
-def test_a_bomb_of_nested_lists_is_an_error() -> None:
+def test_rpc_nested_lists_raise_serf_error() -> None:
+    """A bomb of nested lists raises SerfError."""
     with agent_that_sends(b"\x91" * 100_000) as serf, pytest.raises(SerfError):
         serf.stats()
 
 
-def test_a_string_that_claims_gigabytes_is_an_error_at_once() -> None:
+def test_rpc_huge_string_raises_serf_error() -> None:
+    """A string whose header claims gigabytes raises SerfError at once."""
     with agent_that_sends(packed(HEADER) + b"\xdb\xff\xff\xff\xff" + bytes(100)) as serf, pytest.raises(SerfError):
         serf.stats()

@@ -15,27 +15,31 @@ def directives(state: State) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines)
 
 
-def test_the_unit_orders_meshd_before_docker_and_is_started_at_boot(state: State) -> None:
+def test_unit_starts_at_boot_before_docker(state: State) -> None:
+    """The unit is started at boot and before Docker."""
     unit = directives(state)
     assert "docker.service" in unit["Before"].split()
     assert unit["WantedBy"] == "multi-user.target"
     assert unit["Type"] == "notify"
 
 
-def test_a_restart_of_the_unit_ends_the_daemon_alone(state: State) -> None:
+def test_unit_restart_ends_only_daemon(state: State) -> None:
+    """A restart of the unit ends the daemon only; Serf and WireGuard go on."""
     unit = directives(state)
     assert unit["KillMode"] == "process"
     assert unit["Restart"] == "always"
 
 
-def test_no_number_of_failed_starts_ends_the_unit_for_good(state: State) -> None:
+def test_unit_has_no_start_limit(state: State) -> None:
+    """systemd starts the unit again however often it has failed."""
     assert directives(state)["StartLimitIntervalSec"] == "0"
     assert "StartLimitIntervalSec" in service.unit(state).partition("[Service]")[0], (
         "systemd ignores it in any other section"
     )
 
 
-def test_the_unit_runs_this_python_isolated_with_this_state_directory(state: State) -> None:
+def test_unit_runs_isolated_python(state: State) -> None:
+    """The unit runs this Python, isolated, with this state directory."""
     command = directives(state)["ExecStart"]
     assert command.split()[1:4] == ["-I", "-m", "meshd"]
     assert command.endswith(f'--state-dir "{state.directory}" agent')
@@ -46,11 +50,13 @@ def test_the_unit_runs_this_python_isolated_with_this_state_directory(state: Sta
     [(DEFAULT, "meshd.service"), (Path("/srv/my mesh/"), "meshd-srv-my-mesh.service")],
     ids=str,
 )
-def test_each_state_directory_has_a_unit_of_its_own(directory: Path, name: str) -> None:
+def test_unit_name_by_state_directory(directory: Path, name: str) -> None:
+    """Each state directory has a unit of its own."""
     assert service.unit_name(State(directory)) == name
 
 
-def test_systemd_finds_nothing_wrong_with_it(state: State, tmp_path: Path) -> None:
+def test_systemd_verifies_unit(state: State, tmp_path: Path) -> None:
+    """`systemd-analyze verify` reports nothing about the unit."""
     program = shutil.which("systemd-analyze")
     assert program, "apt install systemd"
     path = tmp_path / "meshd.service"

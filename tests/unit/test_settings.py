@@ -13,7 +13,8 @@ from meshd.state.settings import Settings, from_json, to_json
 BASE: dict[str, Any] = {"name": "barge1", "bind": ip_address("10.10.10.101")}
 
 
-def test_round_trip_through_json() -> None:
+def test_settings_json_round_trip() -> None:
+    """Settings survive the way to JSON and back."""
     settings = Settings(
         **BASE, subnet=IPv4Network("172.20.7.0/24"), mtu=1380, advertise=ip_address("2001:db8::1"), docker=False
     )
@@ -46,7 +47,8 @@ def test_round_trip_through_json() -> None:
         ({"advertise": ip_address("0.0.0.0")}, "--advertise 0.0.0.0 is no address of a host"),
     ],
 )
-def test_bad_values_are_named(change: dict[str, Any], message: str) -> None:
+def test_settings_error_names_bad_value(change: dict[str, Any], message: str) -> None:
+    """The error for a bad setting names the setting and its value."""
     with pytest.raises(InputError, match=message):
         Settings(**{**BASE, **change})
 
@@ -65,7 +67,8 @@ def test_bad_values_are_named(change: dict[str, Any], message: str) -> None:
         ({"overlay": 5}, "overlay must be an IPv4 prefix, not 5"),
     ],
 )
-def test_a_damaged_file_is_refused(change: dict[str, Any], message: str) -> None:
+def test_settings_refuse_damaged_json(change: dict[str, Any], message: str) -> None:
+    """A damaged settings file is refused, and the error names the wrong field."""
     with pytest.raises(InputError, match=message):
         from_json({**to_json(Settings(**BASE)), **change})
 
@@ -76,7 +79,8 @@ JSON = st.recursive(
 
 
 @given(st.dictionaries(st.sampled_from(sorted(to_json(Settings(**BASE)))), JSON))
-def test_any_json_gives_settings_or_an_input_error(change: dict[str, Any]) -> None:
+def test_settings_from_any_json(change: dict[str, Any]) -> None:
+    """Any JSON is read as settings or raises InputError, nothing else."""
     try:
         from_json({**to_json(Settings(**BASE)), **change})
     except InputError:

@@ -32,7 +32,8 @@ all_tombstones = st.builds(Tombstones, by_name, revocations)
 
 
 @given(all_tombstones, st.sampled_from([EVENT_LIMIT, ANSWER_LIMIT]))
-def test_tombstones_survive_their_way_in_messages_that_serf_carries(known: Tombstones, limit: int) -> None:
+def test_tombstones_round_trip_in_pages(known: Tombstones, limit: int) -> None:
+    """Tombstones survive the way through pages that Serf can carry."""
     found = Tombstones()
     for message in known.pages(limit):
         assert len(message) <= limit + 10
@@ -40,18 +41,21 @@ def test_tombstones_survive_their_way_in_messages_that_serf_carries(known: Tombs
     assert found == known
 
 
-def test_the_longest_goodbye_fits_into_a_user_event() -> None:
+def test_longest_tombstone_fits_into_event() -> None:
+    """The longest tombstone fits into a user event."""
     proof = tombstones.of_leaving(record(1, seq=MAX_SEQ - 1, by=LONGEST, leaving=True))
     (message,) = Tombstones({"b" * 63: proof}).pages(EVENT_LIMIT)
     assert len(message) <= EVENT_LIMIT
 
 
-def test_what_has_no_proof_is_not_told() -> None:
+def test_pages_skip_tombstones_without_proof() -> None:
+    """Tombstones without a proof are not passed on."""
     assert list(Tombstones({"barge1": Tombstone(1, public_key("barge1"))}).pages(EVENT_LIMIT)) == []
 
 
 @given(st.binary(max_size=1024))
-def test_whatever_comes_as_tombstones_is_tombstones_or_nothing(payload: bytes) -> None:
+def test_read_tombstones_from_any_bytes(payload: bytes) -> None:
+    """Any bytes are read as valid tombstones or as nothing."""
     found = Tombstones.read(payload, MESH)
     for name, goodbye in found.gone.items():
         assert len(name) <= 63
@@ -60,7 +64,8 @@ def test_whatever_comes_as_tombstones_is_tombstones_or_nothing(payload: bytes) -
 
 
 @given(st.binary(max_size=400))
-def test_no_noise_proves_a_goodbye(proof: bytes) -> None:
+def test_noise_is_no_proof(proof: bytes) -> None:
+    """Random bytes prove no tombstone."""
     for kind in (b"g", b"f", b""):
         try:
             tombstone = tombstones.read_proof(1, public_key("barge1"), kind + proof, MESH)
@@ -69,7 +74,8 @@ def test_no_noise_proves_a_goodbye(proof: bytes) -> None:
         assert not tombstones.is_proved(MESH, "barge1", tombstone)
 
 
-def test_what_is_no_tombstone_is_left_out_of_a_message() -> None:
+def test_read_skips_malformed_tombstones() -> None:
+    """Malformed tombstones are skipped, and the good ones of the same message are read."""
     good, key = ["barge1", 5, bytes(31) + b"x", b"fp"], bytes(32)
     bad = [
         ["", *good[1:]],
@@ -86,7 +92,8 @@ def test_what_is_no_tombstone_is_left_out_of_a_message() -> None:
 
 
 @pytest.mark.parametrize("change", [{"name": "barge2"}, {"seq": 6}, {"public_key": public_key("barge2")}])
-def test_the_authoritys_word_is_about_one_life_of_one_host(change: dict[str, str | int]) -> None:
+def test_forget_is_bound_to_one_membership(change: dict[str, str | int]) -> None:
+    """The authority's forget counts for one name, sequence number and key only."""
     said = {"name": "barge1", "seq": 5, "public_key": public_key("barge1")}
     signature = certificates.forget(AUTHORITY, "meshd", "barge1", 5, public_key("barge1"))
 
@@ -97,7 +104,8 @@ def test_the_authoritys_word_is_about_one_life_of_one_host(change: dict[str, str
     assert not proved(**(said | change))  # type: ignore[arg-type]
 
 
-def test_of_two_goodbyes_of_one_host_the_later_one_says_more() -> None:
+def test_later_tombstone_wins() -> None:
+    """Of two tombstones of one host the later one wins."""
     first, second = (Tombstones({"barge1": Tombstone(seq, public_key("barge1"), forgotten=b"p")}) for seq in (1, 2))
     assert second.without(first) == second
     assert not first.without(second)

@@ -50,7 +50,8 @@ errno=0
 """
 
 
-def test_an_answer_is_read() -> None:
+def test_parse_answer() -> None:
+    """The answer of wireguard-go is read as a device with its peers."""
     state = uapi.parse(ANSWER)
     assert (state.private_key, state.port) == ("a5" * 32, 51820)
     one, two = state.peers
@@ -60,11 +61,13 @@ def test_an_answer_is_read() -> None:
     assert (two.handshake, two.received, two.sent) == (1700000000.5, 5678, 1234)
 
 
-def test_a_fresh_device_has_no_key_and_no_peers() -> None:
+def test_parse_answer_of_fresh_device() -> None:
+    """A fresh device has no key and no peers."""
     assert uapi.parse("errno=0\n\n") == uapi.State("", 0, ())
 
 
-def test_the_private_key_is_not_in_the_repr() -> None:
+def test_repr_hides_private_key() -> None:
+    """The repr of a device contains no private key."""
     assert "a5a5" not in repr(uapi.parse(ANSWER))
 
 
@@ -93,13 +96,15 @@ def test_the_private_key_is_not_in_the_repr() -> None:
         (f"public_key={'ab' * 32}\nrx_bytes=1e9\nerrno=0\n\n", "rx_bytes"),
     ],
 )
-def test_what_is_wrong_is_named(text: str, message: str) -> None:
+def test_parse_error_names_bad_line(text: str, message: str) -> None:
+    """The error for a bad answer names what is wrong."""
     with pytest.raises(ApplyError, match=message):
         uapi.parse(text)
 
 
 @pytest.mark.parametrize("value", ["a5" * 31, "a5" * 31 + "zz", "a5" * 3000, "\ta5"])
-def test_a_spoiled_private_key_is_not_in_the_message(value: str) -> None:
+def test_parse_error_hides_private_key(value: str) -> None:
+    """The error for a spoiled private key does not contain it."""
     with pytest.raises(ApplyError) as caught:
         uapi.parse(f"private_key={value}\nerrno=0\n\n")
     assert "a5" not in str(caught.value)
@@ -116,7 +121,8 @@ MUTATED = st.builds(
 
 
 @given(st.one_of(st.text(), st.lists(LINES).map("\n".join).map(lambda t: t + "\nerrno=0\n\n"), MUTATED))
-def test_hostile_text_is_a_state_or_an_apply_error(text: str) -> None:
+def test_hostile_answer_raises_apply_error(text: str) -> None:
+    """Hostile text is a valid state or raises ApplyError."""
     try:
         state = uapi.parse(text)
     except ApplyError:
@@ -128,12 +134,14 @@ def test_hostile_text_is_a_state_or_an_apply_error(text: str) -> None:
 # --- requests ------------------------------------------------------------------------------------------------------
 
 
-def test_a_device_request() -> None:
+def test_format_device() -> None:
+    """A device request has the key, if any, and the port."""
     assert uapi.format_device(ONE, 51820) == f"set=1\nprivate_key={ONE.hex()}\nlisten_port=51820\n\n"
     assert uapi.format_device(None, 7) == "set=1\nlisten_port=7\n\n"
 
 
-def test_a_peer_request() -> None:
+def test_format_peer() -> None:
+    """A peer request has all that WireGuard needs to know of the peer."""
     update = PeerUpdate(Endpoint.parse("192.0.2.1:51820"), (IPv4Network("172.20.7.0/24"),), 25, update_only=False)
     assert uapi.format_peer(encode_key(ONE), update) == (
         f"set=1\npublic_key={ONE.hex()}\nendpoint=192.0.2.1:51820\npersistent_keepalive_interval=25\n"
@@ -141,11 +149,13 @@ def test_a_peer_request() -> None:
     )
 
 
-def test_a_removal_request() -> None:
+def test_format_removal() -> None:
+    """A removal request names the peer."""
     assert uapi.format_removal(encode_key(ONE)) == f"set=1\npublic_key={ONE.hex()}\nremove=true\n\n"
 
 
-def test_a_set_sends_only_what_differs() -> None:
+def test_peer_update_contains_only_differences() -> None:
+    """An update of a peer contains only the fields that differ."""
     old = Peer(encode_key(ONE), Endpoint.parse("192.0.2.1:1"), (IPv4Network("172.20.7.0/24"),), 5)
     new = Peer(old.public_key, Endpoint.parse("192.0.2.2:2"), old.allowed_ips, 5)
     assert peer_update(Change(Action.SET, new, old), new) == PeerUpdate(new.endpoint, None, None, update_only=True)
@@ -153,7 +163,7 @@ def test_a_set_sends_only_what_differs() -> None:
     assert peer_update(Change(Action.ADD, new, old), new).allowed_ips == new.allowed_ips
 
 
-def test_an_endpoint_cannot_smuggle_a_line() -> None:
+def test_format_peer_refuses_line_break_in_endpoint() -> None:
     """The ipaddress module lets an IPv6 zone hold a line break, and endpoints come from other hosts."""
     endpoint = Endpoint(IPv6Address("fe80::1%x\nprivate_key=" + "00" * 32), 1)
     with pytest.raises(ApplyError, match="endpoint holds characters"):
@@ -161,7 +171,8 @@ def test_an_endpoint_cannot_smuggle_a_line() -> None:
 
 
 @given(st.one_of(st.text(max_size=60), st.binary(max_size=40).map(encode_key)))
-def test_only_32_bytes_of_base64_are_a_key(text: str) -> None:
+def test_decode_key_accepts_only_32_bytes(text: str) -> None:
+    """Only the base64 text of 32 bytes is a key."""
     try:
         raw = decode_key(text)
     except ApplyError:
@@ -170,11 +181,13 @@ def test_only_32_bytes_of_base64_are_a_key(text: str) -> None:
 
 
 @given(st.binary(min_size=32, max_size=32))
-def test_keys_survive_the_text(raw: bytes) -> None:
+def test_key_round_trip(raw: bytes) -> None:
+    """A key survives the way to text and back."""
     assert decode_key(encode_key(raw)) == raw
 
 
-def test_a_public_key_is_that_of_rfc_7748() -> None:
+def test_public_key_matches_rfc_7748() -> None:
+    """The public key of Alice's private key is the one of RFC 7748."""
     alice = "77076d0a7318a57d3c16c17251b26645df4c2f87ebc0992ab177fba51db92c2a"
     public = "8520f0098930a754748b7ddcb43ef75a0dbf3a0d26381af4eba4a98eaa9b4e6a"
     assert decode_key(public_key(bytes.fromhex(alice))).hex() == public
@@ -193,9 +206,10 @@ def test_a_public_key_is_that_of_rfc_7748() -> None:
         (None, "timed out"),
     ],
 )
-def test_an_exchange_is_bounded(
+def test_exchange_is_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes | None, message: str
 ) -> None:
+    """An exchange with wireguard-go is bounded in time and in size."""
     monkeypatch.setattr(userspace, "TIMEOUT", 0.2)
     monkeypatch.setattr(userspace, "MAX_ANSWER", 100)
     path, done = tmp_path / "wg0.sock", threading.Event()
@@ -222,6 +236,7 @@ def test_an_exchange_is_bounded(
         thread.join()
 
 
-def test_nobody_at_the_socket_is_an_apply_error(tmp_path: Path) -> None:
+def test_exchange_without_daemon_raises_apply_error(tmp_path: Path) -> None:
+    """A missing socket raises ApplyError with its path."""
     with pytest.raises(ApplyError, match=r"asking wireguard-go at .*wg0\.sock: No such file"):
         userspace.exchange(tmp_path / "wg0.sock", "get=1\n\n")

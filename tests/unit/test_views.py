@@ -37,7 +37,8 @@ def peer(number: int, handshake: float) -> Peer:
     return Peer(public_key(f"barge{number}"), None, (), 25, handshake)
 
 
-def test_one_aligned_sorted_line_a_member(state: State) -> None:
+def test_members_text_has_one_sorted_line_per_member(state: State) -> None:
+    """The members are shown in aligned lines, sorted by name."""
     text = rows(
         state,
         member(10),
@@ -53,32 +54,38 @@ def test_one_aligned_sorted_line_a_member(state: State) -> None:
     ]
 
 
-def test_a_refused_member_is_shown_with_the_reason(state: State) -> None:
+def test_members_text_shows_reason_of_refusal(state: State) -> None:
+    """A refused member is shown with the reason."""
     stranger = Member("mallory", IPv4Address("10.10.10.66"), 7946, Status.ALIVE, {})
     last = rows(state, member(1), stranger, refused={"mallory": "no record"}).splitlines()[-1]
     assert last.split(maxsplit=5) == ["mallory", "-", "10.10.10.66:7946", "refused", "never", "no record"]
 
 
-def test_a_known_host_whose_newest_record_is_refused_keeps_its_line_and_says_why(state: State) -> None:
+def test_members_text_shows_refused_record_of_known_host(state: State) -> None:
+    """A known host whose newest record is refused keeps its line and shows the reason."""
     text = rows(state, member(1), member(2), hosts={"barge2": record(2)}, refused={"barge2": "older than 7"})
     assert text.splitlines()[-1].split(maxsplit=5)[3:] == ["refused", "never", "older than 7"]
 
 
-def test_a_host_that_said_goodbye_has_left(state: State) -> None:
+def test_members_text_shows_left_host(state: State) -> None:
+    """A host that has left is shown as `left`."""
     goodbye = {"barge2": Tombstone(2, public_key("barge2"))}
     text = rows(state, member(1), member(2, Status.LEFT, record(2, seq=2, leaving=True)), gone=goodbye)
     assert text.splitlines()[-1].split()[3] == "left"
 
 
-def test_a_known_host_that_serf_does_not_list_is_failed(state: State) -> None:
+def test_members_text_shows_unlisted_host_as_failed(state: State) -> None:
+    """A known host that Serf does not list is shown as `failed`."""
     assert rows(state, member(1), hosts={"barge2": record(2)}).splitlines()[-1].split()[3] == "failed"
 
 
-def test_without_serf_this_host_is_offline(state: State) -> None:
+def test_members_text_without_serf_shows_offline(state: State) -> None:
+    """Without Serf, this host is shown as `offline`."""
     assert rows(state).split()[3] == "offline"
 
 
-def test_what_a_stranger_wrote_cannot_drive_the_terminal(state: State) -> None:
+def test_members_text_escapes_control_characters(state: State) -> None:
+    """Control characters in names and tags do not reach the terminal."""
     evil = Member("a\x1b[2Jb\n", IPv4Address("10.10.10.66"), 7946, Status.ALIVE, {"subnet": "\x1b]0;x\x07 y"})
     text = rows(state, evil, refused={evil.name: "no record"})
     assert len(text.splitlines()) == 2
@@ -89,12 +96,14 @@ def test_what_a_stranger_wrote_cannot_drive_the_terminal(state: State) -> None:
     ("age", "shown"),
     [(0, "0s-ago"), (119, "119s-ago"), (120, "2m-ago"), (7200, "2h-ago"), (200_000, "2d-ago"), (-3, "0s-ago")],
 )
-def test_ages_are_short(age: int, shown: str, state: State) -> None:
+def test_members_text_shortens_ages(age: int, shown: str, state: State) -> None:
+    """Ages of handshakes are shown in one unit."""
     text = rows(state, member(2), hosts={"barge2": record(2)}, peers=(peer(2, NOW - age),))
     assert text.splitlines()[-1].split()[-1] == shown
 
 
-def test_changes_are_a_line_each_with_a_sign() -> None:
+def test_changes_text_and_json() -> None:
+    """Each change has a line with a sign, and an object in JSON."""
     route = Route(record(2).subnet, "wg0")
     peer_2 = Peer(public_key("barge2"), Endpoint(IPv4Address("10.10.10.102"), 51820), (record(2).subnet,))
     changes = [Change(Action.ADD, route), Change(Action.SET, peer_2), Change(Action.REMOVE, route)]
