@@ -140,6 +140,9 @@ def test_control_socket_noise_is_printable_hint(state: State) -> None:
             heard.append(agent.hints.get(timeout=5))
     finally:
         agent.stopping.set()
-        listener.join()
+        # One more datagram: the listener looks at once whether it is to stop.
+        while listener.is_alive():
+            hints.wake(state.socket, "end")
+            listener.join(0.01)
     assert all(hint.text.isprintable() and len(hint.text) <= 512 for hint in heard)
     assert not state.socket.exists()

@@ -55,6 +55,7 @@ def test_unit_name_by_state_directory(directory: Path, name: str) -> None:
     assert service.unit_name(State(directory)) == name
 
 
+@pytest.mark.debian
 def test_systemd_verifies_unit(state: State, tmp_path: Path) -> None:
     """`systemd-analyze verify` reports nothing about the unit."""
     program = shutil.which("systemd-analyze")

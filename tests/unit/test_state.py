@@ -71,7 +71,7 @@ def test_a_sequence_number_survives_a_clock_that_went_back(state: State) -> None
     )
 
 
-def test_a_sequence_number_goes_beyond_what_an_earlier_host_of_the_name_has_of_leaving(state: State) -> None:
+def test_publish_outdoes_earlier_host_of_name(state: State) -> None:
     subnet, endpoint = record(1).subnet, record(1).endpoint
     first = publish(state, state.claim(), subnet=subnet, endpoint=endpoint, settled=True)
     beyond = publish(state, state.claim(), subnet=subnet, endpoint=endpoint, settled=True, beyond=2**40)
