@@ -39,31 +39,36 @@ def merge_tombstones(known: Roster, mesh: Mesh, graves: Tombstones, own: Host | 
     return membership.merge_tombstones(known, mesh, graves, own, NOW)
 
 
-def test_valid_members_are_admitted_and_the_own_name_is_not_a_peer() -> None:
+def test_admit_valid_members() -> None:
+    """Valid members are admitted, and this host is not its own peer."""
     roster = admitted([member(1), member(2), member(3)])
     assert [h.name for h in roster.sorted_hosts()] == ["barge2", "barge3"]
     assert roster.refused == {}
 
 
 @pytest.mark.parametrize("status", [Status.FAILED, Status.LEFT, Status.LEAVING, Status.NONE])
-def test_a_known_host_stays_whatever_serf_says_of_it(status: Status) -> None:
+def test_known_host_stays_in_any_serf_status(status: Status) -> None:
+    """A known host stays whatever status Serf reports for it."""
     known = admitted([member(2)])
     assert admitted([member(2, status)], known).hosts == known.hosts
 
 
-def test_a_known_host_stays_when_it_is_not_listed() -> None:
+def test_known_host_stays_when_unlisted() -> None:
+    """A known host stays when Serf does not list it."""
     known = admitted([member(2)])
     assert admitted([], known).hosts == known.hosts
 
 
-def test_a_goodbye_drops_a_host_and_is_remembered() -> None:
+def test_leaving_record_removes_host() -> None:
+    """A leaving record removes the host and is kept as its tombstone."""
     known = admitted([member(2)])
     roster = admitted([member(2, of=record(2, seq=2, leaving=True))], known)
     assert roster.hosts == {}
     assert roster.gone == {"barge2": tombstones.of_leaving(record(2, seq=2, leaving=True))}
 
 
-def test_an_older_record_does_not_bring_a_departed_host_back() -> None:
+def test_older_record_does_not_revive_departed_host() -> None:
+    """A record that is not newer than the tombstone does not bring a departed host back."""
     gone = Roster(gone={"barge2": Tombstone(2, public_key("barge2"))})
     roster = admitted([member(2, of=record(2, seq=2))], gone)
     assert roster.hosts == {}
@@ -71,7 +76,8 @@ def test_an_older_record_does_not_bring_a_departed_host_back() -> None:
     assert admitted([member(2, Status.LEFT, of=record(2, seq=2, leaving=True))], gone).refused == {}
 
 
-def test_a_newer_record_with_a_new_key_brings_a_departed_host_back() -> None:
+def test_newer_record_with_new_key_revives_departed_host() -> None:
+    """A newer record with a new key brings a departed host back and ends its tombstone."""
     gone = Roster(gone={"barge2": Tombstone(2, public_key("barge2"))})
     assert admitted([member(2, of=record(2, seq=3))], gone).hosts == {}, "the same key: it has not joined again"
     roster = admitted([member(2, of=record(2, seq=3, key="new"))], gone)
@@ -79,14 +85,16 @@ def test_a_newer_record_with_a_new_key_brings_a_departed_host_back() -> None:
     assert roster.gone == {}
 
 
-def test_left_is_a_goodbye_only_without_a_daemon() -> None:
+def test_serf_left_counts_as_leaving_without_daemon() -> None:
+    """Serf's status `left` ends a membership only on hosts without a daemon."""
     known = admitted([member(2)])
     roster = admitted([member(2, Status.LEFT)], known, left_is_goodbye=True)
     assert roster.hosts == {}
     assert "barge2" in roster.gone
 
 
-def test_a_new_key_with_a_newer_record_replaces_the_old_one() -> None:
+def test_newer_record_replaces_key() -> None:
+    """A newer record replaces the WireGuard key of a host."""
     known = admitted([member(2)])
     roster = admitted([member(2, of=record(2, seq=2, key="new"))], known)
     assert roster.hosts["barge2"].public_key == public_key("new")
@@ -95,14 +103,16 @@ def test_a_new_key_with_a_newer_record_replaces_the_old_one() -> None:
 @pytest.mark.parametrize(
     ("seq", "reason"), [(4, "older than 5"), (5, "two different records")], ids=["older", "equal but different"]
 )
-def test_a_worse_record_is_refused_and_the_last_good_one_stays(seq: int, reason: str) -> None:
+def test_older_or_conflicting_record_is_refused(seq: int, reason: str) -> None:
+    """An older or conflicting record is refused, and the last good one stays in force."""
     known = Roster(hosts={"barge2": record(2, seq=5)})
     roster = admitted([member(2, of=record(2, seq=seq, key="thief"))], known)
     assert roster.hosts == known.hosts
     assert reason in {**roster.refused, **roster.stale}["barge2"]
 
 
-def test_bad_tags_leave_the_last_good_record_in_force_and_harm_nobody_else() -> None:
+def test_bad_tags_keep_last_good_record() -> None:
+    """Bad tags leave the last good record in force and do not affect other hosts."""
     known = admitted([member(2)])
     spoiled = replace(member(2), tags={**member(2).tags, "subnet": "0.0.0.0/0"})
     roster = admitted([spoiled, member(3)], known)
@@ -111,7 +121,8 @@ def test_bad_tags_leave_the_last_good_record_in_force_and_harm_nobody_else() -> 
     assert "outside of the overlay" in roster.refused["barge2"]
 
 
-def test_the_own_subnet_is_never_given_away() -> None:
+def test_own_subnet_is_never_given_away() -> None:
+    """A member that claims the subnet of this host is refused and listed as a rival."""
     thief = member(2, of=record(2, subnet=OWN.record.subnet))
     roster = admitted([thief])
     assert roster.hosts == {}
@@ -119,14 +130,16 @@ def test_the_own_subnet_is_never_given_away() -> None:
     assert list(conflicts.subnet_rivals(View(OWN, MESH, Roster(), NOW), [member(1), thief, member(3)])) == ["barge2"]
 
 
-def test_an_incumbent_keeps_its_subnet() -> None:
+def test_known_host_keeps_its_subnet() -> None:
+    """A newcomer that claims the subnet of a known host is refused."""
     known = admitted([member(3)])
     claimant = member(2, of=record(2, subnet=record(3).subnet))
     roster = admitted([claimant, member(3)], known)
     assert roster.refused == {"barge2": "subnet 172.20.103.0/24 is held by barge3"}
 
 
-def test_an_incumbent_that_moves_onto_a_held_subnet_keeps_its_old_one() -> None:
+def test_move_onto_held_subnet_is_refused() -> None:
+    """A known host that moves onto a held subnet is refused and keeps its old one."""
     known = admitted([member(2), member(3)])
     mover = member(2, of=record(2, seq=2, subnet=record(3).subnet))
     roster = admitted([mover, member(3)], known)
@@ -134,7 +147,8 @@ def test_an_incumbent_that_moves_onto_a_held_subnet_keeps_its_old_one() -> None:
     assert "barge2" in roster.refused
 
 
-def test_a_moved_host_frees_its_old_subnet() -> None:
+def test_moved_host_frees_its_subnet() -> None:
+    """A host that moves frees its old subnet for a newcomer at once."""
     known = admitted([member(2)])
     moved = member(2, of=record(2, seq=2, subnet=record(9).subnet))
     heir = member(3, of=record(3, subnet=record(2).subnet))
@@ -143,13 +157,15 @@ def test_a_moved_host_frees_its_old_subnet() -> None:
     assert roster.hosts["barge3"].subnet == record(2).subnet
 
 
-def test_a_stolen_key_is_refused() -> None:
+def test_key_of_another_host_is_refused() -> None:
+    """A record with the WireGuard key of another host is refused."""
     roster = admitted([member(2, of=record(2, key="barge1"))])
     assert roster.refused["barge2"] == "its WireGuard key is barge1's"
 
 
 @given(st.permutations([2, 3, 4]))
-def test_all_hosts_agree_on_the_winner_of_simultaneous_claims(order: list[int]) -> None:
+def test_simultaneous_claims_have_one_winner(order: list[int]) -> None:
+    """The winner of simultaneous claims does not depend on the order of the members."""
     same = record(50).subnet
     members = [member(n, of=record(n, subnet=same)) for n in order]
     winners = set(admitted(members).hosts)
@@ -157,7 +173,8 @@ def test_all_hosts_agree_on_the_winner_of_simultaneous_claims(order: list[int]) 
     assert winners == set(admitted(sorted(members, key=lambda m: m.name)).hosts)
 
 
-def test_claims_of_departed_and_invalid_members_do_not_count() -> None:
+def test_claimed_ignores_departed_and_invalid_members() -> None:
+    """Claims of departed and of invalid members do not count."""
     noise = replace(member(3), tags={"wg": "x"})
     goodbye = member(4, of=record(4, leaving=True))
     assert conflicts.claimed(View(host(1), MESH, Roster(), NOW), [member(1), member(2), noise, goodbye]) == {
@@ -168,29 +185,34 @@ def test_claims_of_departed_and_invalid_members_do_not_count() -> None:
 # --- who has signed it ---------------------------------------------------------------------------------------------
 
 
-def test_tags_of_another_host_are_nothing_under_an_own_name() -> None:
+def test_copied_tags_are_refused() -> None:
+    """Tags that were copied from another host are refused."""
     thief = replace(member(2), name="barge3")
     assert "not from this mesh's authority, or for another name" in admitted([thief]).refused["barge3"]
 
 
-def test_a_record_that_somebody_changed_is_refused() -> None:
+def test_changed_record_is_refused() -> None:
+    """A record that someone has changed is refused for its signature."""
     forged = replace(record(2), endpoint=record(3).endpoint)
     roster = admitted([member(2, of=forged)])
     assert roster.hosts == {}
     assert roster.refused["barge2"] == "its record is not signed by its certificate's identity"
 
 
-def test_a_certificate_of_another_authority_is_refused() -> None:
+def test_certificate_of_another_authority_is_refused() -> None:
+    """A certificate of another authority is refused."""
     other = certificates.certify(seed("other"), "meshd", "barge2", certificate("barge2"))
     assert "not from this mesh's authority" in admitted([member(2, of=record(2, by=other))]).refused["barge2"]
 
 
-def test_a_certificate_of_another_mesh_by_the_same_authority_is_refused() -> None:
+def test_certificate_of_another_mesh_is_refused() -> None:
+    """A certificate for another mesh is refused, also if the authority is the same."""
     other = certificates.certify(AUTHORITY, "other", "barge2", certificate("barge2"))
     assert "not from this mesh's authority" in admitted([member(2, of=record(2, by=other))]).refused["barge2"]
 
 
-def test_a_certificate_that_expires_drops_the_host() -> None:
+def test_expired_certificate_removes_host() -> None:
+    """A known host is removed when its certificate expires."""
     soon = certificate("barge2", expires=int(NOW) + 10)
     known = admitted([member(2, of=record(2, by=soon))])
     assert sorted(known.hosts) == ["barge2"]
@@ -199,14 +221,16 @@ def test_a_certificate_that_expires_drops_the_host() -> None:
     assert roster.refused["barge2"] == "its certificate expired on 1970-01-12 13:46 UTC"
 
 
-def test_a_subnet_that_the_certificate_does_not_allow_is_refused() -> None:
+def test_subnet_outside_certificate_is_refused() -> None:
+    """A subnet that the certificate does not allow is refused."""
     bound = certificate("barge2", subnets=(record(2).subnet,))
     assert admitted([member(2, of=record(2, by=bound))]).refused == {}
     other = record(2, by=bound, subnet=record(3).subnet)
     assert "does not allow the subnet 172.20.103.0/24" in admitted([member(2, of=other)]).refused["barge2"]
 
 
-def test_a_delegation_admits_within_its_terms() -> None:
+def test_delegation_admits_within_its_terms() -> None:
+    """A delegation admits hosts within its prefix, subnets and lifetime only."""
     web = delegation("barge", subnets=(record(2).subnet,))
     assert admitted([member(2, of=record(2, by=delegated("barge2", web)))]).refused == {}
     elsewhere = record(3, by=delegated("barge3", web))
@@ -217,14 +241,16 @@ def test_a_delegation_admits_within_its_terms() -> None:
     assert "begin with 'web-'" in admitted([member(2, of=record(2, by=named))]).refused["barge2"]
 
 
-def test_a_delegation_that_its_holder_has_widened_is_refused() -> None:
+def test_widened_delegation_is_refused() -> None:
+    """A delegation that its holder has widened is refused."""
     wide = replace(delegation("web-"), prefix="")
     assert (
         "delegation is not from" in admitted([member(2, of=record(2, by=delegated("barge2", wide)))]).refused["barge2"]
     )
 
 
-def test_a_delegate_cannot_choose_its_terms_or_its_serial() -> None:
+def test_delegated_certificate_terms_are_fixed() -> None:
+    """The holder of a delegation cannot choose the serial or the end of a certificate."""
     mine = delegated("barge2", delegation())
     with pytest.raises(certificates.CredentialError):
         MESH.trust.check_certificate("barge2", replace(mine, expires=0))
@@ -233,7 +259,8 @@ def test_a_delegate_cannot_choose_its_terms_or_its_serial() -> None:
 
 
 @pytest.mark.parametrize("serial", ["certificate", "delegation"])
-def test_a_revocation_drops_the_host_and_keeps_it_out(serial: str) -> None:
+def test_revocation_removes_host_permanently(serial: str) -> None:
+    """A revocation removes the host, and its newer records stay refused."""
     mine = delegated("barge2", delegation())
     known = admitted([member(2, of=record(2, by=mine)), member(3)])
     number = mine.serial if serial == "certificate" else 7
@@ -245,7 +272,8 @@ def test_a_revocation_drops_the_host_and_keeps_it_out(serial: str) -> None:
     assert roster.revoked == {number: word}
 
 
-def test_who_is_not_the_authority_revokes_and_forgets_nobody() -> None:
+def test_revocation_and_forget_require_authority() -> None:
+    """Statements that the authority has not signed revoke and forget no host."""
     known = admitted([member(2)])
     word = certificates.revoke(seed("identity of barge3"), "meshd", certificate("barge2").serial, "barge2")
     assert merge_tombstones(known, MESH, Tombstones(revoked={word.serial: word})) == known
@@ -256,7 +284,8 @@ def test_who_is_not_the_authority_revokes_and_forgets_nobody() -> None:
 # --- records that came besides the tags ------------------------------------------------------------------------------
 
 
-def test_a_newer_record_that_was_heard_goes_before_the_tags() -> None:
+def test_heard_newer_record_precedes_tags() -> None:
+    """A newer record that was heard counts before the tags."""
     moved = record(2, seq=2, endpoint=Endpoint(record(9).endpoint.address, 51820))
     roster = admit(View(OWN, MESH, Roster(), NOW), [member(2)], heard={"barge2": moved})
     assert roster.hosts == {"barge2": moved}
@@ -266,13 +295,15 @@ def test_a_newer_record_that_was_heard_goes_before_the_tags() -> None:
     assert "older than 2" in again.stale["barge2"]
 
 
-def test_a_record_that_was_heard_replaces_spoiled_tags() -> None:
+def test_heard_record_replaces_spoiled_tags() -> None:
+    """A record that was heard replaces tags that are spoiled."""
     spoiled = replace(member(2), tags={"wg": "noise"})
     assert admit(View(OWN, MESH, Roster(), NOW), [spoiled], heard={"barge2": record(2)}).hosts == {"barge2": record(2)}
 
 
 @pytest.mark.parametrize("what", ["forged", "older", "own", "leaving", "expired"])
-def test_a_record_that_was_heard_counts_as_little_as_tags_if_it_is_bad(what: str) -> None:
+def test_bad_heard_record_is_ignored(what: str) -> None:
+    """A bad record that was heard is ignored, as it would be in tags."""
     known = admitted([member(2, of=record(2, seq=5))])
     bad = {
         "forged": replace(record(2, seq=6), endpoint=record(3).endpoint),
@@ -288,7 +319,8 @@ def test_a_record_that_was_heard_counts_as_little_as_tags_if_it_is_bad(what: str
 # --- what a record must not touch ------------------------------------------------------------------------------------
 
 
-def test_the_endpoint_of_a_living_host_is_refused_to_others_and_that_of_a_dead_one_is_not() -> None:
+def test_endpoint_of_alive_host_is_refused_to_others() -> None:
+    """The endpoint of a host that is alive is refused to others; that of a failed one is not."""
     known = admitted([member(2)])
     thief = member(3, of=record(3, endpoint=record(2).endpoint))
     assert admitted([member(2), thief], known).refused == {"barge3": "its endpoint 10.10.10.102:51820 is barge2's"}
@@ -297,14 +329,16 @@ def test_the_endpoint_of_a_living_host_is_refused_to_others_and_that_of_a_dead_o
     assert "is barge1's" in admitted([own]).refused["barge3"]
 
 
-def test_two_hosts_can_swap_their_addresses() -> None:
+def test_two_hosts_can_swap_endpoints() -> None:
+    """Two hosts can swap their endpoints."""
     known = admitted([member(2), member(3)])
     two = member(2, of=record(2, seq=2, endpoint=record(3).endpoint))
     three = member(3, of=record(3, seq=2, endpoint=record(2).endpoint))
     assert admitted([two, three], known).refused == {}
 
 
-def test_a_subnet_that_overlaps_an_own_network_is_not_taken_and_an_incumbents_stays() -> None:
+def test_subnet_overlapping_local_network_is_refused() -> None:
+    """A newcomer's subnet that overlaps a network of this host is refused; that of a known host stays."""
     network = record(2).subnet.supernet()
     roster = admit(View(OWN, MESH, Roster(), NOW), [member(2)], networks=lambda: [network])
     assert roster.refused == {"barge2": f"subnet 172.20.102.0/24 overlaps this host's own network {network}"}
@@ -319,7 +353,8 @@ def goodbye(number: int, seq: int) -> Tombstone:
     return tombstones.of_leaving(record(number, seq=seq, leaving=True))
 
 
-def test_a_goodbye_that_others_tell_of_drops_the_host() -> None:
+def test_tombstone_from_others_removes_host() -> None:
+    """A tombstone that other hosts pass on removes its host, and an older one changes nothing."""
     known = Roster({"barge2": record(2, seq=5), "barge3": record(3)})
     roster = admitted([], merge_tombstones(known, MESH, Tombstones({"barge2": goodbye(2, 5)})))
     assert sorted(roster.hosts) == ["barge3"]
@@ -328,7 +363,8 @@ def test_a_goodbye_that_others_tell_of_drops_the_host() -> None:
 
 
 @pytest.mark.parametrize("proof", ["none", "another's", "not leaving", "noise", "another number"])
-def test_a_goodbye_without_its_proof_is_nothing(proof: str) -> None:
+def test_tombstone_without_proof_is_ignored(proof: str) -> None:
+    """A tombstone without a valid proof changes nothing."""
     known = Roster({"barge2": record(2, seq=5)})
     real = goodbye(2, 5)
     bad = {
@@ -341,14 +377,16 @@ def test_a_goodbye_without_its_proof_is_nothing(proof: str) -> None:
     assert merge_tombstones(known, MESH, Tombstones({"barge2": bad[proof]})) == known
 
 
-def test_the_authority_can_forget_a_host() -> None:
+def test_authority_can_forget_host() -> None:
+    """The authority can end the membership of a host."""
     known = admitted([member(2)])
     signature = certificates.forget(AUTHORITY, "meshd", "barge2", 1, public_key("barge2"))
     roster = merge_tombstones(known, MESH, Tombstones({"barge2": tombstones.forgotten(record(2), signature)}))
     assert admitted([], roster).hosts == {}
 
 
-def test_a_goodbye_of_an_earlier_life_does_not_touch_the_host_that_joined_anew() -> None:
+def test_old_tombstone_spares_host_that_joined_again() -> None:
+    """The tombstone of an earlier membership does not end the host that has joined again."""
     known = Roster({"barge2": record(2, seq=9, key="new")})
     assert merge_tombstones(known, MESH, Tombstones({"barge2": goodbye(2, 5)})) == known
 
@@ -375,7 +413,8 @@ def by_thief(
 
 @pytest.mark.parametrize("expires", [int(NOW) + 60, int(NOW) - 60], ids=["holds", "has ended"])
 @pytest.mark.parametrize("by", ["authority", "invitation"])
-def test_a_reusable_invitation_ends_no_host_that_it_has_not_made(by: str, expires: int) -> None:
+def test_delegated_tombstone_ends_no_other_host(by: str, expires: int) -> None:
+    """The holder of a delegation cannot end a host that has another identity."""
     mine = record(2, by=delegated("barge2", delegation(expires=int(NOW) + 99)) if by == "invitation" else None)
     known = admitted([member(2, of=mine)])
     for key in ("thief", "barge2"):
@@ -385,13 +424,15 @@ def test_a_reusable_invitation_ends_no_host_that_it_has_not_made(by: str, expire
     assert (said.hosts, said.gone) == (known.hosts, {})
 
 
-def test_a_reusable_invitation_does_not_end_this_host_itself() -> None:
+def test_delegated_tombstone_does_not_end_own_host() -> None:
+    """The holder of a delegation cannot end this host itself."""
     for key in ("thief", "barge1"):
         word = tombstones.of_leaving(by_thief(1, leaving=True, key=key))
         assert merge_tombstones(Roster(), MESH, Tombstones({"barge1": word})) == Roster()
 
 
-def test_a_reusable_invitation_gives_the_name_of_a_host_to_nobody_else() -> None:
+def test_delegated_certificate_does_not_take_name() -> None:
+    """The holder of a delegation cannot take the name of a known host."""
     known = admitted([member(2)])
     roster = admitted([member(2, of=by_thief(2))], known)
     assert (roster.hosts, roster.refused) == (known.hosts, {"barge2": TAKEN})
@@ -399,7 +440,8 @@ def test_a_reusable_invitation_gives_the_name_of_a_host_to_nobody_else() -> None
     assert not conflicts.claimed(View(host(1), MESH, known, NOW), [member(2, of=by_thief(2))])
 
 
-def test_the_authoritys_certificate_gives_a_name_to_another_identity() -> None:
+def test_authority_certificate_takes_name() -> None:
+    """A certificate of the authority gives a name to another identity."""
     known = Roster({"barge2": by_thief(2, seq=1)})
     assert admitted([member(2, of=record(2, seq=2))], known).hosts == {"barge2": record(2, seq=2)}
     confirmed = certificates.certify(
@@ -409,14 +451,16 @@ def test_the_authoritys_certificate_gives_a_name_to_another_identity() -> None:
     assert admitted([member(2, of=made)], known).hosts == {"barge2": made}
 
 
-def test_who_has_left_or_whose_certificate_has_ended_leaves_its_name_to_the_next_one() -> None:
+def test_name_is_free_after_leave_or_expiry() -> None:
+    """The name of a host that has left, or whose certificate has expired, is free."""
     buried = merge_tombstones(admitted([member(2)]), MESH, Tombstones({"barge2": goodbye(2, 5)}))
     assert admitted([member(2, of=by_thief(2, seq=6))], buried).hosts["barge2"].seq == 6, "in the same pass"
     soon = Roster({"barge2": record(2, by=certificate("barge2", expires=int(NOW) - 1))})
     assert admitted([member(2, of=by_thief(2, seq=6))], soon).hosts["barge2"].seq == 6
 
 
-def test_a_goodbye_of_an_ended_certificate_counts_if_it_is_the_hosts_own() -> None:
+def test_own_tombstone_counts_after_expiry() -> None:
+    """A host's own tombstone counts although its certificate has expired."""
     brief = certificate("barge2", expires=int(NOW) - 1)
     known = Roster({"barge2": record(2, by=brief)})
     word = tombstones.of_leaving(record(2, seq=2, leaving=True, by=brief))
@@ -424,7 +468,8 @@ def test_a_goodbye_of_an_ended_certificate_counts_if_it_is_the_hosts_own() -> No
 
 
 @pytest.mark.parametrize("why", ["valid", "revoked", "ended"])
-def test_an_earlier_identity_of_a_host_ends_it_only_while_its_certificate_holds(why: str) -> None:
+def test_earlier_identity_ends_host_only_while_certified(why: str) -> None:
+    """An earlier identity of a host ends it only while its own certificate is valid."""
     ends = int(NOW) - 1 if why == "ended" else 0
     first = certificates.certify(AUTHORITY, "meshd", "barge2", Certificate(5, ends, certificates.public(THIEF)))
     word = tombstones.of_leaving(
@@ -435,7 +480,8 @@ def test_an_earlier_identity_of_a_host_ends_it_only_while_its_certificate_holds(
     assert ("barge2" in merge_tombstones(known, MESH, Tombstones({"barge2": word})).gone) == (why == "valid")
 
 
-def test_a_name_that_a_reusable_invitation_has_blocked_is_the_authoritys_to_give() -> None:
+def test_authority_unblocks_name_ended_by_delegation() -> None:
+    """A name that the holder of a delegation has ended can be given again by the authority."""
     blocked = merge_tombstones(
         Roster(), MESH, Tombstones({"barge2": tombstones.of_leaving(by_thief(2, leaving=True, key="barge2"))})
     )
@@ -444,7 +490,8 @@ def test_a_name_that_a_reusable_invitation_has_blocked_is_the_authoritys_to_give
     assert (roster.hosts, roster.gone) == ({"barge2": record(2)}, {})
 
 
-def test_what_a_reusable_invitation_says_does_not_hide_a_goodbye_of_the_authoritys_host() -> None:
+def test_delegated_tombstone_does_not_replace_own_one() -> None:
+    """A tombstone by a delegation does not replace that of the host that the authority admitted."""
     known = Roster(gone={"barge2": goodbye(2, 5)})
     word = tombstones.of_leaving(by_thief(2, leaving=True))
     assert merge_tombstones(known, MESH, Tombstones({"barge2": word})) == known
@@ -452,7 +499,8 @@ def test_what_a_reusable_invitation_says_does_not_hide_a_goodbye_of_the_authorit
     assert admitted([member(2, of=record(2, seq=4))], known).hosts == {}
 
 
-def test_of_names_never_met_so_many_goodbyes_are_kept_and_those_of_hosts_always() -> None:
+def test_tombstones_of_unknown_names_are_bounded() -> None:
+    """The number of tombstones for unknown names is bounded, and those of hosts are always kept."""
     noise = {f"barge{n}": tombstones.of_leaving(by_noise(n)) for n in range(3, MAX_STRANGERS + 9)}
     known = merge_tombstones(
         admitted([member(2, of=record(2, by=delegated("barge2", delegation())))]), MESH, Tombstones(noise)
@@ -476,7 +524,8 @@ def by_noise(number: int) -> Record:
 
 
 @pytest.mark.parametrize("by", ["authority", "ended", "invitation"])
-def test_an_earlier_host_of_the_own_name_is_remembered_until_this_one_has_gone_beyond_it(by: str) -> None:
+def test_tombstone_of_own_name_is_kept_until_outdone(by: str) -> None:
+    """The tombstone of an earlier host of this name is kept until this host's sequence number exceeds it."""
     joined = by_invitation = delegated("barge1", delegation(expires=int(NOW) + 99))
     earlier = by_thief(1, seq=2**40, key="earlier", leaving=True)
     if by != "invitation":
@@ -491,7 +540,8 @@ def test_an_earlier_host_of_the_own_name_is_remembered_until_this_one_has_gone_b
     assert admit(View(beyond, MESH, known, NOW), []).gone == {}
 
 
-def test_an_address_of_a_revoked_host_is_forgotten_and_that_of_an_expired_one_is_not() -> None:
+def test_contacts_drop_revoked_hosts() -> None:
+    """The address of a revoked host is forgotten, and that of an expired one is kept."""
     brief = certificate("barge3", expires=int(NOW) - 1)
     known = Roster({"barge2": record(2), "barge3": record(3, by=brief)})
     word = certificates.revoke(AUTHORITY, "meshd", certificate("barge2").serial, "barge2")
@@ -502,7 +552,8 @@ def test_an_address_of_a_revoked_host_is_forgotten_and_that_of_an_expired_one_is
     assert sorted(contacts(before, [], usurper)) == ["barge2", "barge3"], "who uses the name does not hide its host"
 
 
-def test_a_host_that_the_others_have_buried_is_void() -> None:
+def test_own_membership_ends_by_tombstone() -> None:
+    """This host's membership has ended if a tombstone for its key is known."""
     own = OWN.record
     assert Roster().ended("barge1", own, NOW) == ""
     assert Roster(gone={"barge1": Tombstone(1, public_key("barge1"))}).ended("barge1", own, NOW) == BURIED
@@ -519,7 +570,8 @@ def superseded(own: Host, *members: Member, known: Roster | None = None) -> str 
 
 
 @pytest.mark.parametrize("seq", [1, 2**40], ids=["its clock is behind", "its clock is ahead"])
-def test_of_two_hosts_that_claim_one_subnet_both_name_the_same_loser(seq: int) -> None:
+def test_two_claimants_agree_on_loser(seq: int) -> None:
+    """Two hosts that claim one subnet agree on the one that moves."""
     mine = OWN.record.certificate.serial
     for serial, loser in ((mine - 1, "barge1"), (mine + 1, "barge2")):
         two = Host("barge2", record(2, seq=seq, subnet=OWN.record.subnet, by=certificate("barge2", serial=serial)))
@@ -529,7 +581,8 @@ def test_of_two_hosts_that_claim_one_subnet_both_name_the_same_loser(seq: int) -
 
 
 @pytest.mark.parametrize("why", ["known under another subnet", "gone"])
-def test_who_has_been_here_before_takes_nobodys_subnet(why: str) -> None:
+def test_known_host_supersedes_nobody(why: str) -> None:
+    """A host that was known before cannot take the subnet of this host."""
     winning = rival_record(1)
     known = Roster({"barge2": record(2)}) if why != "gone" else Roster(gone={"barge2": Tombstone(1, public_key("old"))})
     claim = record(2, seq=9, subnet=OWN.record.subnet, by=winning.certificate)
@@ -537,13 +590,15 @@ def test_who_has_been_here_before_takes_nobodys_subnet(why: str) -> None:
     assert superseded(OWN, member(2, of=claim), known=known) is None
 
 
-def test_who_came_by_a_reusable_invitation_and_chose_its_own_key_wins_against_nobody() -> None:
+def test_delegated_host_supersedes_nobody() -> None:
+    """A host with a delegated certificate cannot win a subnet by the choice of its key."""
     chosen = delegated("barge2", delegation())
     assert superseded(OWN, member(2, of=record(2, subnet=OWN.record.subnet, by=chosen))) is None
 
 
 @pytest.mark.parametrize("why", ["dead", "departed", "leaving", "elsewhere", "unsigned"])
-def test_who_is_not_there_takes_no_subnet(why: str) -> None:
+def test_absent_or_invalid_rival_supersedes_nobody(why: str) -> None:
+    """A rival that is failed, departed, leaving, elsewhere or unsigned takes no subnet."""
     winning = rival_record(1)
     assert superseded(OWN, member(2, of=winning)) == "barge2"
     low = certificate("barge2", serial=1)
@@ -557,7 +612,8 @@ def test_who_is_not_there_takes_no_subnet(why: str) -> None:
     assert superseded(OWN, found, known=Roster(gone=gone)) is None
 
 
-def test_two_hosts_that_know_each_other_and_claim_one_subnet_are_both_told_and_neither_moves() -> None:
+def test_known_rivals_are_contested_and_neither_moves() -> None:
+    """Two known hosts that claim one subnet are both told, and neither of them moves."""
     new = record(9).subnet
     one, two = (Host(f"barge{n}", record(n, seq=2, subnet=new)) for n in (1, 2))
     for own, other in ((one, two), (two, one)):
