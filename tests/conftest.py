@@ -103,12 +103,18 @@ def member(number: int, status: Status = Status.ALIVE, of: Record | None = None)
 
 
 def eventually(condition: Callable[[], object], timeout: float, what: str) -> float:
-    """Wait until a condition holds; give the seconds it took, and fail with `what` after `timeout`."""
+    """Wait until a condition holds; return the seconds it took, and fail with `what` after `timeout`.
+
+    Between two tries it rests for as long as a try takes, so that a test leaves a core to what it waits for.
+    """
     begun = time.monotonic()
-    while not condition():
-        assert time.monotonic() - begun < timeout, f"not within {timeout:g} s: {what}"
-        time.sleep(0.05)
-    return time.monotonic() - begun
+    while True:
+        tried = time.monotonic()
+        if condition():
+            return time.monotonic() - begun
+        now = time.monotonic()
+        assert now - begun < timeout, f"not within {timeout:g} s: {what}"
+        time.sleep(min(max(0.05, now - tried), 1.0))
 
 
 @pytest.fixture
