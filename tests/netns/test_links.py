@@ -3,14 +3,9 @@
 import gc
 import json
 import os
-import queue
 import subprocess
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from ipaddress import IPv4Interface, IPv4Network, ip_address
+from ipaddress import IPv4Interface, ip_address
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +13,8 @@ import pytest
 
 from meshd.errors import ApplyError, ConflictError, InputError
 from meshd.net import links, netlink, underlay
-from meshd.net.resources import Action, Address, Change, Link, Route, Sysctl
-from meshd.net.routes import Routes
+from meshd.net.resources import Action, Address, Change, Link, Sysctl
 from tests.conftest import eventually
-from tests.netns.conftest import Namespace
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("netns", "sockets")]
 
@@ -297,98 +290,3 @@ def test_an_unreachable_route_is_no_route() -> None:
 def test_the_mtu_of_a_foreign_address_asks_for_bind() -> None:
     with pytest.raises(InputError, match="--bind"):
         underlay.mtu(ip_address("192.0.2.1"))
-
-
-# --- changes by others ---------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def watching(*names: str) -> Iterator[Callable[[], str]]:
-    """The next hint, by a call, while `watch` runs in a thread of this namespace."""
-    hints: queue.Queue[str] = queue.Queue()
-    stop = threading.Event()
-    thread = threading.Thread(target=links.watch, args=(names, PROTOCOL, hints.put, stop))
-    thread.start()
-    time.sleep(0.4)  # until it listens
-    try:
-        yield lambda: hints.get(timeout=3)
-    finally:
-        stop.set()
-        started = time.monotonic()
-        thread.join(4)
-        assert not thread.is_alive()
-        assert time.monotonic() - started < 3
-
-
-def test_watch_tells_of_our_links_and_routes_only() -> None:
-    make_underlay()
-    ip("link", "add", "ovl0", "type", "bridge")
-    with watching("ovl0") as hint:
-        ip("link", "set", "u1", "mtu", "1400")
-        ip("route", "add", "192.0.2.0/24", "dev", "u0")
-        ip("addr", "add", "10.10.12.101/24", "dev", "u0")
-        ip("route", "add", "198.51.100.0/24", "dev", "u0", "proto", "77")
-        assert hint() == "route 198.51.100.0/24 changed"
-        ip("route", "del", "198.51.100.0/24")
-        assert hint() == "route 198.51.100.0/24 removed"
-        ip("link", "set", "ovl0", "up")
-        assert hint() == "link ovl0 changed"
-        ip("addr", "add", "172.20.101.0/16", "dev", "ovl0")
-        seen = [hint()]
-        while seen[-1] != "route 172.20.0.0/16 changed":
-            seen.append(hint())
-        assert "address 172.20.101.0 of ovl0 changed" in seen
-        ip("-6", "addr", "add", "fd00::1/64", "dev", "u1", "nodad")
-        ip("-6", "addr", "del", "fd00::1/64", "dev", "u1")
-        ip("-6", "addr", "add", "fd00::1/64", "dev", "ovl0", "nodad")
-        seen = [hint()]
-        while seen[-1] != "address fd00::1 of ovl0 changed":
-            seen.append(hint())
-        assert not [text for text in seen if "another link" in text], "IPv6 comes and goes with containers"
-        ip("link", "del", "ovl0")
-        while hint() != "link ovl0 removed":
-            pass
-        ip("link", "add", "ovl0", "type", "bridge")
-        assert hint() == "link ovl0 changed"
-
-
-def test_what_a_watch_tells_of_own_routes_is_known_before() -> None:
-    make_underlay()
-    routes = Routes("u0", IPv4Network("172.20.0.0/16"))
-    added = Change(Action.ADD, Route(IPv4Network("172.20.7.0/24"), "u0"))
-    with watching("wg0") as hint:
-        for change in (added, replace(added, action=Action.REMOVE)):
-            routes.apply(change)
-            assert {hint()} == links.told([change])
-
-
-def test_an_overrun_is_a_hint(monkeypatch: pytest.MonkeyPatch, netns: Namespace) -> None:
-    monkeypatch.setattr(netlink, "_BUFFER", 1)  # the kernel makes that 2304 bytes
-    release = threading.Event()
-    hints: list[str] = []
-    stop = threading.Event()
-
-    def hint(text: str) -> None:
-        hints.append(text)
-        release.wait(5)
-
-    thread = threading.Thread(target=links.watch, args=(["ovl0"], PROTOCOL, hint, stop))
-    thread.start()
-    time.sleep(0.4)  # until it listens
-    for number in range(20):
-        ip("route", "add", f"198.51.{number}.0/24", "dev", "lo", "proto", "77")
-    release.set()
-    time.sleep(0.7)
-    stop.set()
-    thread.join(4)
-    assert netns
-    assert "messages were lost" in hints
-
-
-def test_watch_does_not_spin_or_leak() -> None:
-    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208  # each entry only counts
-    started = time.process_time()
-    with watching("ovl0"):
-        time.sleep(1)
-    assert time.process_time() - started < 0.2
-    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208  # each entry only counts
