@@ -50,7 +50,8 @@ def iptables(netns: object) -> Iptables:
 
 
 @pytest.mark.parametrize("bridge", ["ovl0", None])
-def test_a_table_is_read_back_as_it_was_written(nft: Nftables, bridge: str | None) -> None:
+def test_table_round_trip(nft: Nftables, bridge: str | None) -> None:
+    """A table is read back as it was written, and adding or removing it twice is harmless."""
     table = rules.table(wireguard="wg0", port=51820, bridge=bridge, overlay=OVERLAY, subnet=SUBNET)
     assert nft.read() == []
     for _ in range(2):
@@ -75,7 +76,8 @@ def test_a_table_is_read_back_as_it_was_written(nft: Nftables, bridge: str | Non
     ],
     ids=["deleted", "inserted", "flushed", "chain added", "table deleted", "all flushed", "policy changed"],
 )
-def test_what_others_did_to_the_table_is_seen_and_mended(nft: Nftables, meddling: str) -> None:
+def test_changed_table_is_detected_and_restored(nft: Nftables, meddling: str) -> None:
+    """A table that someone has changed is detected and restored."""
     nft.apply(Change(Action.ADD, TABLE))
     sh(meddling)
     assert nft.read() != [TABLE]
@@ -98,7 +100,8 @@ def test_both_versions_of_ip_have_a_table_of_the_same_name(nft: Nftables) -> Non
     assert sh("nft list ruleset") == ""
 
 
-def test_the_tables_of_others_are_left_alone(nft: Nftables) -> None:
+def test_foreign_tables_are_kept(nft: Nftables) -> None:
+    """The tables of others are left alone."""
     sh("nft 'table ip theirs { chain c { type filter hook input priority 0; tcp dport 22 accept; }; }'")
     before = sh("nft -s list ruleset")
     nft.apply(Change(Action.ADD, TABLE))
@@ -106,7 +109,8 @@ def test_the_tables_of_others_are_left_alone(nft: Nftables) -> None:
     assert sh("nft -s list ruleset") == before
 
 
-def test_a_table_that_nft_refuses_leaves_the_old_one_in_force(nft: Nftables) -> None:
+def test_refused_table_keeps_old_one(nft: Nftables) -> None:
+    """A table that nft refuses leaves the old one in force."""
     nft.apply(Change(Action.ADD, TABLE))
     broken = Table(TABLE.family, TABLE.name, (*TABLE.chains, rules._chain("forward2", "filter", 0, "no such rule")))
     with pytest.raises(ApplyError, match="set nftables table ip meshd_wg0"):
@@ -114,7 +118,8 @@ def test_a_table_that_nft_refuses_leaves_the_old_one_in_force(nft: Nftables) -> 
     assert nft.read() == [TABLE]
 
 
-def test_what_nft_is_given_it_takes_as_a_file_too(nft: Nftables) -> None:
+def test_rendered_table_is_valid_nft_file(nft: Nftables) -> None:
+    """The rendered table is also valid as a file for nft."""
     assert nft.read() == []
     subprocess.run(["nft", "-c", "-f", "-"], input=render(TABLE), text=True, check=True)
 
@@ -167,7 +172,8 @@ def leaky(netns_pair: tuple[Namespace, Namespace]) -> Iterator[tuple[Namespace, 
             sh("ip netns del inner")
 
 
-def test_nothing_for_the_overlay_leaves_in_clear(leaky: tuple[Namespace, Namespace]) -> None:
+def test_table_drops_overlay_packets_in_clear(leaky: tuple[Namespace, Namespace]) -> None:
+    """Packets for the overlay do not leave by the default route, from the host or through it."""
     one, _ = leaky
     assert len(clear_packets(leaky)) == 4, "without the table they do leave, or this test shows nothing"
     with one.entered():
@@ -192,7 +198,8 @@ def source_seen(pair: tuple[Namespace, Namespace]) -> str:
 
 
 @pytest.mark.parametrize("late", [True, False], ids=["masquerade after", "masquerade before"])
-def test_a_source_is_kept_whatever_masquerades(netns_pair: tuple[Namespace, Namespace], late: bool) -> None:
+def test_table_keeps_source_under_masquerade(netns_pair: tuple[Namespace, Namespace], late: bool) -> None:
+    """The source address survives a masquerade rule of someone else, before or after meshd's."""
     one, two = netns_pair
     masquerade = "iptables -w -t nat -I POSTROUTING -s 172.20.0.0/16 -j MASQUERADE"
     with two.entered():
@@ -227,9 +234,10 @@ def connects(pair: tuple[Namespace, Namespace], port: int) -> bool:
         server.communicate()
 
 
-def test_the_host_itself_is_closed_to_the_overlay_but_for_what_is_allowed(
+def test_table_closes_host_except_allowed(
     netns_pair: tuple[Namespace, Namespace],
 ) -> None:
+    """The host is closed to the overlay except for ICMP and what is allowed."""
     one, two = netns_pair
     with one.entered():
         sh("ip addr add 172.20.101.0/32 dev lo")
@@ -266,7 +274,8 @@ def reaches(space: Namespace, target: str, inside: str = "", source: str = "") -
         return " 1 packets received" in sh(f"{f'ip netns exec {inside} ' if inside else ''}{command}", check=False)
 
 
-def test_a_tunnel_is_no_way_to_the_networks_behind_a_host(netns_pair: tuple[Namespace, Namespace]) -> None:
+def test_table_closes_networks_behind_host(netns_pair: tuple[Namespace, Namespace]) -> None:
+    """The tunnel does not lead to the networks behind a host, nor from them into it."""
     one, two = netns_pair
     with inner(one, "ovl0", "172.20.101"), inner(one, "lan", "192.168.7"):
         with two.entered():
@@ -279,7 +288,8 @@ def test_a_tunnel_is_no_way_to_the_networks_behind_a_host(netns_pair: tuple[Name
         assert not reaches(one, "10.9.0.2", inside="lan"), "nor from there into it"
 
 
-def test_a_container_does_not_speak_for_another_hosts(netns_pair: tuple[Namespace, Namespace]) -> None:
+def test_table_drops_spoofed_container_source(netns_pair: tuple[Namespace, Namespace]) -> None:
+    """A container cannot send with the address of another host's container."""
     one, two = netns_pair
     with inner(one, "ovl0", "172.20.101"):
         with one.entered():
@@ -520,7 +530,8 @@ def test_what_the_version_before_has_left_goes_with_the_rest(netns: Namespace) -
 
 
 @pytest.mark.parametrize("rule", [BACK, ADMIT, RAW], ids=str)
-def test_an_iptables_rule_is_read_back_and_removed(iptables: Iptables, rule: IptablesRule) -> None:
+def test_iptables_rule_round_trip(iptables: Iptables, rule: IptablesRule) -> None:
+    """A rule is read back and removed, and doing so twice is harmless."""
     assert iptables.read() == []
     for _ in range(2):
         iptables.apply(Change(Action.ADD, rule))
@@ -531,14 +542,16 @@ def test_an_iptables_rule_is_read_back_and_removed(iptables: Iptables, rule: Ipt
         assert iptables.read() == []
 
 
-def test_a_rule_goes_to_the_top_of_a_chain_that_is_there(iptables: Iptables) -> None:
+def test_iptables_rule_goes_to_top_of_chain(iptables: Iptables) -> None:
+    """A rule goes to the top of a chain that exists already."""
     sh("iptables -N DOCKER-USER && iptables -A DOCKER-USER -j RETURN")
     iptables.apply(Change(Action.ADD, ADMIT))
     lines = sh("iptables -S DOCKER-USER").splitlines()
     assert ["meshd:wg0" in line for line in lines] == [False, True, False]
 
 
-def test_the_rules_of_others_and_of_another_mesh_stay(iptables: Iptables) -> None:
+def test_foreign_iptables_rules_are_kept(iptables: Iptables) -> None:
+    """The rules of others and of another mesh are left alone."""
     other = IptablesRule("filter", "DOCKER-USER", ("-i", "wg1", "-o", "ovl1", "-j", "ACCEPT"), "meshd:wg1")
     Iptables("meshd:wg1").apply(Change(Action.ADD, other))
     sh("iptables -A DOCKER-USER -s 192.0.2.0/24 -j DROP")
@@ -549,7 +562,8 @@ def test_the_rules_of_others_and_of_another_mesh_stay(iptables: Iptables) -> Non
     assert sh("iptables -S") == before
 
 
-def test_the_jump_to_dockers_chain_needs_the_chain_and_is_made_after_it(iptables: Iptables) -> None:
+def test_iptables_jump_is_made_after_chain(iptables: Iptables) -> None:
+    """The jump to Docker's chain fails without the chain, and the order of keys makes the chain first."""
     with pytest.raises(ApplyError, match="FORWARD -j DOCKER-USER"):
         iptables.apply(Change(Action.ADD, JUMP))
     for rule in sorted((JUMP, ADMIT, BACK), key=lambda rule: rule.key):
@@ -559,7 +573,8 @@ def test_the_jump_to_dockers_chain_needs_the_chain_and_is_made_after_it(iptables
     assert iptables.read() == []
 
 
-def test_a_comment_that_is_no_text_hides_no_rule(iptables: Iptables, nft: Nftables) -> None:
+def test_rules_with_undecodable_comment_are_read(iptables: Iptables, nft: Nftables) -> None:
+    """A comment that is not UTF-8 hides no rule from iptables or nftables."""
     iptables.apply(Change(Action.ADD, ADMIT))
     nft.apply(Change(Action.ADD, TABLE))
     sh("iptables -A INPUT -m comment --comment \"$(printf 'caf\\351')\" -j ACCEPT")
@@ -573,14 +588,16 @@ def test_a_comment_that_is_no_text_hides_no_rule(iptables: Iptables, nft: Nftabl
     assert (iptables.read(), nft.read()) == ([], [TABLE])
 
 
-def test_all_copies_of_a_rule_go(iptables: Iptables) -> None:
+def test_iptables_remove_takes_all_copies(iptables: Iptables) -> None:
+    """All copies of a rule are removed."""
     iptables.apply(Change(Action.ADD, ADMIT))
     sh("iptables -A " + " ".join([ADMIT.chain, *ADMIT.match, "-m comment --comment meshd:wg0"]))
     iptables.apply(Change(Action.REMOVE, ADMIT))
     assert iptables.read() == []
 
 
-def test_reading_makes_no_tables(iptables: Iptables) -> None:
+def test_iptables_read_makes_no_tables(iptables: Iptables) -> None:
+    """Reading the rules creates no tables."""
     before = sh("nft list ruleset")
     iptables.read()
     assert sh("nft list ruleset") == before

@@ -44,7 +44,8 @@ def adapter() -> links.Links:
     return links.Links(["ovl0", "wg0"], [PROXY_ARP.path, "net/ipv4/ip_forward"])
 
 
-def test_what_is_added_is_read_back_and_seen_from_outside(adapter: links.Links) -> None:
+def test_links_round_trip(adapter: links.Links) -> None:
+    """Links, addresses and sysctls are read back, and `ip` shows them."""
     assert adapter.read() == [Sysctl("net/ipv4/ip_forward", "0")]
     add(adapter, BRIDGE, ADDRESS, PROXY_ARP, Sysctl("net/ipv4/ip_forward", "1"))
     assert adapter.read() == [BRIDGE, ADDRESS, PROXY_ARP, Sysctl("net/ipv4/ip_forward", "1")]
@@ -57,12 +58,14 @@ def test_what_is_added_is_read_back_and_seen_from_outside(adapter: links.Links) 
     ]
 
 
-def test_the_connected_route_of_the_bridge_is_kept(adapter: links.Links) -> None:
+def test_bridge_keeps_connected_route(adapter: links.Links) -> None:
+    """The address of the bridge brings its connected route."""
     add(adapter, BRIDGE, ADDRESS)
     assert [route["dst"] for route in ip("route", "show", "dev", "ovl0")] == ["172.20.0.0/16"]
 
 
-def test_a_bridge_that_somebody_else_made_gets_the_mac_address_and_tells_of_it(adapter: links.Links) -> None:
+def test_foreign_bridge_gets_mac_address(adapter: links.Links) -> None:
+    """A bridge that someone else has made gets the MAC address and announces it by ARP."""
     ip("link", "add", "ovl0", "type", "bridge")
     add(adapter, ADDRESS)
     adapter.apply(Change(Action.SET, BRIDGE))
@@ -71,7 +74,8 @@ def test_a_bridge_that_somebody_else_made_gets_the_mac_address_and_tells_of_it(a
     assert Path("/proc/sys/net/ipv4/conf/ovl0/arp_notify").read_text() == "1\n"
 
 
-def test_the_mac_address_stays_whatever_is_plugged_in(adapter: links.Links) -> None:
+def test_bridge_keeps_mac_address_with_new_port(adapter: links.Links) -> None:
+    """The MAC address of the bridge stays when a port with a lower one is added."""
     add(adapter, BRIDGE)
     ip("link", "add", "low", "address", "00:00:00:00:00:01", "type", "veth", "peer", "name", "end")
     ip("link", "set", "low", "master", "ovl0")
@@ -135,7 +139,8 @@ def test_a_host_without_ipv6_has_links_without_it(monkeypatch: pytest.MonkeyPatc
         assert links.Links(["ovl0"], []).read() == [BRIDGE]
 
 
-def test_everything_twice_is_harmless(adapter: links.Links) -> None:
+def test_links_apply_is_idempotent(adapter: links.Links) -> None:
+    """Adding or removing everything twice is harmless."""
     for _ in range(2):
         add(adapter, BRIDGE, ADDRESS, PROXY_ARP)
     assert len(adapter.read()) == 4
@@ -144,7 +149,8 @@ def test_everything_twice_is_harmless(adapter: links.Links) -> None:
     assert adapter.read() == [Sysctl("net/ipv4/ip_forward", "0")]
 
 
-def test_set_brings_a_drifted_link_back(adapter: links.Links) -> None:
+def test_links_set_restores_drifted_link(adapter: links.Links) -> None:
+    """A link whose MTU and state have drifted is restored."""
     add(adapter, BRIDGE)
     ip("link", "set", "ovl0", "down", "mtu", "1300")
     old = replace(BRIDGE, mtu=1300, up=False)
@@ -153,7 +159,8 @@ def test_set_brings_a_drifted_link_back(adapter: links.Links) -> None:
     assert BRIDGE in adapter.read()
 
 
-def test_a_link_of_another_type_is_a_conflict_that_names_both(adapter: links.Links) -> None:
+def test_link_of_another_type_is_conflict(adapter: links.Links) -> None:
+    """A link of another type raises ConflictError that names both types."""
     ip("link", "add", "ovl0", "type", "veth", "peer", "name", "other")
     with pytest.raises(ConflictError, match=r"ovl0 .*veth.* bridge"):
         add(adapter, BRIDGE)
@@ -162,7 +169,8 @@ def test_a_link_of_another_type_is_a_conflict_that_names_both(adapter: links.Lin
     assert ip("link", "show", "ovl0")
 
 
-def test_a_tun_link_reads_as_wireguard(adapter: links.Links) -> None:
+def test_tun_link_reads_as_wireguard(adapter: links.Links) -> None:
+    """A TUN link with the name of the device is read as WireGuard's."""
     ip("tuntap", "add", "wg0", "mode", "tun")
     add(adapter, Link("wg0", "wireguard", 1380))
     assert Link("wg0", "wireguard", 1380) in adapter.read()
@@ -170,7 +178,8 @@ def test_a_tun_link_reads_as_wireguard(adapter: links.Links) -> None:
     assert "wg0" not in links.link_names()
 
 
-def test_what_needs_a_missing_link_says_so(adapter: links.Links) -> None:
+def test_missing_link_is_named_in_error(adapter: links.Links) -> None:
+    """The error names the link that is missing."""
     with pytest.raises(ApplyError, match=r"setting link wg0 .*there is no link wg0"):
         add(adapter, Link("wg0", "wireguard", 1420))
     with pytest.raises(ApplyError, match=r"adding address 172\.20\.101\.0/16 dev ovl0: there is no link ovl0"):
@@ -180,17 +189,21 @@ def test_what_needs_a_missing_link_says_so(adapter: links.Links) -> None:
 
 
 @pytest.mark.parametrize("path", ["../etc/passwd", "/etc/passwd", "net//ipv4", "net/./x", ""])
-def test_a_sysctl_stays_below_proc_sys(adapter: links.Links, path: str) -> None:
+def test_sysctl_path_stays_below_proc_sys(adapter: links.Links, path: str) -> None:
+    """A path that leads out of /proc/sys is refused."""
     with pytest.raises(ApplyError, match="not a path below"):
         add(adapter, Sysctl(path, "1"))
 
 
-def test_a_refused_sysctl_value_is_an_error(adapter: links.Links) -> None:
+def test_refused_sysctl_value_raises_error(adapter: links.Links) -> None:
+    """A value that the kernel refuses raises ApplyError."""
     with pytest.raises(ApplyError, match="Invalid argument"):
         add(adapter, Sysctl("net/ipv4/ip_forward", "perhaps"))
 
 
-def test_a_pass_uses_one_socket_until_it_breaks() -> None:
+def test_one_socket_is_reused_until_it_breaks() -> None:
+    """One rtnetlink socket is used until it fails, and then a new one."""
+
     def used() -> Any:
         with netlink.rtnetlink("looking") as ipr:
             return ipr
@@ -205,7 +218,9 @@ def test_a_pass_uses_one_socket_until_it_breaks() -> None:
         assert used() is not first
 
 
-def test_no_descriptor_is_left_open(adapter: links.Links) -> None:
+def test_links_leak_no_descriptor(adapter: links.Links) -> None:
+    """Neither success nor failure leaves a descriptor open."""
+
     def descriptors() -> int:
         gc.collect()
         return len(os.listdir("/proc/self/fd"))  # noqa: PTH208  # each entry only counts
@@ -231,7 +246,8 @@ def make_underlay() -> None:
     ip("addr", "add", "10.10.11.101/24", "dev", "u0")
 
 
-def test_the_underlay_source_is_what_the_kernel_would_use() -> None:
+def test_source_address_is_kernel_choice() -> None:
+    """The underlay address is the source that the kernel would use."""
     make_underlay()
     assert underlay.source_address(ip_address("10.10.10.7")) == ip_address("10.10.10.101")
     assert underlay.source_address(ip_address("10.10.11.7")) == ip_address("10.10.11.101")
@@ -252,20 +268,23 @@ def test_the_underlay_source_is_what_the_kernel_would_use() -> None:
         (("default", "nexthop", "via", "10.10.11.1", "nexthop", "via", "10.10.10.1"), "10.10.11.101"),
     ],
 )
-def test_without_a_target_the_default_route_decides(route: tuple[str, ...], source: str) -> None:
+def test_source_address_of_default_route(route: tuple[str, ...], source: str) -> None:
+    """Without a target, the default route decides."""
     make_underlay()
     ip("route", "add", *route)
     assert underlay.source_address(None) == ip_address(source)
 
 
-def test_the_default_route_of_lowest_metric_decides() -> None:
+def test_source_address_of_lowest_metric() -> None:
+    """The default route of the lowest metric decides."""
     make_underlay()
     ip("route", "add", "default", "via", "10.10.11.1", "metric", "200")
     ip("route", "add", "default", "via", "10.10.10.1", "metric", "100")
     assert underlay.source_address(None) == ip_address("10.10.10.101")
 
 
-def test_ipv6_works_too() -> None:
+def test_source_address_over_ipv6() -> None:
+    """The underlay address is found over IPv6 as well."""
     make_underlay()
     ip("-6", "addr", "add", "fd00::5/64", "dev", "u0", "nodad")
     assert underlay.source_address(ip_address("fd00::9")) == ip_address("fd00::5")
@@ -275,18 +294,21 @@ def test_ipv6_works_too() -> None:
 
 
 @pytest.mark.parametrize("towards", [None, "192.0.2.1", "2001:db8::1"])
-def test_no_route_asks_for_bind(towards: str | None) -> None:
+def test_missing_route_error_names_bind(towards: str | None) -> None:
+    """The error for a missing route names `--bind`."""
     with pytest.raises(InputError, match=r"no route .*--bind"):
         underlay.source_address(ip_address(towards) if towards else None)
 
 
-def test_an_unreachable_route_is_no_route() -> None:
+def test_unreachable_route_counts_as_missing() -> None:
+    """An unreachable, prohibit or blackhole route counts as no route."""
     for kind in ("unreachable", "prohibit", "blackhole"):
         ip("route", "replace", kind, "192.0.2.0/24")
         with pytest.raises(InputError, match="no route"):
             underlay.source_address(ip_address("192.0.2.1"))
 
 
-def test_the_mtu_of_a_foreign_address_asks_for_bind() -> None:
+def test_mtu_of_foreign_address_names_bind() -> None:
+    """The error for an address that this host lacks names `--bind`."""
     with pytest.raises(InputError, match="--bind"):
         underlay.mtu(ip_address("192.0.2.1"))

@@ -109,7 +109,8 @@ def start(netns: object, tmp_path: Path) -> Iterator[Start]:
         yield begin
 
 
-def test_an_agent_without_a_key_is_used_without(netns: object, tmp_path: Path) -> None:
+def test_agent_without_rpc_key_is_used(netns: object, tmp_path: Path) -> None:
+    """An agent without an RPC key can be used."""
     assert netns
     path = tmp_path / "serf.json"
     path.write_text(json.dumps({"bind": "127.0.0.1:7946", "rpc_addr": "127.0.0.1:7001", "node_name": "plain"}))
@@ -121,7 +122,8 @@ def test_an_agent_without_a_key_is_used_without(netns: object, tmp_path: Path) -
         serf.stop(pid)
 
 
-def test_members_find_each_other_with_their_tags(start: Start) -> None:
+def test_join_shows_members_with_tags(start: Start) -> None:
+    """After a join both members list each other with address and tags."""
     one, two = start(1, tags={"wg": "first"}), start(2, tags={"wg": "second"})
     with two.connect() as client:
         assert client.join([one.gossip]) == 1
@@ -134,7 +136,8 @@ def test_members_find_each_other_with_their_tags(start: Start) -> None:
     eventually(lambda: "barge2" in one.states(), 10, "the other side knows it too")
 
 
-def test_a_join_that_nobody_answers_is_an_error(start: Start) -> None:
+def test_join_without_answer_raises_error(start: Start) -> None:
+    """A join that nobody answers raises SerfError, and the connection goes on."""
     agent = start(1)
     with agent.connect() as client:
         with pytest.raises(SerfError, match="join"):
@@ -142,7 +145,8 @@ def test_a_join_that_nobody_answers_is_an_error(start: Start) -> None:
         assert len(client.members()) == 1, "and the connection goes on"
 
 
-def test_another_gossip_key_gets_nobody_in(start: Start) -> None:
+def test_join_with_another_gossip_key_fails(start: Start) -> None:
+    """A host with another gossip key does not get in."""
     inside, outside = start(1), start(2, key=bytes(32))
     with outside.connect() as client, pytest.raises(SerfError):
         client.join([inside.gossip])
@@ -175,7 +179,8 @@ def test_a_change_of_keys_reaches_all_is_logged_and_ends_with_a_new_start(start:
     assert not KEY_COMMAND.search(again.log.read_bytes()), "and its log begins anew"
 
 
-def test_a_query_is_answered_on_the_connection_of_its_stream(start: Start) -> None:
+def test_query_is_answered_on_its_stream(start: Start) -> None:
+    """A query is answered on the connection that streams it."""
     asker, answerer = start(1), start(2)
     with answerer.connect() as client:
         client.join([asker.gossip])
@@ -199,7 +204,8 @@ def test_a_query_is_answered_on_the_connection_of_its_stream(start: Start) -> No
         stream.close()
 
 
-def test_the_log_tells_of_a_join_before_any_event_does(start: Start) -> None:
+def test_log_reports_join_before_event(start: Start) -> None:
+    """The agent's log reports a join before its event stream does."""
     one, two = start(1), start(2)
     heard: dict[str, float] = {}
 
@@ -228,12 +234,14 @@ def test_the_log_tells_of_a_join_before_any_event_does(start: Start) -> None:
     assert heard["log"] < heard["event"]
 
 
-def test_the_monitor_begins_with_what_the_log_remembers(start: Start) -> None:
+def test_monitor_starts_with_old_lines(start: Start) -> None:
+    """The monitor starts with the lines that the agent remembers."""
     with start(1).connect() as client:
         assert next(line for line in client.monitor("INFO") if "Serf agent starting" in line)
 
 
-def test_an_agent_that_is_killed_has_failed_and_one_that_leaves_has_left(start: Start) -> None:
+def test_killed_agent_fails_and_leaving_agent_leaves(start: Start) -> None:
+    """An agent that is killed is failed; one that leaves, or is forced to, has left."""
     one, two, three = start(1), start(2), start(3)
     for agent in (two, three):
         with agent.connect() as client:
@@ -249,7 +257,8 @@ def test_an_agent_that_is_killed_has_failed_and_one_that_leaves_has_left(start: 
     eventually(lambda: one.states()["barge2"] is Status.LEFT, 10, "it is declared as left")
 
 
-def test_a_name_that_is_taken_is_found_in_the_log_and_the_agent_lives(start: Start) -> None:
+def test_name_conflict_is_found_in_log(start: Start) -> None:
+    """A name conflict is found in the log, and both agents live."""
     one, rival = start(1, name="same"), start(2, name="same")
     assert serf.name_conflict(rival.log) is None
     with rival.connect() as client:
@@ -259,7 +268,8 @@ def test_a_name_that_is_taken_is_found_in_the_log_and_the_agent_lives(start: Sta
 
 
 @pytest.mark.parametrize("taken", [("127.0.0.1", 7946), ("127.0.0.1", 7001)], ids=["gossip", "rpc"])
-def test_a_taken_port_is_told_as_such(start: Start, taken: tuple[str, int]) -> None:
+def test_taken_port_raises_conflict(start: Start, taken: tuple[str, int]) -> None:
+    """A taken port raises ConflictError that names the port."""
     with socket.socket() as squatter:
         squatter.bind(taken)
         squatter.listen()
@@ -267,7 +277,8 @@ def test_a_taken_port_is_told_as_such(start: Start, taken: tuple[str, int]) -> N
             start(1)
 
 
-def test_an_open_agent_on_the_port_is_not_taken_for_the_one_that_was_started(start: Start, tmp_path: Path) -> None:
+def test_foreign_agent_on_port_raises_conflict(start: Start, tmp_path: Path) -> None:
+    """Another agent that answers on the port is not mistaken for the one that was started."""
     path = tmp_path / "open.json"
     path.write_text(json.dumps({"bind": "127.0.0.9:7946", "rpc_addr": "127.0.0.1:7001", "node_name": "open"}))
     pid = serf.start(path, tmp_path / "open.log")
@@ -334,7 +345,8 @@ def test_the_kernel_tells_in_both_its_ways_who_is_at_the_other_end(netns: object
         assert [way(*nobody) for way in ways] == [None] * 2, "the listener is not the connection"
 
 
-def test_an_agent_is_found_again_by_its_configuration_and_ends_by_a_signal(start: Start, tmp_path: Path) -> None:
+def test_agent_is_found_by_configuration_and_stopped(start: Start, tmp_path: Path) -> None:
+    """A running agent is found by its configuration file and ends by a signal."""
     agent = start(1)
     assert serf.running(agent.directory / "serf.json") == agent.pid
     assert serf.running(tmp_path / "another.json") is None
@@ -349,7 +361,8 @@ def test_an_agent_is_found_again_by_its_configuration_and_ends_by_a_signal(start
     [["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"], ["setpriv", "--reuid=1", "--clear-groups"]],
     ids=["another process namespace", "another user"],
 )
-def test_who_only_has_the_command_line_of_the_agent_is_not_taken_for_it(of_others: list[str]) -> None:
+def test_foreign_process_is_not_taken_for_agent(of_others: list[str]) -> None:
+    """A process of another user or PID namespace with the same command line is not taken for the agent."""
     with tempfile.TemporaryDirectory() as directory, ExitStack() as ends:
         Path(directory).chmod(0o755)
         (Path(directory) / "agent").write_text("echo; read -r _")
@@ -367,7 +380,8 @@ def test_who_only_has_the_command_line_of_the_agent_is_not_taken_for_it(of_other
         assert serf.running(own) == process.pid
 
 
-def test_a_handler_gets_the_event_by_its_environment(start: Start, tmp_path: Path) -> None:
+def test_handler_gets_event_in_environment(start: Start, tmp_path: Path) -> None:
+    """A handler gets the event in its environment."""
     seen = tmp_path / "seen"
     one = start(1, handlers=(f'member-join=echo "$SERF_EVENT $SERF_SELF_NAME" >> {seen}',))
     eventually(
@@ -379,7 +393,8 @@ def test_a_handler_gets_the_event_by_its_environment(start: Start, tmp_path: Pat
     eventually(lambda: seen.read_text() == "member-join barge1\n" * 2, 10, "then the join of the other")
 
 
-def test_handlers_hear_of_each_update_again_and_again(start: Start, tmp_path: Path) -> None:
+def test_handler_events_are_repeated(start: Start, tmp_path: Path) -> None:
+    """A handler hears of earlier updates again with each later event."""
     seen = tmp_path / "seen"
     seen.touch()
     one = start(1, handlers=(f'member-join,member-update=sed "s/^/$SERF_EVENT /" | cut -f1 >> {seen}',))
@@ -395,7 +410,8 @@ def test_handlers_hear_of_each_update_again_and_again(start: Start, tmp_path: Pa
     eventually(lambda: "member-update barge2" in seen.read_text().removeprefix(before), 5, "the update with it")
 
 
-def test_a_handler_gets_the_payload_with_a_newline_at_its_end(start: Start, tmp_path: Path) -> None:
+def test_handler_payload_ends_with_newline(start: Start, tmp_path: Path) -> None:
+    """A handler gets the payload with a newline at its end."""
     seen = tmp_path / "seen"
     one = start(1, handlers=(f"user=cat >> {seen}", f"query=cat >> {seen}"))
     expected = b""
@@ -410,7 +426,8 @@ def test_a_handler_gets_the_payload_with_a_newline_at_its_end(start: Start, tmp_
             eventually(lambda: seen.read_bytes() == expected, 10, "the query's")  # noqa: B023
 
 
-def test_the_log_and_the_configuration_are_for_root_alone(start: Start) -> None:
+def test_log_is_private_and_key_is_not_in_argv(start: Start) -> None:
+    """Only root can read the log, and the key is in neither arguments nor environment."""
     agent = start(1)
     assert agent.log.stat().st_mode & 0o777 == 0o600
     assert "secret" not in Path(f"/proc/{agent.pid}/cmdline").read_text()

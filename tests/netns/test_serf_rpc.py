@@ -62,7 +62,8 @@ def agent(request: pytest.FixtureRequest, netns: object, tmp_path: Path) -> Iter
         yield Access(PORT, lambda: "secret", lambda: [pid])
 
 
-def test_the_rpc_wants_the_key_and_says_nothing_without(agent: Access) -> None:
+def test_rpc_requires_key(agent: Access) -> None:
+    """Without the right key the RPC answers nothing."""
     for wrong in ("", "wrong"):
         with (
             pytest.raises(SerfError, match=r"[Aa]uth"),
@@ -71,7 +72,8 @@ def test_the_rpc_wants_the_key_and_says_nothing_without(agent: Access) -> None:
             client.members()
 
 
-def test_a_member_is_listed_with_address_state_and_tags(agent: Access) -> None:
+def test_rpc_lists_member(agent: Access) -> None:
+    """A member is listed with address, state and tags."""
     with Serf.connect(agent) as client:
         for _ in range(2):
             member = Member("barge1", IPv4Address("127.0.0.1"), 7946, Status.ALIVE, {"role": "web"})
@@ -79,7 +81,8 @@ def test_a_member_is_listed_with_address_state_and_tags(agent: Access) -> None:
         assert client.stats()
 
 
-def test_an_entry_has_the_same_fields_in_the_same_types(agent: Access) -> None:
+def test_rpc_entry_has_documented_fields(agent: Access) -> None:
+    """An entry of the list has the same fields in the same types."""
     with Serf.connect(agent) as client:
         entry = client._call("members", body=True)["Members"][0]
     assert {key: type(value) for key, value in entry.items()} == {
@@ -90,7 +93,8 @@ def test_an_entry_has_the_same_fields_in_the_same_types(agent: Access) -> None:
     }
 
 
-def test_tags_up_to_the_limit_are_carried_and_one_byte_more_is_refused(agent: Access) -> None:
+def test_rpc_tag_size_limit(agent: Access) -> None:
+    """Tags up to the limit are carried, and one byte more is refused."""
     fits = {"meshd": "x" * (LIMIT - size({"meshd": "x" * 400}) + 400)}
     assert size(fits) == LIMIT
     with Serf.connect(agent) as client:
@@ -101,7 +105,9 @@ def test_tags_up_to_the_limit_are_carried_and_one_byte_more_is_refused(agent: Ac
         assert client.members()[0].tags == fits
 
 
-def test_own_tags_are_a_resource_that_leaves_those_of_others_alone(agent: Access) -> None:
+def test_own_tags_keep_foreign_tags(agent: Access) -> None:
+    """meshd's tags are added, changed and removed, and those of others stay."""
+
     def members() -> list[Member]:
         with Serf.connect(agent) as client:
             return client.members()

@@ -84,7 +84,8 @@ def adapter(name: str, backend: str) -> contract.WireGuard:
 # --- one device ----------------------------------------------------------------------------------------------------
 
 
-def test_a_device_is_made_read_and_removed(adapter: contract.WireGuard, name: str) -> None:
+def test_device_round_trip(adapter: contract.WireGuard, name: str) -> None:
+    """A device is made, read back and removed, and `wg` shows it."""
     assert adapter.read() == []
     add(adapter, device(name))
     assert adapter.read() == [device(name)]
@@ -97,7 +98,8 @@ def test_a_device_is_made_read_and_removed(adapter: contract.WireGuard, name: st
         wg("show", name)
 
 
-def test_everything_twice_is_harmless(adapter: contract.WireGuard, name: str) -> None:
+def test_routes_apply_is_idempotent(adapter: contract.WireGuard, name: str) -> None:
+    """Adding or removing everything twice is harmless."""
     wanted = [device(name), peer(1, "192.0.2.1:51820", keepalive=25), peer(2)]
     for _ in range(2):
         add(adapter, *wanted)
@@ -107,28 +109,33 @@ def test_everything_twice_is_harmless(adapter: contract.WireGuard, name: str) ->
     assert adapter.read() == []
 
 
-def test_removing_from_an_absent_device_is_harmless(adapter: contract.WireGuard, name: str) -> None:
+def test_remove_from_absent_device_is_harmless(adapter: contract.WireGuard, name: str) -> None:
+    """Removing a peer or the device is harmless if the device is absent."""
     remove(adapter, peer(1), device(name))
 
 
-def test_setting_a_peer_on_an_absent_device_is_an_error_that_names_it(adapter: contract.WireGuard) -> None:
+def test_add_peer_to_absent_device_raises_error(adapter: contract.WireGuard) -> None:
+    """Adding a peer to an absent device raises ApplyError that names the peer."""
     with pytest.raises(ApplyError, match=r"add peer .*172\.20\.1\.0/24.*: "):
         add(adapter, peer(1))
 
 
-def test_a_device_of_another_key_is_refused(adapter: contract.WireGuard, name: str) -> None:
+def test_device_of_another_key_is_refused(adapter: contract.WireGuard, name: str) -> None:
+    """A device with another key than the host's is refused."""
     with pytest.raises(ApplyError, match="belongs to"):
         add(adapter, device(name, number=1))
     assert adapter.read() == []
 
 
-def test_a_port_is_changed_and_peers_stay(adapter: contract.WireGuard, name: str) -> None:
+def test_port_change_keeps_peers(adapter: contract.WireGuard, name: str) -> None:
+    """A change of the port keeps the peers."""
     add(adapter, device(name), peer(1))
     adapter.apply(Change(Action.SET, device(name, port=51999), device(name)))
     assert adapter.read() == [device(name, port=51999), peer(1)]
 
 
-def test_a_changed_peer_leaves_the_others_alone(adapter: contract.WireGuard, name: str) -> None:
+def test_peer_change_keeps_other_peers(adapter: contract.WireGuard, name: str) -> None:
+    """A change of one peer keeps the others."""
     first, second = peer(1, "192.0.2.1:1"), peer(2, "[2001:db8::2]:2", keepalive=5)
     add(adapter, device(name), first, second)
     changed = peer(1, "192.0.2.9:9", "172.20.91.0/24", keepalive=7)
@@ -138,14 +145,15 @@ def test_a_changed_peer_leaves_the_others_alone(adapter: contract.WireGuard, nam
     assert adapter.read() == [device(name), second]
 
 
-def test_an_endpoint_of_none_leaves_it_as_it_is(adapter: contract.WireGuard, name: str) -> None:
+def test_peer_without_endpoint_keeps_old_one(adapter: contract.WireGuard, name: str) -> None:
+    """A change without an endpoint keeps the one that the peer has."""
     first = peer(1, "192.0.2.1:1")
     add(adapter, device(name), first)
     adapter.apply(Change(Action.SET, peer(1, None, keepalive=3), first))
     assert adapter.read()[1] == peer(1, "192.0.2.1:1", keepalive=3)
 
 
-def test_set_does_not_send_an_endpoint_that_stays(adapter: contract.WireGuard, name: str) -> None:
+def test_set_keeps_roamed_endpoint(adapter: contract.WireGuard, name: str) -> None:
     """The peer roams between read and apply: its new endpoint must not be taken back."""
     first = peer(1, "192.0.2.1:1")
     add(adapter, device(name), first)
@@ -154,13 +162,15 @@ def test_set_does_not_send_an_endpoint_that_stays(adapter: contract.WireGuard, n
     assert adapter.read()[1] == peer(1, "192.0.2.77:77", keepalive=3)
 
 
-def test_set_does_not_bring_back_half_a_peer(adapter: contract.WireGuard, name: str) -> None:
+def test_set_does_not_create_peer(adapter: contract.WireGuard, name: str) -> None:
+    """A change of a peer that has gone does not create it without its other fields."""
     add(adapter, device(name))
     adapter.apply(Change(Action.SET, peer(1, keepalive=3), peer(1)))
     assert adapter.read() == [device(name)]
 
 
-def test_many_peers_and_many_blocks_are_read_back_exactly(adapter: contract.WireGuard, name: str) -> None:
+def test_many_peers_round_trip(adapter: contract.WireGuard, name: str) -> None:
+    """Hundreds of peers, and one with hundreds of prefixes, are read back exactly."""
     many = [peer(n, f"192.0.2.{n % 250 + 1}:{1000 + n}", f"10.{n // 200}.{n % 200}.0/24", n) for n in range(1, 301)]
     blocks = tuple(IPv4Network(f"10.{100 + n // 250}.{n % 250}.0/24") for n in range(900))
     wide = Peer(encode_key(b"w" * 32), None, blocks)
@@ -168,9 +178,8 @@ def test_many_peers_and_many_blocks_are_read_back_exactly(adapter: contract.Wire
     assert adapter.read() == [device(name), *sorted([*many, wide], key=lambda p: p.key)]
 
 
-def test_the_key_is_neither_printed_nor_in_the_process(
-    adapter: contract.WireGuard, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_private_key_is_not_exposed(adapter: contract.WireGuard, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The private key is in no repr, argument or environment, and the daemon has its own session."""
     monkeypatch.setenv("MESHD_INVITE", "a-secret")
     add(adapter, device(name))
     assert not any(encode_key(KEYS[0]) in f"{r}{r!r}" or KEYS[0].hex() in f"{r!r}" for r in adapter.read())
@@ -180,9 +189,10 @@ def test_the_key_is_neither_printed_nor_in_the_process(
         assert os.getsid(int(process.name)) != os.getsid(0)
 
 
-def test_an_existing_device_is_adopted_by_its_backend(
+def test_existing_device_is_adopted(
     adapter: contract.WireGuard, name: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A running device is adopted by the backend that made it, whatever is preferred."""
     add(adapter, device(name), peer(1))
     monkeypatch.setenv("PATH", "/nonexistent")
     for prefer in ("auto", "userspace", "kernel"):
@@ -191,7 +201,8 @@ def test_an_existing_device_is_adopted_by_its_backend(
         assert again.read() == [device(name), peer(1)]
 
 
-def test_no_descriptor_is_left_open(adapter: contract.WireGuard, name: str) -> None:
+def test_wireguard_leaks_no_descriptor(adapter: contract.WireGuard, name: str) -> None:
+    """Reading and changing a device leaves no descriptor open."""
     add(adapter, device(name))
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208  # each entry only counts
     for _ in range(10):
@@ -263,7 +274,8 @@ def nodes(netns_pair: tuple[Namespace, Namespace], backend: str) -> tuple[Node, 
     return one, two
 
 
-def test_two_hosts_shake_hands_and_ping(nodes: tuple[Node, Node]) -> None:
+def test_two_hosts_handshake_and_ping(nodes: tuple[Node, Node]) -> None:
+    """Two hosts complete a handshake and ping each other."""
     one, two = nodes
     before = time.time()
     assert one.sees(two).handshake == 0.0
@@ -275,8 +287,8 @@ def test_two_hosts_shake_hands_and_ping(nodes: tuple[Node, Node]) -> None:
     assert two.ping(one) == 1
 
 
-def test_nothing_is_disturbed_by_what_does_not_change(nodes: tuple[Node, Node]) -> None:
-    """The same device and peers again, and others beside them: no session ends, not one packet is lost."""
+def test_unchanged_peers_lose_no_packet(nodes: tuple[Node, Node]) -> None:
+    """The same device and peers applied again, and other peers beside them, end no session and lose no packet."""
     one, two = nodes
     assert one.ping(two) == 1
     handshake = one.sees(two).handshake
@@ -293,7 +305,8 @@ def test_nothing_is_disturbed_by_what_does_not_change(nodes: tuple[Node, Node]) 
     assert one.sees(two).handshake == handshake
 
 
-def test_a_removed_peer_is_cut_off_and_comes_back(nodes: tuple[Node, Node]) -> None:
+def test_removed_peer_is_cut_off_until_added_again(nodes: tuple[Node, Node]) -> None:
+    """A removed peer is cut off and is reached again when it is added again."""
     one, two = nodes
     assert one.ping(two) == 1
     with one.space.entered():
@@ -303,7 +316,8 @@ def test_a_removed_peer_is_cut_off_and_comes_back(nodes: tuple[Node, Node]) -> N
     assert one.ping(two) == 1
 
 
-def test_a_peer_that_is_made_anew_begins_a_handshake_at_once(adapter: contract.WireGuard, name: str) -> None:
+def test_recreated_peer_starts_handshake_at_once(adapter: contract.WireGuard, name: str) -> None:
+    """A peer that is removed and added again starts a handshake at once; a changed one does not."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
         other.bind(("127.0.0.1", 0))
         other.settimeout(2)  # WireGuard repeats its first message after 5 s
@@ -319,7 +333,8 @@ def test_a_peer_that_is_made_anew_begins_a_handshake_at_once(adapter: contract.W
             remove(adapter, there)
 
 
-def test_a_new_adapter_takes_over_a_running_device(nodes: tuple[Node, Node]) -> None:
+def test_new_adapter_keeps_session_of_running_device(nodes: tuple[Node, Node]) -> None:
+    """A new adapter takes over a running device and keeps its sessions."""
     one, two = nodes
     assert one.ping(two) == 1
     handshake = one.sees(two).handshake
@@ -362,7 +377,8 @@ def kill(name: str) -> None:
     assert eventually(lambda: not userspace.is_running(name))
 
 
-def test_a_killed_daemon_reads_as_absent_and_is_started_again(go: contract.WireGuard, name: str) -> None:
+def test_killed_wireguard_go_is_started_again(go: contract.WireGuard, name: str) -> None:
+    """A device whose wireguard-go was killed reads as absent and can be made again."""
     add(go, device(name), peer(1))
     kill(name)
     assert go.read() == []
@@ -396,7 +412,8 @@ def test_another_user_at_the_socket_is_sent_nothing(go: contract.WireGuard, name
     path.unlink()
 
 
-def test_removing_cleans_up_after_a_killed_daemon(go: contract.WireGuard, name: str) -> None:
+def test_remove_cleans_up_after_killed_wireguard_go(go: contract.WireGuard, name: str) -> None:
+    """Removing the device removes the socket that a killed wireguard-go has left."""
     add(go, device(name))
     kill(name)
     assert go.read() == []
@@ -404,22 +421,25 @@ def test_removing_cleans_up_after_a_killed_daemon(go: contract.WireGuard, name: 
     assert not Path(f"/var/run/wireguard/{name}.sock").exists()
 
 
-def test_removing_ends_the_daemon(go: contract.WireGuard, name: str) -> None:
+def test_remove_ends_wireguard_go(go: contract.WireGuard, name: str) -> None:
+    """Removing the device ends wireguard-go."""
     add(go, device(name))
     assert [*daemons(name)]
     remove(go, device(name))
     assert eventually(lambda: not [*daemons(name)])
 
 
-def test_a_tun_link_without_a_daemon_reads_as_absent(go: contract.WireGuard, name: str) -> None:
+def test_tun_link_without_daemon_reads_as_absent(go: contract.WireGuard, name: str) -> None:
+    """A TUN link without a wireguard-go reads as absent."""
     with IPRoute(groups=0) as ipr:
         ipr.link("add", ifname=name, kind="tuntap", mode="tun")
     assert go.read() == []
 
 
-def test_the_daemon_of_another_namespace_is_not_ours(
+def test_wireguard_go_of_another_namespace_is_ignored(
     go: contract.WireGuard, name: str, netns_pair: tuple[Namespace, Namespace]
 ) -> None:
+    """A wireguard-go of another network namespace is not touched."""
     add(go, device(name))
     with netns_pair[0].entered():
         assert go.read() == []
@@ -429,9 +449,8 @@ def test_the_daemon_of_another_namespace_is_not_ours(
     assert go.read() == [device(name)]
 
 
-def test_a_missing_program_says_what_to_install(
-    go: contract.WireGuard, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_wireguard_go_names_package(go: contract.WireGuard, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error for a missing wireguard-go names its package."""
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(MissingError, match="apt install wireguard-go"):
         add(go, device(name))
@@ -442,7 +461,8 @@ def test_a_missing_program_says_what_to_install(
 # --- choosing ------------------------------------------------------------------------------------------------------
 
 
-def test_without_kernel_and_program_the_message_names_both_ways(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_wireguard_error_names_both_remedies(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without any WireGuard the error names the package and the kernel module."""
     monkeypatch.setattr(kernel, "is_available", lambda: False)
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(MissingError) as caught:
@@ -455,12 +475,14 @@ def test_without_kernel_and_program_the_message_names_both_ways(name: str, monke
         wireguard.find(name, KEYS[0], "kernel")
 
 
-def test_an_unknown_backend_is_an_input_error(name: str) -> None:
+def test_unknown_backend_raises_input_error(name: str) -> None:
+    """An unknown backend raises InputError."""
     with pytest.raises(InputError, match="magic"):
         wireguard.find(name, KEYS[0], "magic")
 
 
-def test_looking_for_the_kernel_leaves_nothing_open(netns: Namespace) -> None:
+def test_kernel_detection_leaks_no_descriptor(netns: Namespace) -> None:
+    """Looking for the kernel's WireGuard leaves no descriptor open."""
     assert netns
     kernel.is_available()
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208  # each entry only counts
@@ -470,13 +492,15 @@ def test_looking_for_the_kernel_leaves_nothing_open(netns: Namespace) -> None:
 
 
 @pytest.mark.kernel
-def test_auto_prefers_the_kernel_and_leaves_no_link(name: str) -> None:
+def test_auto_prefers_kernel(name: str) -> None:
+    """The backend `auto` prefers the kernel and leaves no link behind."""
     before = link_names()
     assert wireguard.find(name, KEYS[0]).backend == "kernel"
     assert link_names() == before
 
 
-def test_a_link_of_another_kind_is_left_alone(adapter: contract.WireGuard, name: str) -> None:
+def test_link_of_another_kind_is_kept(adapter: contract.WireGuard, name: str) -> None:
+    """A link of another kind with the device's name raises ConflictError and is kept."""
     with IPRoute(groups=0) as ipr:
         ipr.link("add", ifname=name, kind="bridge")
     assert adapter.read() == []
@@ -517,7 +541,8 @@ def part(key: str, *blocks: str, **attributes: Any) -> dict[str, Any]:
     return {"attrs": [("WGPEER_A_PUBLIC_KEY", key), *others, ("WGPEER_A_ALLOWEDIPS", allowed)]}
 
 
-def test_a_peer_that_is_split_over_messages_is_put_together() -> None:
+def test_collect_merges_split_peer() -> None:
+    """A peer whose prefixes are split over several messages is put together."""
     key, other = encode_key(b"k" * 32), encode_key(b"o" * 32)
     head = part(key, "10.0.1.0/24", ENDPOINT={"addr": "192.0.2.1", "port": 7}, PERSISTENT_KEEPALIVE_INTERVAL=5)
     messages = [

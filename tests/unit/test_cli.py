@@ -52,14 +52,16 @@ def test_unknown_command_is_error() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_each_command_has_help_with_an_example(command: str) -> None:
+def test_command_help_has_example(command: str) -> None:
+    """The help of each command contains an example of that command."""
     result = CliRunner().invoke(main, [command, "--help"])
     assert result.exit_code == 0
     assert "Example" in result.output
     assert f"meshd {command}" in result.output
 
 
-def test_help_does_not_load_the_network_libraries() -> None:
+def test_help_loads_no_network_libraries() -> None:
+    """`meshd --help` does not import the slow network libraries."""
     script = "import sys; from meshd.cli.main import main\ntry: main(['--help'])\nfinally: print(sorted(sys.modules))"
     output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert not [heavy for heavy in ("'pyroute2'", "'docker'", "'nacl'", "'requests'") if heavy in output]
@@ -70,7 +72,8 @@ FOR_ROOT = [pytest.param(command, marks=pytest.mark.root) for command in ("plan"
 
 
 @pytest.mark.parametrize("command", [*FOR_ANYBODY, *FOR_ROOT])
-def test_without_a_mesh_a_command_says_what_to_do(command: str, tmp_path: Path) -> None:
+def test_command_without_mesh_names_next_step(command: str, tmp_path: Path) -> None:
+    """On a host without a mesh, each command fails, names `init` and `join`, and writes nothing."""
     result = CliRunner().invoke(main, ["--state-dir", str(tmp_path), command])
     assert result.exit_code == 2
     assert "run 'meshd init' or 'meshd join ADDRESS' first" in result.output
@@ -93,7 +96,8 @@ def test_without_a_mesh_a_command_says_what_to_do(command: str, tmp_path: Path) 
     ],
 )
 @pytest.mark.root
-def test_bad_input_is_named_and_leaves_nothing(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_bad_input_error_names_value(arguments: list[str], message: str, tmp_path: Path) -> None:
+    """A wrong argument is named in the error, and no file is written."""
     directory = tmp_path / "state"
     result = CliRunner().invoke(main, ["--state-dir", str(directory), *arguments], input="")
     assert result.exit_code == 2, result.output
@@ -159,7 +163,9 @@ def test_join_refuses_subnet_before_writing(state: State, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("error", [ConflictError("a port is taken"), SystemExit(1)], ids=["an error", "a signal"])
-def test_what_could_not_be_undone_is_said_after_the_error(error: BaseException) -> None:
+def test_failed_undo_is_reported_after_error(error: BaseException) -> None:
+    """Steps that could not be undone are printed after the error."""
+
     @click.group(cls=Commands)
     def commands() -> None:
         pass

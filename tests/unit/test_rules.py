@@ -16,7 +16,8 @@ OWNER = "meshd:wg0"
 USER = ["DOCKER-USER", "DOCKER-USER", "FORWARD"]
 
 
-def test_nft_gets_each_closing_brace_on_a_line_of_its_own_and_a_digest_on_each_rule() -> None:
+def test_render_puts_digest_on_each_rule() -> None:
+    """The rendered table has closing braces on their own lines and a digest on each rule."""
     lines = render(TABLE).splitlines()
     assert all(line.strip() == "}" for line in lines if line.endswith("}") and "{" not in line)
     texts = [line for line in lines if line.startswith("    ") and not line.strip().startswith("type ")]
@@ -33,7 +34,8 @@ def test_the_packets_between_containers_meet_few_rules() -> None:
     assert len(prerouting.rules) == 2
 
 
-def test_a_digest_changes_with_its_rule_and_with_nothing_else() -> None:
+def test_rule_digest_depends_on_rule_only() -> None:
+    """A digest changes with its rule and with nothing else."""
     assert rules.rule("drop") == rules.rule("drop")
     assert rules.rule("drop") != rules.rule("accept")
 
@@ -41,7 +43,8 @@ def test_a_digest_changes_with_its_rule_and_with_nothing_else() -> None:
 @pytest.mark.parametrize(
     ("name", "expected"), [("wg0", "meshd_wg0"), ("wg-a", "meshd_wg_a"), ("0x", "meshd_0x")], ids=str
 )
-def test_a_table_name_is_an_nft_identifier(name: str, expected: str) -> None:
+def test_table_name_is_nft_identifier(name: str, expected: str) -> None:
+    """The name of the table is a valid identifier of nft."""
     assert rules.table_name(name) == expected
 
 
@@ -58,13 +61,15 @@ def entries(*, policy: str = "accept", comment: str | None = None) -> str:
     )
 
 
-def test_a_rule_is_read_back_by_its_digest() -> None:
+def test_parse_reads_rule_by_digest() -> None:
+    """A rule is read back by the digest in its comment."""
     (chain,) = parse("ip", "t", json.loads(entries(comment="meshd:abc"))).chains
     assert (chain.type, chain.hook, chain.priority) == ("filter", "output", -10)
     assert [rule.digest for rule in chain.rules] == ["abc"]
 
 
-def test_what_others_put_into_the_table_differs_from_what_should_be() -> None:
+def test_parse_detects_foreign_changes() -> None:
+    """A table that someone has changed differs from the desired one."""
     right = parse("ip", "t", json.loads(entries(comment="meshd:abc")))
     for foreign in (entries(), entries(comment="abc"), entries(policy="drop", comment="meshd:abc")):
         assert parse("ip", "t", json.loads(foreign)) != right
@@ -90,7 +95,8 @@ COMMIT
 """
 
 
-def test_own_iptables_rules_are_found_by_their_owner_where_meshd_puts_any() -> None:
+def test_parse_saved_finds_own_rules() -> None:
+    """meshd's iptables rules are found by their owner, and those of others are not."""
     expected = rules.iptables(wireguard="wg0", bridge="ovl0", subnet=SUBNET, engine=Engine("28.5.2"), owner=OWNER)
     assert sorted(parse_saved(SAVED, OWNER), key=str) == sorted(expected, key=str)
     assert list(parse_saved(SAVED, "meshd:wg")) == []
@@ -110,7 +116,8 @@ def test_own_iptables_rules_are_found_by_their_owner_where_meshd_puts_any() -> N
     ],
     ids=str,
 )
-def test_each_docker_gets_the_rules_that_it_needs(engine: Engine, chains: list[str]) -> None:
+def test_iptables_rules_by_docker_version(engine: Engine, chains: list[str]) -> None:
+    """Each version of Docker gets the iptables rules that it needs."""
     found = rules.iptables(wireguard="wg0", bridge="ovl0", subnet=SUBNET, engine=engine, owner=OWNER)
     assert [rule.chain for rule in found] == chains
     assert all(isinstance(rule, IptablesRule) and rule.owner == OWNER for rule in found)

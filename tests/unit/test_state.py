@@ -27,7 +27,8 @@ from meshd.state.settings import Settings
 from tests.conftest import MESH, certificate, delegated, delegation, public_key, record
 
 
-def test_the_roster_round_trips(state: State) -> None:
+def test_roster_round_trip(state: State) -> None:
+    """The roster survives the way to disk and back."""
     roster = Roster(
         {"barge2": record(2, seq=7), "barge4": record(4, by=delegated("barge4", delegation()))},
         {"barge3": Tombstone(4, public_key("barge3"), forgotten=b"proof")},
@@ -37,7 +38,8 @@ def test_the_roster_round_trips(state: State) -> None:
     assert State(state.directory).roster() == roster
 
 
-def test_a_sequence_number_grows_exactly_with_the_record(state: State) -> None:
+def test_publish_raises_seq_only_on_change(state: State) -> None:
+    """The sequence number grows if, and only if, the record changes."""
     subnet, endpoint = record(1).subnet, record(1).endpoint
     first = publish(state, state.claim(), subnet=subnet, endpoint=endpoint, settled=False)
     again = publish(State(state.directory), state.claim(), subnet=subnet, endpoint=endpoint, settled=True)
@@ -51,7 +53,8 @@ def test_a_sequence_number_grows_exactly_with_the_record(state: State) -> None:
     assert goodbye.record.leaving
 
 
-def test_what_is_published_is_signed_and_a_new_certificate_is_published(state: State) -> None:
+def test_publish_signs_and_renews_certificate(state: State) -> None:
+    """A published record is signed, and a new certificate is published."""
     subnet, endpoint = record(1).subnet, record(1).endpoint
     first = publish(state, state.claim(), subnet=subnet, endpoint=endpoint, settled=True).record
     MESH.trust.check("barge1", first)
@@ -62,7 +65,8 @@ def test_what_is_published_is_signed_and_a_new_certificate_is_published(state: S
     assert second.certificate.serial == 99
 
 
-def test_a_sequence_number_survives_a_clock_that_went_back(state: State) -> None:
+def test_publish_seq_survives_clock_going_back(state: State) -> None:
+    """The sequence number grows although the clock has gone back."""
     far = Claim(record(1, seq=2**40), settled=True)
     state.save_claim(far)
     assert (
@@ -81,7 +85,8 @@ def test_publish_outdoes_earlier_host_of_name(state: State) -> None:
     assert last.record.seq == MAX_SEQ - 1
 
 
-def test_a_goodbye_of_an_earlier_host_of_the_name_is_gone_beyond_and_that_of_this_one_is_its_end(state: State) -> None:
+def test_renewed_outdoes_tombstone_of_earlier_host_only(state: State) -> None:
+    """The record outdoes the tombstone of an earlier host of the name; a tombstone for this host ends it."""
     claim = publish(state, state.claim(), subnet=record(1).subnet, endpoint=endpoint(state), settled=True)
     own, far = claim.record, 2**40
     earlier = of_leaving(record(1, seq=far, key="earlier", leaving=True))
@@ -96,7 +101,8 @@ def test_a_goodbye_of_an_earlier_host_of_the_name_is_gone_beyond_and_that_of_thi
     assert refresh(state, again, Roster(gone={"barge1": mine})) == again
 
 
-def test_everything_is_private(state: State) -> None:
+def test_state_files_have_mode_0600(state: State) -> None:
+    """Only root can read the files of the state directory."""
     state.save_roster(Roster())
     _ = state.wireguard_key, state.gossip_key, state.rpc_key
     modes = {path.name: path.stat().st_mode & 0o777 for path in state.directory.iterdir()}
@@ -120,7 +126,8 @@ DAMAGE = {
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"x": 1}', b"\xff\xfe", b"[" * 100_000])
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_file_is_named_and_left_alone(state: State, name: str, content: bytes) -> None:
+def test_damaged_state_file_is_named_and_kept(state: State, name: str, content: bytes) -> None:
+    """A damaged file is named in the error and not changed."""
     path = state.directory / name
     path.write_bytes(content)
     with pytest.raises(InputError, match=name):
@@ -128,7 +135,8 @@ def test_a_damaged_file_is_named_and_left_alone(state: State, name: str, content
     assert path.read_bytes() == content
 
 
-def test_a_full_disk_leaves_the_old_file_whole(state: State) -> None:
+def test_write_failure_keeps_old_file(state: State) -> None:
+    """A write that fails half-way leaves the old file unchanged."""
     state.save_roster(Roster())
     before = (state.directory / "hosts.json").read_bytes()
     # /dev/full cannot stand in for a directory, a file size limit of the process can: the write fails half way.
@@ -146,8 +154,11 @@ def test_a_full_disk_leaves_the_old_file_whole(state: State) -> None:
     assert not [p for p in state.directory.iterdir() if p.name.startswith(".")]
 
 
-def test_what_is_written_is_on_disk_before_it_has_its_name(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A power cut shows it, and a lab host's keeps what the kernel holds: so the calls are watched, and made."""
+def test_write_syncs_before_rename(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is synced before it is renamed, and then its directory is.
+
+    The calls are watched and made: no power cut is at hand.
+    """
     done: list[str] = []
     sync, replace = os.fsync, Path.replace
 
@@ -168,17 +179,20 @@ def test_what_is_written_is_on_disk_before_it_has_its_name(state: State, monkeyp
     assert State(state.directory).contacts() == contacts
 
 
-def test_no_state_says_what_to_do(tmp_path: Path) -> None:
+def test_missing_state_names_next_step(tmp_path: Path) -> None:
+    """The error for a missing state names `init` and `join`."""
     with pytest.raises(InputError, match="run 'meshd init' or 'meshd join ADDRESS' first"):
         _ = State(tmp_path).settings
 
 
-def test_the_lock_excludes_and_says_so(state: State) -> None:
+def test_lock_excludes_others(state: State) -> None:
+    """The lock excludes others, and the error says who holds it."""
     with state.lock(), pytest.raises(MeshdError, match="another meshd"), State(state.directory).lock(timeout=0.05):
         pass
 
 
-def test_the_daemon_is_known_by_its_lock_not_by_its_file(state: State) -> None:
+def test_agent_pid_is_known_by_lock(state: State) -> None:
+    """A daemon counts as running by its lock and not by its file."""
     assert state.agent_pid() is None
     with state.agent_lock():
         assert state.agent_pid() == os.getpid()
@@ -188,7 +202,8 @@ def test_the_daemon_is_known_by_its_lock_not_by_its_file(state: State) -> None:
     assert state.agent_pid() is None
 
 
-def test_who_asks_for_the_daemon_does_not_keep_it_from_starting(state: State) -> None:
+def test_agent_lock_waits_for_reader_of_pid(state: State) -> None:
+    """A command that looks for the daemon does not keep it from starting."""
     with state.agent_lock():
         pass
     with (state.directory / "agent.pid").open() as asking:
@@ -198,14 +213,15 @@ def test_who_asks_for_the_daemon_does_not_keep_it_from_starting(state: State) ->
             assert state.agent_pid() == os.getpid()
 
 
-def test_forgetting_leaves_other_peoples_files(state: State) -> None:
+def test_forget_everything_keeps_foreign_files(state: State) -> None:
+    """Files that are not meshd's stay when the state is removed."""
     (state.directory / "notes.txt").write_text("mine")
     state.forget_everything()
     assert [path.name for path in state.directory.iterdir()] == ["notes.txt"]
 
 
-def test_the_settings_are_forgotten_last(tmp_path: Path) -> None:
-    """Whatever ends it before: the same command, run again, still finds that a host was set up here."""
+def test_forget_everything_removes_settings_last(tmp_path: Path) -> None:
+    """The settings are removed last, so that the same command, run again, finds a host that was set up."""
     for name in _OURS - {"settings.json"}:
         state = State(tmp_path / name)
         (state.directory / name).mkdir(parents=True)  # what cannot be unlinked
@@ -215,13 +231,14 @@ def test_the_settings_are_forgotten_last(tmp_path: Path) -> None:
         assert state.exists, name
 
 
-def test_files_are_readable_json(state: State) -> None:
+def test_state_files_are_sorted_json(state: State) -> None:
+    """State files are JSON with sorted keys."""
     files.write_json(state.directory / "hosts.json", {"b": 1, "a": 2})
     assert list(json.loads((state.directory / "hosts.json").read_bytes())) == ["a", "b"]
 
 
-def test_what_a_host_says_itself_as_it_leaves_does_not_end_it(state: State) -> None:
-    """Serf gives a user event to who sends it as well: without a daemon the handler hears of the host's own goodbye."""
+def test_own_leaving_record_does_not_bury_own_host(state: State) -> None:
+    """Serf hands a user event to its sender as well: a host's own leaving record does not end it early."""
     subnet = record(1).subnet
     publish(state, state.claim(), subnet=subnet, endpoint=endpoint(state), settled=True)
     last = publish(state, state.claim(), subnet=subnet, endpoint=endpoint(state), settled=True, leaving=True).record
