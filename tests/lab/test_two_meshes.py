@@ -57,7 +57,7 @@ def first_mesh(host: LabHost) -> list[str]:
         "for link in wg0 ovl0; do ip -o link show $link | sed 's/ qdisc.*//'; ip -4 -o addr show dev $link; done",
         "ip route show proto 77 | grep 172.20.",
         "wg show wg0 allowed-ips; wg show wg0 endpoints; wg show wg0 public-key",
-        "nft -s list table ip meshd_wg0",
+        "nft -s list table ip meshd_wg0; nft -s list table ip6 meshd_wg0",
         "iptables-save | grep meshd:wg0 | sed -E 's/\\[[0-9:]+\\]//' | sort",
         "docker network inspect ovl0 --format '{{.Id}} {{.Created}}'",
         "sysctl net.ipv4.ip_forward net.ipv4.conf.ovl0.proxy_arp net.ipv4.neigh.ovl0.proxy_delay",
