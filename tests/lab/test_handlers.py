@@ -82,6 +82,44 @@ def test_handlers_follow_changed_key(alone: Alone) -> None:
     assert len(other.run(["wg", "show", "wg0", "peers"]).stdout.split()) == 2
 
 
+# The response of a handshake: 92 bytes and the header of UDP.
+LOSE_RESPONSES = """
+table bridge lose {
+    chain forward {
+        type filter hook forward priority 0;
+        udp dport 51820 udp length 100 drop
+    }
+}
+"""
+
+
+def test_handlers_restart_crossed_handshake(alone: Alone) -> None:
+    """A handshake that came to nothing, as when two initiations cross, is started again at the next event.
+
+    WireGuard alone may do nothing for 25 s.
+    """
+    pair = alone.hosts[:2]
+    keys = [host.run(["wg", "show", "wg0", "public-key"]).stdout.strip() for host in pair]
+
+    def sent() -> list[int]:
+        rows = [host.run(["wg", "show", "wg0", "transfer"]).stdout.split() for host in pair]
+        return [int(row[row.index(key) + 2]) for row, key in zip(rows, reversed(keys), strict=True)]
+
+    alone.lab.switch.run(["nft", "-f", "-"], text=LOSE_RESPONSES)
+    try:
+        for host, other in zip(pair, reversed(keys), strict=True):
+            host.run(["wg", "set", "wg0", "peer", other, "remove"])
+        for host in pair:
+            host.run(["meshd", "sync"])
+        eventually(lambda: min(sent()) > 148, 10, "both have sent an initiation and a response")
+        before = sent()
+        alone.hosts[2].run(["serf", "tags", "-set", "hello=world"])
+        eventually(lambda: any(map(int.__gt__, before, sent())), 10, "one of them has re-created its peer")
+    finally:
+        alone.lab.switch.run(["nft", "delete", "table", "bridge", "lose"])
+    eventually(alone.full_reach, 15, "and they reach each other")
+
+
 def test_handlers_keep_peer_of_dead_agent(alone: Alone) -> None:
     """The peer of a host whose agent has died stays."""
     third = alone.hosts[2]
