@@ -86,7 +86,8 @@ def test_first_handshake_does_not_wait_for_serf(lab: Lab) -> None:
 
 
 def losing(what: str, rule: str) -> str:
-    return f"table bridge lose_{what} {{ chain forward {{ type filter hook forward priority 0; {rule}; }} }}"
+    chain = f"add chain bridge lose_{what} forward {{ type filter hook forward priority 0; }}"
+    return "\n".join([f"add table bridge lose_{what}", chain, f"add rule bridge lose_{what} forward {rule}", ""])
 
 
 def peer(host: LabHost, what: str) -> int:
