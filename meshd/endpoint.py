@@ -47,7 +47,7 @@ class Endpoint:
         return cls(ip_address(host), number)
 
 
-# A pass reads two for each host (gossip and WireGuard), which mostly are what they were.
+# A reconcile reads two for each host (gossip and WireGuard), which mostly are what they were.
 _parsed = lru_cache(32768)(Endpoint._parse)
 
 

@@ -1,13 +1,13 @@
 """Every error that meshd raises on purpose.
 
     MeshdError
-    ├── InputError           what a person typed or a file holds is wrong; nothing was changed
+    ├── InputError           what a user typed or a file holds is wrong; nothing was changed
     ├── MissingError         a program, kernel feature or service that meshd needs is not there
     ├── ConflictError        something that is not meshd's is in the way
     ├── SerfError            the Serf agent did not answer, or said no
     └── ApplyError           the kernel or an engine refused a read or a change
 
-Each message names the action, its object and, for a person, what to do next.
+Each message names the action, its object and, for a user, what to do next.
 """
 
 

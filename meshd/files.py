@@ -36,12 +36,12 @@ def _sync_directory(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON that a person can read and a diff can show."""
+    """Write JSON that a user can read and a diff can show."""
     write(path, json.dumps(content, indent=2, sort_keys=True).encode() + b"\n")
 
 
 def read(path: Path, limit: int = 16 * 2**20) -> bytes | None:
-    """Give a file's content, None if there is none. Raises InputError if it cannot be read or is too large."""
+    """Return a file's content, None if there is none. Raises InputError if it cannot be read or is too large."""
     try:
         with path.open("rb") as file:
             content = file.read(limit + 1)
@@ -55,7 +55,7 @@ def read(path: Path, limit: int = 16 * 2**20) -> bytes | None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Give the object in a JSON file, None if there is no file. Raises InputError if it is damaged."""
+    """Return the object in a JSON file, None if there is no file. Raises InputError if it is damaged."""
     content = read(path)
     if content is None:
         return None

@@ -12,7 +12,7 @@ KEY_LENGTH = 32
 
 
 def key(path: Path) -> bytes:
-    """Give the 32-byte key in a file, made at random if there is none. Raises InputError if it is damaged."""
+    """Return the 32-byte key in a file, made at random if there is none. Raises InputError if it is damaged."""
     raw = saved_key(path)
     if raw is None:
         raw = new_key()
@@ -25,7 +25,7 @@ def new_key() -> bytes:
 
 
 def saved_key(path: Path) -> bytes | None:
-    """Give the 32-byte key in a file, None if there is none. Raises InputError if it is damaged."""
+    """Return the 32-byte key in a file, None if there is none. Raises InputError if it is damaged."""
     content = files.read(path)
     if content is None:
         return None
@@ -44,7 +44,7 @@ def save_key(path: Path, raw: bytes) -> None:
 
 
 def public_key(private: bytes) -> str:
-    """Give the WireGuard public key (base64) of a private key (32 bytes): X25519 with the base point (RFC 7748)."""
+    """Return the WireGuard public key (base64) of a private key (32 bytes): X25519 with the base point (RFC 7748)."""
     from nacl.bindings import crypto_scalarmult_base  # noqa: PLC0415  as above
 
     return base64.b64encode(crypto_scalarmult_base(private)).decode()

@@ -31,7 +31,7 @@ class Packet:
         return "ip" if self.version == 4 else "ip6"
 
     def may_be(self, protocol: str) -> bool:
-        """Tell whether it may have a header of this protocol of nft's."""
+        """Return whether it may have a header of this protocol of nft's."""
         if protocol in {"ip", "ip6"}:
             return protocol == self.family
         return self.protocol in {None, protocol} or protocol in {"th", "ether", "vlan"}
@@ -57,14 +57,14 @@ class Chain:
 
 
 def blocked_by(packet: Packet, chains: Mapping[str, Chain]) -> Iterator[Chain]:
-    """Give each base chain that surely drops the packet: one is enough, whatever the others say (nft(8), VERDICT)."""
+    """Yield each base chain that surely drops the packet: one is enough, whatever the others say (nft(8), VERDICT)."""
     for chain in chains.values():
         if chain.hook == packet.hook and (_walk(chain, chains) or chain.policy) == "drop":
             yield chain
 
 
 def _walk(chain: Chain, chains: Mapping[str, Chain], depth: int = 16) -> str | None:
-    """Give "drop" if the rules surely drop the packet, "accept" if they may admit it, None if it may get past them."""
+    """Return "drop" if the rules surely drop the packet, "accept" if they may admit it, None if they may ignore it."""
     sure = True
     for step in chain.steps:
         found: str | None = step.verdict
@@ -102,11 +102,11 @@ def _any(truths: Iterable[Truth]) -> Truth:
 
 
 def every(truths: Iterable[Truth]) -> Truth:
-    """Tell whether all hold."""
+    """Return whether all hold."""
     found = set(truths)
     return False if False in found else None if None in found else True
 
 
 def opposite(truth: Truth) -> Truth:
-    """Tell whether it does not hold."""
+    """Return whether it does not hold."""
     return None if truth is None else not truth

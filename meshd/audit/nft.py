@@ -26,7 +26,7 @@ def chains(entries: Iterable[Mapping[str, Any]], packet: Packet) -> dict[str, Ch
 
 
 def _hook(chain: Mapping[str, Any]) -> str:
-    """Give a chain's hook. Those of iptables are left out: nft's JSON does not say what its extensions match."""
+    """Return a chain's hook. Those of iptables are left out: nft's JSON does not say what its extensions match."""
     return "" if chain["name"] in {"INPUT", "FORWARD"} else str(chain.get("hook", ""))
 
 
@@ -87,7 +87,7 @@ def _match(body: Mapping[str, Any], packet: Packet) -> Truth:
 
 
 def _value(left: Any, packet: Packet) -> str | int | None:
-    """Give what the packet has where a rule looks, None if that is not known."""
+    """Return what the packet has where a rule looks, None if that is not known."""
     match left:
         case {"payload": {"protocol": str(place), "field": str(key)}}:
             pass

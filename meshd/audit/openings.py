@@ -1,4 +1,4 @@
-"""What meshd needs open on a host, and what a person is told where a firewall surely blocks it. Pure."""
+"""What meshd needs open on a host, and what a user is told where a firewall surely blocks it. Pure."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from meshd.state.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """A packet that has to pass, how it is called, and the commands that let it in for good, by firewall."""
+    """A packet that has to pass, how it is called, and the commands that let it in permanently, by firewall."""
 
     what: str
     packet: Packet
@@ -46,7 +46,7 @@ def _forwarded(wireguard: str, bridge: str) -> Iterator[Opening]:
 def blocked(
     openings: Iterable[Opening], ruleset: Iterable[Mapping[str, Any]], saved: Mapping[int, str]
 ) -> Iterator[str]:
-    """Give a line for each opening that is surely blocked: which, by what, and what opens it.
+    """Yield a line for each opening that is surely blocked: which, by what, and what opens it.
 
     `ruleset` is the list in the output of `nft -j list ruleset`, `saved` that of iptables-save by version of IP.
     """

@@ -1,4 +1,4 @@
-"""What a person types, as values: addresses, prefixes, time spans."""
+"""What a user types, as values: addresses, prefixes, time spans."""
 
 import re
 from ipaddress import IPv4Network, ip_address, ip_network

@@ -1,4 +1,4 @@
-"""What a person reads: members, status, plan, as text and as JSON. Gathering and rendering, no decisions."""
+"""What a user reads: members, status, plan, as text and as JSON. Gathering and rendering, no decisions."""
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,7 +36,7 @@ def gather(state: State) -> Report:
 
 
 def members(state: State, report: Report) -> list[Row]:
-    """Give a row for each host, each that has left, and each member that is there and refused, sorted by name."""
+    """Return a row for each host, each that has left, and each member that is there and refused, sorted by name."""
     claim = state.claim()
     own = Host(state.settings.name, claim.record) if claim else None
     listed = {member.name: member for member in report.members}
@@ -75,7 +75,7 @@ def _admitted(name: str, record: Record, status: str, handshake: float | None) -
 
 
 def members_text(rows: Sequence[Row], now: float | None = None) -> str:
-    """Give one aligned line a row: name, subnet, endpoint, state, handshake, and the reason for who is refused."""
+    """Return one aligned line a row: name, subnet, endpoint, state, handshake, and the reason for who is refused."""
     now = time.time() if now is None else now
     cells = [(_printable(r.name), r.subnet, r.endpoint, r.state, _ago(r.handshake, now), r.reason) for r in rows]
     return columns(cells)
@@ -110,7 +110,7 @@ def members_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def changes_text(changes: Sequence[Change], withheld: Sequence[Change] = ()) -> str:
-    """Give one line a change, `+` for add, `~` for set and `-` for remove."""
+    """Return one line a change, `+` for add, `~` for set and `-` for remove."""
     sign = {"add": "+", "set": "~", "remove": "-"}
     lines = [f"{sign[change.action]} {change.resource}" for change in changes]
     lines += [f"! {plan.withheld_text(change)}" for change in withheld]

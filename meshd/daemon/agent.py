@@ -1,4 +1,4 @@
-"""The daemon: keeps Serf running, collects hints from everywhere, and makes a pass for them.
+"""The daemon: keeps Serf running, collects hints from everywhere, and reconciles for them.
 
 It decides nothing by itself. Killing it changes no peer, no route and no packet: Serf and WireGuard go on, and the
 next daemon adopts them.
@@ -37,8 +37,8 @@ from meshd.state.directory import State
 
 log = logging.getLogger("meshd")
 
-# A full pass at least this often: what the kernel does not notify (a flushed rule, a sysctl) is found by it. Its cost
-# grows with the hosts, and so does the interval beyond 200 of them: looking in vain stays below 0.3 % of a core.
+# Everything is read at least this often, which finds what the kernel does not report (a flushed rule, a sysctl). The
+# cost grows with the hosts, and so does the interval beyond 200 of them: it stays below 0.3 % of a core.
 INTERVAL, LONGEST_INTERVAL = 10.0, 60.0
 HOSTS_A_SECOND = 20
 # Hints of one cause come in bursts; this is what the first one waits for the others.
@@ -48,10 +48,10 @@ LONGEST_SEARCH = 10.0
 # How often a thread that waits for hints looks whether it is to end. The process does not wait for it.
 LOOK = 2.0
 LOG_LIMIT = 4 * 2**20
-# New objects after which Python's collector looks for cycles. All that a pass makes for a host, some 20 of them, lives
-# until its end: by Python's default, 700, a quarter of a pass with 10,000 hosts is the collector's, in vain.
+# Garbage collection threshold. A reconcile keeps about 20 objects per host until it ends. With Python's default, 700,
+# a quarter of a reconcile with 10,000 hosts goes into collections that free nothing.
 GARBAGE = 20_000
-# Anybody with the gossip key can make any number of members that are refused.
+# Anyone with the gossip key can make any number of members that are refused.
 MOST_REFUSED = 20
 # Serf takes some 45 s to believe a known name at a new address; until then its tags lag behind what was announced.
 LAG = 60.0
@@ -70,7 +70,7 @@ class Agent:
         self.rivalry: float | None = None
         self.stale_since: dict[str, float] = {}
         self.handshakes = Schedule()
-        self.full_pass_due = 0.0
+        self.full_sync_due = 0.0
         self.complaints: set[str] = set()
         self.keeper = Keeper(state, self._search_all)
         # Why this host's Serf does not run, the empty string while it does.
@@ -102,7 +102,7 @@ class Agent:
             log.info("meshd stops; tunnels, routes and Serf go on without it")
 
     def stop(self) -> None:
-        """End `run` after its pass. A signal's handler may call this: of all that it does nothing waits for a lock."""
+        """End `run` after its reconcile. A signal handler may call this: nothing in it waits for a lock."""
         self.ending = True
         self.hint(Source.DAEMON, "stop")
 
@@ -130,7 +130,7 @@ class Agent:
             Thread(target=self._forever, args=(watch,), daemon=True).start()
 
     def _forever(self, watch: Callable[[], None]) -> None:
-        """Watch again whatever ends it: what a watch misses only the timer finds."""
+        """Restart a watch whatever ended it: what a watch misses only the timer finds."""
         told = ""
         while not self.stopping.is_set():
             try:
@@ -146,17 +146,18 @@ class Agent:
     # --- the loop --------------------------------------------------------------------------------------------------
 
     def _loop(self) -> None:
-        # At boot dockerd waits for this first pass, and until it runs systemd's docker.socket lets every question hang.
+        # At boot dockerd waits for this first reconcile, and until it runs, systemd's docker.socket lets every question
+        # hang.
         causes = [Hint(Source.DAEMON, "start")]
-        self._survive(partial(self._pass, causes, WITHOUT_DOCKER))
+        self._survive(partial(self._sync, causes, WITHOUT_DOCKER))
         _notify_service_manager()
         while not self.ending:
-            ok = self._survive(partial(self._pass_that_is_due, causes))
-            due = min(self.full_pass_due, self.handshakes.due, self.keeper.due)
+            ok = self._survive(partial(self._sync_that_is_due, causes))
+            due = min(self.full_sync_due, self.handshakes.due, self.keeper.due)
             causes = self._wait(max(0.0, due - time.monotonic()) if ok else RETRY)
 
     def _survive(self, work: Callable[[], bool]) -> bool:
-        """Tell whether this went well. Nothing that goes wrong ends the daemon: who else would look again?"""
+        """Return whether this went well. Nothing that goes wrong ends the daemon, which is the one to try again."""
         try:
             return work()
         except MeshdError as error:
@@ -168,21 +169,21 @@ class Agent:
             self._complain({text})
         return False
 
-    def _pass_that_is_due(self, causes: list[Hint]) -> bool:
-        full = time.monotonic() >= self.full_pass_due or not all(hint.source in ABOUT_MEMBERS for hint in causes)
+    def _sync_that_is_due(self, causes: list[Hint]) -> bool:
+        full = time.monotonic() >= self.full_sync_due or not all(hint.source in ABOUT_MEMBERS for hint in causes)
         if full:
-            self.full_pass_due = time.monotonic() + INTERVAL
+            self.full_sync_due = time.monotonic() + INTERVAL
             self.state.reload_settings()
             is_reachable = self._follow_underlay()
-        ok = self._pass(causes, plan.ORDER if full else MEMBERSHIP)
+        ok = self._sync(causes, plan.ORDER if full else MEMBERSHIP)
         if full:
             interval = _interval(len(self.report.roster.hosts)) if ok else INTERVAL
-            self.full_pass_due = time.monotonic() + (interval if is_reachable else RETRY)
+            self.full_sync_due = time.monotonic() + (interval if is_reachable else RETRY)
             _trim(self.state)
         return ok
 
     def _wait(self, timeout: float) -> list[Hint]:
-        """Give the hints that came, an empty list if none did for `timeout` seconds."""
+        """Return the hints that came, an empty list if none did for `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while True:
             try:
@@ -210,10 +211,10 @@ class Agent:
             return False
         return True
 
-    def _pass(self, causes: list[Hint], kinds: Collection[str]) -> bool:
-        """Make a pass; what went wrong is logged once, not in each pass. True unless something failed.
+    def _sync(self, causes: list[Hint], kinds: Collection[str]) -> bool:
+        """Reconcile; return whether nothing failed. What went wrong is logged once, not each time.
 
-        Without Serf nobody is met anew, and what is known is kept up all the same.
+        Without Serf no new host is found, and what is known is kept up all the same.
         """
         self.silence = self.keeper.keep()
         if any(hint.source is Source.ENGINE for hint in causes):
@@ -268,7 +269,7 @@ class Agent:
         self._complain({str(failure) for failure in report.failures} | reasons | held)
 
     def _replayed(self, report: Report) -> list[str]:
-        """Give the hosts whose tags have been older than their records for longer than Serf needs."""
+        """Return the hosts whose tags have been older than their records for longer than Serf needs."""
         now = time.monotonic()
         self.stale_since = {name: self.stale_since.get(name, now) for name in report.roster.stale}
         return [
@@ -367,12 +368,12 @@ def run(state: State) -> None:
 
 
 def _interval(hosts: int) -> float:
-    """Give the seconds from one full pass to the next."""
+    """Return the seconds from one full reconcile to the next."""
     return min(max(INTERVAL, hosts / HOSTS_A_SECOND), LONGEST_INTERVAL)
 
 
 def _notify_service_manager() -> None:
-    """Tell systemd that the first pass is over, so that dockerd starts after the bridge is there (sd_notify(3))."""
+    """Tell systemd that the first reconcile is over, so that dockerd finds the bridge (sd_notify(3))."""
     address = os.environ.pop("NOTIFY_SOCKET", "")
     if address:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as client:
@@ -392,7 +393,7 @@ def _trim(state: State) -> None:
 
 
 def follow_underlay(state: State) -> bool:
-    """Move to the address that this host has now, unless somebody chose one; return whether it is another one.
+    """Move to the address that this host has now, unless someone chose one; return whether it is another one.
 
     Serf, which is bound to the old one, is ended; whoever starts it next starts it on the new one.
     """

@@ -85,7 +85,7 @@ class Echoes:
         self._logged = now
 
     def repeats(self, hint: Hint, now: float) -> bool:
-        """Return whether a hint tells nothing new. A second report by the kernel means that somebody else did it."""
+        """Return whether a hint tells nothing new. A second report by the kernel means that someone else did it."""
         if hint in self._own:
             self._own.remove(hint)
             return True

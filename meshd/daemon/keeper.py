@@ -1,7 +1,7 @@
 """Keep this host's Serf agent running, and on the mesh's gossip key.
 
 Any member can have all agents install, use and remove keys (`serf keys`). meshd never does, so the agent's log tells
-that somebody else did. The agent has its keys in memory alone: one that starts again has the mesh's key and no other.
+that someone else did. The agent has its keys in memory alone: one that starts again has the mesh's key and no other.
 """
 
 import logging
@@ -40,7 +40,7 @@ class Keeper:
         self._started = started
         self._last_start = -math.inf
         self._log = Log(state.serf_log)
-        # The agent whose monitor told of a command: with a `log_level` of somebody's own the log may not.
+        # The agent whose monitor told of a command: with a `log_level` of someone's own the log may not.
         self._told: int | None = None
 
     def hear(self, line: str, pid: int | None) -> bool:

@@ -26,7 +26,7 @@ Documentation=man:serf(1)
 Wants=network-online.target
 After=network-online.target nftables.service
 Before=docker.service
-# A cause that lasts, as a full disk, must not end it for good after five starts in ten seconds.
+# A cause that lasts, as a full disk, must not end it permanently after five starts in ten seconds.
 StartLimitIntervalSec=0
 
 [Service]
@@ -36,7 +36,7 @@ WorkingDirectory=/
 Restart=always
 RestartSec=1
 KillMode=process
-# The first pass may wait for an underlay that is late, and Docker waits for the first pass.
+# The first reconcile may wait for an underlay that is late, and Docker waits for the first reconcile.
 TimeoutStartSec=60
 Environment=PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 UMask=0077
@@ -77,19 +77,19 @@ WantedBy=multi-user.target
 
 
 def unit_name(state: State) -> str:
-    """Give the unit's name: one for each state directory."""
+    """Return the unit's name: one for each state directory."""
     if state.directory == DEFAULT:
         return "meshd.service"
     return f"meshd-{re.sub(r'[^A-Za-z0-9]+', '-', str(state.directory)).strip('-')}.service"
 
 
 def has_systemd() -> bool:
-    """Tell whether systemd is this host's service manager (sd_booted(3))."""
+    """Return whether systemd is this host's service manager (sd_booted(3))."""
     return Path("/run/systemd/system").is_dir()
 
 
 def unit(state: State) -> str:
-    """Give the text of the unit."""
+    """Return the text of the unit."""
 
     # What it runs, or what it writes to, may be below a directory that would be hidden from it.
     def hidden(*folders: str) -> bool:

@@ -17,7 +17,7 @@ from meshd.mesh.terms import Mesh
 from meshd.mesh.tombstones import Tombstones
 from meshd.state.directory import State
 
-# The names of those who are asked travel in the query; one of them would do.
+# Members asked at once. Their names travel in the query; one of them would do.
 MOST_ASKED = 5
 ASK = 1.0
 # Seconds for all answers to one question for tombstones.
@@ -29,13 +29,13 @@ JOIN = 30.0
 
 
 def rejoin(state: State, endpoints: Collection[Endpoint], seconds: float = math.inf, *, replay: bool = False) -> int:
-    """Join hosts by their addresses, as long as there is time; give the number that answered. Raises SerfError.
+    """Join hosts by their addresses, as long as there is time; return how many answered. Raises SerfError.
 
     Serf itself remembers too little of whom it knew: after a restart or a long partition only this brings it back.
     """
     joined, until = 0, time.monotonic() + seconds
-    # One at a time: Serf waits 10 s for a dead address, and must not do so for more of them without us.
-    # And in any order: those who are dead for good must not always come first.
+    # One address per call, because Serf blocks 10 s on a dead one. Shuffled, so that permanently dead hosts do not
+    # always come first.
     for endpoint in random.sample([*endpoints], len(endpoints)):
         left = min(until - time.monotonic(), JOIN)
         if left > 0:
@@ -46,19 +46,19 @@ def rejoin(state: State, endpoints: Collection[Endpoint], seconds: float = math.
 
 
 def sync_with(state: State, names: Collection[str], seconds: float, *, replay: bool = False) -> int:
-    """Exchange all that there is with hosts that gossip does not reach; give the number that was met. Raises SerfError.
+    """Exchange everything with hosts that gossip does not reach; return how many were met. Raises SerfError.
 
     Serf passes an event or a query on to a few members picked at random, dead ones among them, and may miss one. Two
-    agents that join exchange all that they know, and they do it by TCP; the latest events are told to those who are
-    met, and with `replay` heard from them as well.
+    agents that join exchange over TCP all that they know. The latest events are sent to those that are met, and with
+    `replay` received from them as well.
     """
     return rejoin(state, [e for name, e in state.contacts().items() if name in names], seconds, replay=replay)
 
 
 def rebroadcast(state: State, seconds: float) -> None:
-    """Let Serf spread what this host publishes, once more if it has done so: it picks members at random.
+    """Re-broadcast the own tags: gossip picks members at random, so one round can miss some.
 
-    Among many that swallow it that takes longer; Serf then goes on without us.
+    This waits at most `seconds`; Serf continues by itself.
     """
     if (claim := state.claim()) is not None:
         with suppress(SerfError), rpc(state) as client:
@@ -67,14 +67,14 @@ def rebroadcast(state: State, seconds: float) -> None:
 
 
 def broadcast_tombstones(state: State, tombstones: Tombstones) -> None:
-    """Tell all members of tombstones. Raises SerfError."""
+    """Broadcast tombstones to all members. Raises SerfError."""
     with rpc(state) as client:
         for page in tombstones.pages(EVENT_LIMIT):
             client.event(GONE, page)
 
 
 def deliver_tombstones(state: State, tombstones: Tombstones, names: Collection[str]) -> set[str]:
-    """Tell these members of tombstones; give those who say that they have them all. Raises SerfError."""
+    """Send tombstones to these members; return those that confirm having all of them. Raises SerfError."""
     having = set(names)
     for page in tombstones.pages(EVENT_LIMIT):
         if having:
@@ -85,7 +85,7 @@ def deliver_tombstones(state: State, tombstones: Tombstones, names: Collection[s
 def pull_tombstones(state: State, names: Collection[str], known: Tombstones, begin: str = "") -> tuple[Tombstones, str]:
     """Ask members, MOST_ASKED of them at random, for the tombstones that are not among the known. Raises SerfError.
 
-    Give also where to `begin` the next time: not at once with all, if they have more than they tell in ASK_FOR seconds.
+    Also return where to resume if ASK_FOR seconds were not enough to fetch everything.
     """
 
     def ask(names: Collection[str], begin: str) -> Iterator[tuple[str, bytes]]:
@@ -101,11 +101,11 @@ def gather(
     begin: str,
     seconds: float,
 ) -> tuple[Tombstones, str]:
-    """Put together what members answer, page by page, and where to begin the next time if `seconds` were too few."""
+    """Collect what members answer, page by page; also return where to resume if `seconds` were not enough."""
     found, until = Tombstones(), time.monotonic() + seconds
     after = dict.fromkeys(names, begin)
     while after:
-        # Those who have the same answer nothing; those who have more than fits into an answer are asked on.
+        # A member with the same tombstones answers nothing; one with more than fits into an answer is asked again.
         begin = min(after.values())
         if time.monotonic() >= until:
             return found, begin
@@ -114,14 +114,14 @@ def gather(
         for name, answer in answers.items():
             proved = answer.proved(mesh)
             found = found.merged(proved)
-            # Who makes them up has always more of them.
+            # A member that makes them up would never run out of them.
             if proved == answer and answer.last > begin:
                 after[name] = answer.last
     return found, ""
 
 
 def announce(state: State, record: Record) -> None:
-    """Publish the own record besides the tags, which Serf carries only where it knows this host. Raises SerfError."""
+    """Publish the own record as an event: Serf carries the tags only where it knows this host. Raises SerfError."""
     with rpc(state) as client:
         client.event(RECORD, TellRecord(state.settings.name, to_wire(record)).payload())
 
@@ -138,9 +138,9 @@ def look_up_record(state: State, name: str, of: Collection[str]) -> Record | Non
 
 
 def request_confirmation(state: State) -> bool:
-    """Take the authority's own certificate in the place of a delegation's, if who holds it is there. Raises SerfError.
+    """Replace a delegation's certificate by the authority's own, if its holder answers. Raises SerfError.
 
-    The next pass publishes it.
+    The next reconcile publishes it.
     """
     certificate = _ask_confirmation(state)
     if certificate is not None:
@@ -160,7 +160,7 @@ def _ask_confirmation(state: State) -> Certificate | None:
 
 
 def named(nodes: Collection[str]) -> list[str]:
-    """Give the names to put into a query, none where it asks all: they travel in it, and only a few fit."""
+    """Return the names to put into a query, none for a query to all: names travel in it, and only a few fit."""
     return sorted(nodes) if len(nodes) <= MOST_ASKED else []
 
 
@@ -171,7 +171,7 @@ def _some(names: Collection[str]) -> list[str]:
 def _ask(
     state: State, name: str, payload: bytes, nodes: Collection[str], timeout: float = ASK
 ) -> Iterator[tuple[str, bytes]]:
-    """Ask these members, or all where none is named; end when those who were named have answered, or time is over."""
+    """Ask these members, or all if none is named; end when those that were named have answered, or time is over."""
     heard: set[str] = set()
     with rpc(state) as client:
         for sender, answer in client.query(name, payload, timeout=timeout, nodes=named(nodes)):

@@ -101,7 +101,7 @@ def wait_ready(
 
 
 def _ask_timeout(hosts: int) -> float:
-    """Give the seconds that a question has for its way to so many hosts, and their answers for theirs."""
+    """Return the seconds that a question has for its way to so many hosts, and their answers for theirs."""
     return max(ASK, ASK_TENFOLD * math.log10(hosts))
 
 

@@ -20,19 +20,19 @@ MEMBER_EVENTS = "member-join,member-leave,member-failed,member-update,member-rea
 
 
 def handler_command(state: State) -> str:
-    """Give the shell command by which Serf runs the handler: isolated and without site-packages, so it starts fast."""
+    """Return the shell command by which Serf runs the handler. Python is isolated there, so that it starts fast."""
     return f"{sys.executable} -I -S {handlers() / 'meshd_event.py'} {state.directory}"
 
 
 def event_handlers(state: State) -> list[str]:
-    """Give what Serf's `-event-handler` takes. With a daemon, that answers the queries itself."""
+    """Return what Serf's `-event-handler` takes. With a daemon, that answers the queries itself."""
     command = handler_command(state)
     alone = [f"query:{name}={command}" for name in (APPLIED, GONE, BURY, RECORD, CONFIRM)] + [f"user:{GONE}={command}"]
     return [f"{MEMBER_EVENTS}={command}", *([] if state.settings.daemon else alone)]
 
 
 def handlers() -> Path:
-    """Give the folder of the handler scripts: inside of the installed package, or beside it in a checkout."""
+    """Return the folder of the handler scripts: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).parent.parent
     inside = package / "handlers"
     return inside if inside.is_dir() else package.parent / "handlers"
@@ -70,7 +70,7 @@ def configure(state: State) -> Path:
 
 
 def start(state: State) -> serf.Serf:
-    """Start the Serf agent, or adopt the one that runs; give a connection to it.
+    """Start the Serf agent, or adopt the one that runs; return a connection to it.
 
     Raises ConflictError for a taken port, MissingError without Serf, SerfError with what the agent's log says.
     """
@@ -83,7 +83,7 @@ def start(state: State) -> serf.Serf:
 
 
 def access(state: State) -> serf.Access:
-    """Return the way to this host's own agent: that with our configuration, or any of root's where somebody runs it."""
+    """Return the way to this host's own agent: that with our configuration, or any of root's where someone runs it."""
     return serf.Access(state.settings.rpc_port, lambda: state.rpc_key, lambda: processes(state))
 
 

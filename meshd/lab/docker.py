@@ -51,12 +51,12 @@ def start(host: Any, lab: Path, root: Path | None = None, options: Sequence[str]
 
 
 def answers(host: Any) -> bool:
-    """Tell whether the host's engine answers."""
+    """Return whether the host's engine answers."""
     return bool(host.run(["docker", "version"], check=False).returncode == 0)
 
 
 def cgroup(lab: Path) -> str:
-    """Give the cgroup below which all containers of a lab are."""
+    """Return the cgroup below which all containers of a lab are."""
     return f"/meshd-lab-{hashlib.sha256(str(lab).encode()).hexdigest()[:8]}"
 
 

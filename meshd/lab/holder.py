@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def _other_root(host: Path, lower: Path, *folders: Path) -> Path:
-    """Lay the host's own disk over the folder `lower`, and `folders` of this machine into it; give where that is."""
+    """Lay the host's own disk over the folder `lower`, and `folders` of this machine into it; return where that is."""
     root, disk, work = (host / part for part in ("root", "disk", "work"))
     for folder in (root, disk, work):
         folder.mkdir(exist_ok=True)

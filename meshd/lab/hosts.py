@@ -45,7 +45,7 @@ class LabHost:
         return Path(f"/proc/{self.pid}/root/run/docker.sock")
 
     def argv(self, command: Sequence[str]) -> list[str]:
-        """Give the command line that runs `command` inside of all the host's namespaces."""
+        """Return the command line that runs `command` inside all the host's namespaces."""
         return [
             "nsenter",
             f"--target={self.pid}",
@@ -60,7 +60,7 @@ class LabHost:
         ]
 
     def environment(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
-        """Give the environment: this Python's `meshd` comes first in PATH, and no settings of a mesh come along."""
+        """Return the environment: this Python's `meshd` comes first in PATH, and no settings of a mesh come along."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("MESHD_", "DOCKER_", "SERF_"))}
         path = f"{Path(sys.executable).parent}:{kept.get('PATH', os.defpath)}:/usr/sbin:/sbin"
         return {**kept, "PATH": path, "LAB_HOST": self.name, **(extra or {})}
@@ -104,7 +104,7 @@ class Lab:
         self.directory = directory.absolute()
 
     def hosts(self) -> list[LabHost]:
-        """Give the hosts that run, by number."""
+        """Return the hosts that run, by number."""
         found = [
             LabHost(name, network.addresses(name, underlay), pid, self.directory / name)
             for name, underlay, pid in _holders(self.directory)
@@ -113,7 +113,7 @@ class Lab:
         return sorted(found, key=lambda host: host.address.packed[-1])
 
     def host(self, name: str) -> LabHost:
-        """Give one host that runs. Raises InputError naming those that do."""
+        """Return one host that runs. Raises InputError naming those that do."""
         hosts = {host.name: host for host in self.hosts()}
         if name not in hosts:
             running = ", ".join(hosts) or "none (meshd lab up)"
@@ -160,7 +160,7 @@ class Lab:
         docker.remove_cgroups(self.directory)
         if self.directory.exists():
             shutil.rmtree(self.directory)
-        # The mount point, unless it is somebody's. Removing it would pull the state from under the hosts of other labs.
+        # The mount point, unless it is someone's. Removing it would pull the state from under the hosts of other labs.
         if not any(_holders(None)):
             with suppress(OSError):
                 Path("/var/lib/meshd").rmdir()
@@ -186,7 +186,7 @@ class Lab:
         return {name: pid for name, _, pid in _holders(self.directory)}
 
     def _hold(self, name: str, underlay: str, folders: Sequence[str] = ()) -> int:
-        """Start a host's init process in namespaces of its own; give its process id as seen from here."""
+        """Start a host's init process in namespaces of its own; return its process id as seen from here."""
         self.directory.mkdir(parents=True, exist_ok=True)
         namespaces = ["--net", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
         holder = [sys.executable, "-I", "-S", str(HOLDER), str(self.directory), name, underlay, *folders]
@@ -210,7 +210,7 @@ class Lab:
 
 
 def _folders(root: Path) -> list[str]:
-    """Give what the init process of a host with another root wants: that root, and the folders of this Python."""
+    """Return what the init process of a host with another root wants: that root, and the folders of this Python."""
     python = [sys.prefix] if sys.base_prefix == "/usr" else [sys.prefix, sys.base_prefix]
     return [str(root.absolute()), *python]
 

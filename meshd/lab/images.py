@@ -6,7 +6,7 @@ from meshd.lab.hosts import LabHost
 
 
 def folder() -> Path:
-    """Give the folder of the images: inside of the installed package, or beside it in a checkout."""
+    """Return the folder of the images: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).parent.parent
     inside = package / "images"
     return inside if inside.is_dir() else package.parent / "images"

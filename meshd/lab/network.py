@@ -29,7 +29,7 @@ _NEIGHBOUR_LIMITS = Path("/proc/sys/net/ipv4/neigh/default")
 
 
 def addresses(name: str, underlay: str = "ipv4") -> tuple[IPAddress, ...]:
-    """Give the underlay addresses of a host: barge7 is 10.10.10.107 and fd00:10:10::6b, which both end in the byte 107.
+    """Return the underlay addresses of a host: barge7 is 10.10.10.107 and fd00:10:10::6b, both with 107.
 
     Raises InputError for another name.
     """
@@ -45,7 +45,7 @@ def _number(name: str) -> int:
 
 
 def gateway(version: int) -> IPAddress:
-    """Give the switch's own address, where the hosts' default routes lead."""
+    """Return the switch's own address, where the hosts' default routes lead."""
     return GATEWAY6 if version == 6 else GATEWAY
 
 
@@ -91,19 +91,19 @@ def _wait_for_carrier(ipr: Any, link: str) -> None:
 
 
 def _make_room_for_neighbours() -> None:
-    """Raise the kernel's limits, for good: another lab may need them as well. A namespace of one's own has none."""
+    """Raise the kernel's limits, permanently: another lab may need them as well. A namespace of one's own has none."""
     for path in _NEIGHBOUR_LIMITS.glob("gc_thresh[123]"):
         if int(path.read_text()) < NEIGHBOURS:
             path.write_text(str(NEIGHBOURS))
 
 
 def heal() -> str:
-    """Give what nft on the switch has to do to let every packet pass."""
+    """Return what nft on the switch has to do to let every packet pass."""
     return "table bridge cut {\n}\ndelete table bridge cut\n"
 
 
 def cut(one: Sequence[str], other: Sequence[str]) -> str:
-    """Give what nft on the switch has to do to let nothing pass between two groups of hosts, besides earlier cuts."""
+    """Return what nft on the switch has to do to let nothing pass between two groups of hosts, besides earlier cuts."""
     ports = [", ".join(f'"{name}"' for name in names) for names in (one, other)]
     rules = [f"add rule bridge cut forward iifname {{ {a} }} oifname {{ {b} }} drop" for a, b in (ports, ports[::-1])]
     chain = "add chain bridge cut forward { type filter hook forward priority 0; }"

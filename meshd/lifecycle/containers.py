@@ -9,7 +9,7 @@ from meshd.state.settings import Settings
 
 
 def attach(bridge: DockerNetwork, containers: Iterable[Attachment], say: Callable[[str], None]) -> list[str]:
-    """Attach containers again, each whatever becomes of the others; give the names of those that are left off."""
+    """Attach containers again, each whatever becomes of the others; return the names of those that are left off."""
     off, told = [], []
     for container in containers:
         try:
@@ -32,7 +32,7 @@ def disconnect(settings: Settings, containers: list[Attachment]) -> None:
 
 
 def attached_containers(settings: Settings, *, force: bool) -> list[Attachment]:
-    """Give the containers that are attached, which `force` is to disconnect; without it, refuse if there are any."""
+    """Return the containers that are attached, which `force` is to disconnect; without it, refuse if there are any."""
     if not settings.docker:
         return []
     try:

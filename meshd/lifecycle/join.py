@@ -89,7 +89,7 @@ def _enter(state: State, claim: Claim, member: Endpoint, say: Callable[[str], No
 def _meet(state: State, member: Endpoint, say: Callable[[str], None]) -> list[Member]:
     """Join the gossip through a member; return all members.
 
-    While somebody changes the keys of all Serf agents, they have another key at times and start again (see
+    While someone changes the keys of all Serf agents, they have another key at times and start again (see
     daemon.keeper). So a member with another key is asked again, longer than they need for that.
     """
     begun, before, until = time.monotonic(), "", math.inf

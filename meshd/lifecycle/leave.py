@@ -36,7 +36,7 @@ def leave(state: State, *, force: bool = False, say: Callable[[str], None] = lam
         unheard = say_goodbye(state)
     except MeshdError as error:
         unheard = str(error)
-        # An agent that somebody runs by hand may have left by itself, and that is a goodbye too.
+        # An agent that someone runs by hand may have left by itself, and that is a goodbye too.
         if others and not force and (settings.daemon or not isinstance(error, SerfError)):
             raise MeshdError(
                 f"cannot tell {others} that this host is leaving: {error}\nFix that, or use --force and then {forget}"
@@ -61,16 +61,16 @@ def _others(state: State) -> str:
 def say_goodbye(state: State) -> str:
     """Publish the record once more as leaving, wait until the others have applied that, then leave Serf.
 
-    Say why nobody has heard it, the empty string if somebody has or need not. Raises MeshdError before it has begun.
+    Say why nobody has heard it, the empty string if someone has or need not. Raises MeshdError before it has begun.
     """
     claim = state.claim()
     if claim is None:
         return ""
     adopted = serf.running(state.serf_config) is not None or not state.settings.daemon
-    # An agent that somebody runs by hand is not ours to start; without one there is nobody to tell.
+    # An agent that someone runs by hand is not ours to start; without one there is nobody to tell.
     connect = serf_agent.start if state.settings.daemon else serf_agent.rpc
     with connect(state) as client:
-        # A pass that is under way publishes what it has read: it would take the goodbye back.
+        # A reconcile that is under way publishes what it has read: it would take the goodbye back.
         with state.lock():
             last = state.claim() or claim
             record = last.record
@@ -93,7 +93,7 @@ def say_goodbye(state: State) -> str:
 
 
 def _tell_in_person(state: State, record: Record, missing: Collection[str]) -> int:
-    """Bring the goodbye to those who have not said that they heard it; give the number of those who were met.
+    """Bring the goodbye to those who have not said that they heard it; return the number of those who were met.
 
     As an event, too, which they go on telling each other when this host is no longer there.
     """

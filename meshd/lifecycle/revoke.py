@@ -15,7 +15,7 @@ from meshd.state.directory import State
 
 
 def forget(state: State, name: str) -> Readiness:
-    """Bury a host that will not come back: all others drop it, and its subnet is free. Give who has heard of it.
+    """Bury a host that will not come back: all others drop it, and its subnet is free. Return who has heard of it.
 
     Raises InputError for a name that is not known or without the authority, ConflictError for a host that is alive.
     """

@@ -26,7 +26,7 @@ def up(state: State) -> Report:
 
 
 def allow(state: State, entries: tuple[str, ...]) -> None:
-    """Set what the overlay may reach on this host itself, from the next pass on. Raises InputError."""
+    """Set what the overlay may reach on this host itself, from the next reconcile on. Raises InputError."""
     with state.lock():
         state.save_settings(replace(state.settings, allow=entries))
     hints.wake(state.socket, "settings")
@@ -46,7 +46,7 @@ def down(state: State, *, force: bool = False) -> Report:
 
 
 def begin(state: State) -> Report:
-    """Start the daemon and make the first pass here, so that what fails is said to the person who asked."""
+    """Start the daemon and reconcile once here, so that the user is told what fails."""
     if state.settings.daemon:
         service.start(state)
         serf_agent.connect(state).close()

@@ -25,17 +25,17 @@ def check_overlay(overlay: IPv4Network, length: int) -> None:
 
 
 def capacity(overlay: IPv4Network, length: int) -> int:
-    """Give the number of hosts that an overlay has room for: all its subnets but the first and the last."""
+    """Return the number of hosts that an overlay has room for: all its subnets but the first and the last."""
     return int(2 ** (length - overlay.prefixlen)) - 2
 
 
 def is_usable(subnet: IPv4Network, overlay: IPv4Network) -> bool:
-    """Tell whether a subnet holds neither the overlay's network address nor its broadcast address."""
+    """Return whether a subnet holds neither the overlay's network address nor its broadcast address."""
     return subnet.network_address != overlay.network_address and subnet.broadcast_address != overlay.broadcast_address
 
 
 def is_allowed(subnet: IPv4Network, allowed: Collection[IPv4Network]) -> bool:
-    """Tell whether a subnet is inside of one of a certificate's prefixes; without any, every subnet is allowed."""
+    """Return whether a subnet is inside one of a certificate's prefixes; without any, every subnet is allowed."""
     return not allowed or any(subnet.subnet_of(prefix) for prefix in allowed)
 
 
@@ -51,7 +51,7 @@ def choose(
 ) -> IPv4Network:
     """Pick a free subnet: the persisted one, the underlay address's last octet, a hash of the identity, upwards.
 
-    Where prefixes are `allowed`, one inside of them. Raises ConflictError when every subnet is taken.
+    Where prefixes are `allowed`, one inside them. Raises ConflictError when every subnet is taken.
     """
     free = (
         s

@@ -1,4 +1,4 @@
-"""Who may speak for a name: delegations, certificates and signed records, with Ed25519 (docs/record.md). Pure.
+"""Who may sign for a name: delegations, certificates and signed records, with Ed25519 (docs/record.md). Pure.
 
     authority ─▶ certificate of a name's identity ─▶ record
     authority ─▶ delegation ─▶ certificate of a name's identity ─▶ record
@@ -40,7 +40,7 @@ def new_serial(now: float) -> int:
 
 
 def public(seed: bytes) -> bytes:
-    """Give the public half of a key pair."""
+    """Return the public half of a key pair."""
     from nacl.signing import SigningKey  # noqa: PLC0415  libsodium takes 30 ms to load
 
     return bytes(SigningKey(seed).verify_key)
@@ -68,13 +68,13 @@ def _holds(key: bytes, body: bytes, signature: bytes) -> bool:
 
 
 def _body(kind: str, mesh: str, *fields: bytes) -> bytes:
-    """Give the bytes under a signature: each field has its length before it, so that none can run into another."""
+    """Return the bytes under a signature: each field has its length before it, so that none can run into another."""
     parts = (f"meshd {kind} 2".encode(), mesh.encode(), *fields)
     return b"".join(len(part).to_bytes(2, "big") + part for part in parts)
 
 
 def pack_subnets(subnets: Iterable[IPv4Network]) -> bytes:
-    """Give prefixes as four bytes of address and one of length each."""
+    """Return prefixes as four bytes of address and one of length each."""
     return b"".join(s.network_address.packed + bytes([s.prefixlen]) for s in subnets)
 
 
@@ -124,13 +124,13 @@ def certify_by(seed: bytes, mesh: str, name: str, identity: bytes, delegation: D
 
 
 def delegated(identity: bytes, delegation: Delegation, signature: bytes = b"") -> Certificate:
-    """Give the certificate of an identity under a delegation."""
+    """Return the certificate of an identity under a delegation."""
     serial = delegated_serial(identity)
     return Certificate(serial, delegation.expires, identity, delegation.subnets, delegation, signature)
 
 
 def delegated_serial(identity: bytes) -> int:
-    """Give the serial of each certificate that a delegation signs for an identity."""
+    """Return the serial of each certificate that a delegation signs for an identity."""
     return int.from_bytes(blake2b(identity, digest_size=8).digest(), "big") >> 1
 
 
@@ -160,7 +160,7 @@ class Trust:
     authority: bytes
 
     def check(self, name: str, record: Record) -> None:
-        """Require that a record is the word of who owns the name, whatever the time. Raises CredentialError."""
+        """Require that the owner of the name has signed a record, whatever the time. Raises CredentialError."""
         self.check_certificate(name, record.certificate)
         if not _holds(record.certificate.identity, _record_body(self.mesh, name, record), record.signature):
             raise CredentialError("its record is not signed by its certificate's identity")
@@ -184,11 +184,11 @@ class Trust:
             raise CredentialError("its certificate's delegation is not from this mesh's authority")
 
     def is_forget(self, name: str, seq: int, public_key: str, signature: bytes) -> bool:
-        """Tell whether the authority has said that this host is dead."""
+        """Return whether the authority signed that this host is dead."""
         return _holds(self.authority, _forget_body(self.mesh, name, seq, public_key), signature)
 
     def is_revocation(self, revocation: Revocation) -> bool:
-        """Tell whether the authority has said so."""
+        """Return whether the authority signed this revocation."""
         body = _revocation_body(self.mesh, revocation.serial, revocation.name)
         return _holds(self.authority, body, revocation.signature)
 
@@ -200,5 +200,5 @@ def check_time(certificate: Certificate, now: float) -> None:
 
 
 def date(seconds: int) -> str:
-    """Give a time for people: UTC, to the minute."""
+    """Return a time for people: UTC, to the minute."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")

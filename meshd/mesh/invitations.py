@@ -47,7 +47,7 @@ class Invitation:
         return Trust(self.mesh, self.authority)
 
     def redeem(self, name: str | None, fallback: str, now: float, identity: bytes | None = None) -> "Admission":
-        """Give what makes a host a member; `name` is what was asked for.
+        """Return what makes a host a member; `name` is what was asked for.
 
         A reusable invitation certifies the host's `identity` (its seed) if it has one: with another one it would be
         another host of its name to the others.
@@ -91,7 +91,7 @@ class Admission:
 
 
 def encode(invitation: Invitation) -> str:
-    """Give the invitation as one word: `meshd2.` and base64url of msgpack with a checksum."""
+    """Return the invitation as one word: `meshd2.` and base64url of msgpack with a checksum."""
     certificate, delegation = invitation.certificate, invitation.delegation
     body: bytes = msgpack.packb(
         {
@@ -112,7 +112,7 @@ def encode(invitation: Invitation) -> str:
 
 
 def decode(text: str) -> Invitation:
-    """Read an invitation that somebody pasted. Raises InputError saying what is wrong, never what it holds."""
+    """Read an invitation that someone pasted. Raises InputError saying what is wrong, never what it holds."""
     text = "".join(text.split())
     if not text.startswith("meshd"):
         raise InputError(

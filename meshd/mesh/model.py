@@ -17,7 +17,7 @@ _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,61}[A-Za-z0-9])?")
 
 
 def is_name(text: str) -> bool:
-    """Tell whether a text can name a host or a mesh: the alphabet of DNS labels, and dots; at most 63 characters.
+    """Return whether a text can name a host or a mesh: the alphabet of DNS labels, and dots; at most 63 characters.
 
     Serf itself checks nothing, and a name reaches logs, tables and commands.
     """
@@ -36,7 +36,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A member as Serf lists it; everything in it was written by somebody else."""
+    """A member as Serf lists it; everything in it was written by someone else."""
 
     name: str
     address: IPAddress

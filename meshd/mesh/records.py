@@ -33,7 +33,7 @@ class RecordError(InputError):
 
 
 def encode(record: Record) -> dict[str, str]:
-    """Give the tags of a record. Raises RecordError if Serf would refuse them as too long."""
+    """Return the tags of a record. Raises RecordError if Serf would refuse them as too long."""
     body = base64.urlsafe_b64encode(_pack(record)).decode().rstrip("=")
     tags = {"wg": record.public_key, "subnet": str(record.subnet), "meshd": f"{VERSION}.{body}"}
     if size(tags) > LIMIT:
@@ -42,7 +42,7 @@ def encode(record: Record) -> dict[str, str]:
 
 
 def size(tags: Mapping[str, str]) -> int:
-    """Give the bytes that Serf needs for tags: its type byte, the map's header, a header for each string."""
+    """Return the bytes that Serf needs for tags: its type byte, the map's header, a header for each string."""
 
     def encoded(text: str) -> int:
         length = len(text.encode())
@@ -52,7 +52,7 @@ def size(tags: Mapping[str, str]) -> int:
 
 
 def decode(tags: Mapping[str, str], overlay: IPv4Network, length: int) -> Record:
-    """Read a record from tags that anybody may have written; RecordError says why it is not one.
+    """Read a record from tags that anyone may have written; RecordError says why it is not one.
 
     Whether it is signed by who it says is for credentials.Trust to tell.
     """
@@ -62,7 +62,7 @@ def decode(tags: Mapping[str, str], overlay: IPv4Network, length: int) -> Record
     return _decode(tags["wg"], tags["subnet"], tags["meshd"], overlay, length)
 
 
-# Most members' tags are what they were in the pass before.
+# Most members' tags are what they were in the reconcile before.
 @lru_cache(16384)
 def _decode(wg: str, subnet: str, packed: str, overlay: IPv4Network, length: int) -> Record:
     version, _, body = packed.partition(".")
@@ -84,13 +84,13 @@ def _decode(wg: str, subnet: str, packed: str, overlay: IPv4Network, length: int
 
 
 def to_wire(record: Record) -> bytes:
-    """Give a record as bytes, for where there are no tags: 230 to 330 of them."""
+    """Return a record as bytes, for where there are no tags: 230 to 330 of them."""
     return base64.b64decode(record.public_key) + pack_subnets([record.subnet]) + _pack(record)
 
 
 @lru_cache(16384)
 def from_wire(raw: bytes, overlay: IPv4Network, length: int) -> Record:
-    """Read what `to_wire` gave, and what anybody may have sent instead. Raises RecordError."""
+    """Read what `to_wire` gave, and what anyone may have sent instead. Raises RecordError."""
     try:
         subnet = IPv4Network((raw[32:36], raw[36]))
     except (ValueError, IndexError):
@@ -101,7 +101,7 @@ def from_wire(raw: bytes, overlay: IPv4Network, length: int) -> Record:
 
 
 def wire_certificate(raw: bytes) -> Certificate:
-    """Give the certificate in what `to_wire` gave; nothing else of it is read. Raises RecordError."""
+    """Return the certificate in what `to_wire` gave; nothing else of it is read. Raises RecordError."""
     read = _Reader(raw[37:])
     flags = read.number(1)
     read.take(6 + (16 if flags & _IPV6 else 4) + 2)
@@ -117,7 +117,7 @@ def _pack(record: Record) -> bytes:
 
 
 def pack_certificate(certificate: Certificate) -> bytes:
-    """Give a certificate as bytes. Whether it is delegated is not in them."""
+    """Return a certificate as bytes. Whether it is delegated is not in them."""
     delegation = certificate.delegation
     head = certificate.identity + certificate.signature
     if delegation is not None:
@@ -134,7 +134,7 @@ def read_certificate(raw: bytes, *, is_delegated: bool) -> Certificate:
 
 
 def pack_delegation(delegation: Delegation) -> bytes:
-    """Give a delegation as bytes."""
+    """Return a delegation as bytes."""
     prefix = delegation.prefix.encode()
     terms = _terms(delegation.serial, delegation.expires, delegation.subnets)
     return terms + delegation.key + bytes([len(prefix)]) + prefix + delegation.signature
@@ -211,7 +211,7 @@ def _base64url(text: str) -> bytes:
 
 
 def is_public_key(text: str) -> bool:
-    """Tell whether a text is a WireGuard public key, in its only spelling."""
+    """Return whether a text is a WireGuard public key, in its only spelling."""
     try:
         raw = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):

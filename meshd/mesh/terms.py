@@ -17,7 +17,7 @@ class Mesh:
     trust: Trust
 
     def read(self, member: Member) -> Record:
-        """Give the record in a member's tags, which its owner has signed. Raises RecordError or CredentialError."""
+        """Return the record in a member's tags, which its owner has signed. Raises RecordError or CredentialError."""
         if not is_name(member.name):
             raise RecordError("its name is not 1 to 63 letters, digits, dots and dashes")
         record = decode(member.tags, self.overlay, self.subnet_length)

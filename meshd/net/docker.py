@@ -16,8 +16,8 @@ from meshd.errors import ApplyError, ConflictError, MeshdError, MissingError
 from meshd.net.resources import Action, Change, Engine, Network, Resource
 
 LABEL = "meshd.mesh"
-# Making or removing a network takes Docker seconds on a busy host; an answer to a question does not. A pass waits for
-# an engine that hangs (or that systemd's socket holds back), and everything else waits for the pass.
+# Making or removing a network takes Docker seconds on a busy host; an answer to a question does not. A reconcile waits
+# for an engine that hangs (or that systemd's socket holds back), and everything else waits for the reconcile.
 TIMEOUT = 20
 ASK_TIMEOUT = 3
 PAUSE = 1.0
@@ -48,7 +48,7 @@ class DockerNetwork:
         self._base_url = base_url
 
     def engine(self) -> Engine:
-        """Give the engine's version and firewall backend. Raises MissingError if Docker is absent or stopped."""
+        """Return the engine's version and firewall backend. Raises MissingError if Docker is absent or stopped."""
         with _client("asking Docker for its version", self._base_url) as client:
             # FirewallBackend came with API 1.49; before, Docker knew iptables only.
             backend = client.info().get("FirewallBackend") or {}
@@ -80,7 +80,7 @@ class DockerNetwork:
             return _attached(attributes) if attributes is not None and self._is_ours(attributes) else []
 
     def attachments(self) -> list[Attachment]:
-        """Give the containers that are attached to the network, with what attaching them again takes."""
+        """Return the containers that are attached to the network, with what attaching them again takes."""
         with _client(f"listing the containers on {self.name}", self._base_url) as client:
             attributes = self._find(client)
             if attributes is None or not self._is_ours(attributes):
@@ -103,7 +103,7 @@ class DockerNetwork:
                     network.disconnect(attachment.container, force=True)
 
     def attach(self, attachment: Attachment) -> str:
-        """Attach a container unless it is; give its address on the overlay, the empty string if it has ended."""
+        """Attach a container unless it is; return its address on the overlay, the empty string if it has ended."""
         from docker.errors import NotFound  # noqa: PLC0415  160 ms of imports
 
         with _client(f"attaching container {attachment.name} to {self.name}", self._base_url, TIMEOUT) as client:
@@ -118,7 +118,7 @@ class DockerNetwork:
             return str(_endpoint(found.attrs, self.name).get("IPAddress", ""))
 
     def overlapping(self, overlay: IPv4Network) -> list[tuple[str, IPv4Network]]:
-        """Give the name and subnet of each other Docker network that overlaps the overlay."""
+        """Return the name and subnet of each other Docker network that overlaps the overlay."""
         with _client("listing Docker networks", self._base_url) as client:
             return sorted(
                 (network.name, subnet)
@@ -135,7 +135,7 @@ class DockerNetwork:
             return "" if attributes is None or self._is_ours(attributes) else self._foreign(attributes, overlay)
 
     def _find(self, client: Any) -> dict[str, Any] | None:
-        """Give what `docker network inspect` says of the network; the API's filter by name matches parts of names."""
+        """Return what `docker network inspect` says of the network; the API's filter by name matches parts of names."""
         found = [n for n in client.networks.list(names=[self.name]) if n.name == self.name]
         return dict(client.networks.get(found[0].id).attrs) if found else None
 
@@ -172,7 +172,7 @@ class DockerNetwork:
         client.networks.get(attributes["Id"]).remove()
 
     def _replace(self, client: Any, attributes: dict[str, Any], found: Network, network: Network) -> None:
-        """Make the network anew with other settings: Docker cannot change one in place."""
+        """Make the network again with other settings: Docker cannot change one in place."""
         if attached := _attached(attributes):
             raise ApplyError(
                 f"the Docker network {self.name} is {_differences(found, network)}, but containers are attached "
@@ -249,7 +249,7 @@ def _ended_by(stop: Event, end: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def _client(doing: str, base_url: str | None, timeout: int | None = ASK_TIMEOUT) -> Iterator[Any]:
-    """Give a client of the engine; what goes wrong inside is told as meshd's own errors."""
+    """Return a client of the engine; what goes wrong inside is told as meshd's own errors."""
     import docker  # noqa: PLC0415  160 ms of imports that a host without Docker does without
     from docker.errors import APIError, DockerException  # noqa: PLC0415
     from requests.exceptions import RequestException  # noqa: PLC0415
@@ -270,7 +270,7 @@ def _client(doing: str, base_url: str | None, timeout: int | None = ASK_TIMEOUT)
 
 
 def _short(error: Exception) -> str:
-    """Give the innermost reason of requests' nested exceptions."""
+    """Return the innermost reason of requests' nested exceptions."""
     text = str(error)
     for reason in ("No such file or directory", "Connection refused", "Permission denied", "timed out"):
         if reason in text:
@@ -295,12 +295,12 @@ def _network(attributes: dict[str, Any]) -> Network:
 
 
 def _endpoint(container: dict[str, Any], network: str) -> dict[str, Any]:
-    """Give what `docker inspect` says of a container's place on a network."""
+    """Return what `docker inspect` says of a container's place on a network."""
     return ((container.get("NetworkSettings") or {}).get("Networks") or {}).get(network) or {}
 
 
 def _subnets(attributes: dict[str, Any]) -> list[IPv4Network]:
-    """Give a network's IPv4 subnets."""
+    """Return a network's IPv4 subnets."""
     pools = (attributes.get("IPAM") or {}).get("Config") or []
     return [IPv4Network(pool["Subnet"]) for pool in pools if ":" not in pool.get("Subnet", ":")]
 

@@ -79,7 +79,7 @@ class Nftables:
 
 
 def render(table: Table) -> str:
-    """Give the table in nft's language. nft 1.0.6 wants each closing brace on a line of its own."""
+    """Return the table in nft's language. nft 1.0.6 wants each closing brace on a line of its own."""
     lines = [f"table {table.key} {{"]
     for chain in table.chains:
         lines += [
@@ -172,7 +172,7 @@ def parse_saved(text: str, owner: str) -> Iterator[IptablesRule]:
 
 
 def ruleset() -> list[dict[str, Any]]:
-    """Give everything in nftables, as libnftables-json(5) writes it. Raises ApplyError."""
+    """Return everything in nftables, as libnftables-json(5) writes it. Raises ApplyError."""
     done = run(["nft", "-j", "list", "ruleset"])
     if done.returncode != 0:
         raise ApplyError(f"listing all nftables rules: {_first_line(done.stderr)}")
@@ -183,7 +183,7 @@ def ruleset() -> list[dict[str, Any]]:
 
 
 def saved(version: int) -> str:
-    """Give what iptables-save prints, for IPv6 ip6tables-save; without iptables, or without its answer, nothing."""
+    """Return what iptables-save prints, for IPv6 ip6tables-save; without iptables, or without its answer, nothing."""
     try:
         return run(["iptables-save" if version == 4 else "ip6tables-save"]).stdout
     except MissingError:
@@ -196,7 +196,7 @@ NETLINK_NETFILTER, NFNLGRP_NFTABLES = 12, 7
 
 
 def watch(table: str, hint: Callable[[str], None], stop: Event) -> None:
-    """Hint when somebody changes a table named `table` or one of the chains in PLACES, until `stop` is set.
+    """Hint when someone changes a table named `table` or one of the chains in PLACES, until `stop` is set.
 
     The kernel tells of every change by nft and by iptables' nft variant; the legacy variant's nobody tells of. meshd's
     own changes hint too. Raises ApplyError.

@@ -152,7 +152,7 @@ def _create_bridge(ipr: Any, link: Link) -> Any:
 
 
 def _set_mac(ipr: Any, index: int, link: Link) -> None:
-    """Change the MAC address of a bridge that somebody else has made, Docker for instance, and tell its containers."""
+    """Change the MAC address of a bridge that someone else has made, Docker for instance, and tell its containers."""
     # The kernel then sends a gratuitous ARP for each address (NETDEV_CHANGEADDR in net/ipv4/devinet.c).
     _write_sysctl(Sysctl(f"net/ipv4/conf/{link.name}/arp_notify", "1"))
     ipr.link("set", index=index, address=link.mac)
@@ -252,7 +252,7 @@ def watch(names: Collection[str], protocol: int, hint: Callable[[str], None], st
 
 
 def told(changes: Iterable[Change]) -> set[str]:
-    """Give the hints by which a watch tells of the routes among one's own changes."""
+    """Return the hints by which a watch tells of the routes among one's own changes."""
     routes = [(c.resource, c.action is Action.REMOVE) for c in changes if isinstance(c.resource, Route)]
     return {_route_text(str(route.prefix), "removed" if gone else "changed") for route, gone in routes}
 
@@ -315,7 +315,7 @@ class _Watcher:
 
 
 def _netconf(data: bytes) -> Iterator[int]:
-    """Give the link index of each change of forwarding, proxy_arp or rp_filter, which pyroute2 does not read."""
+    """Yield the link index of each change of forwarding, proxy_arp or rp_filter, which pyroute2 does not read."""
     offset = 0
     while offset + 16 <= len(data):
         length, kind = struct.unpack_from("=IH", data, offset)

@@ -76,7 +76,7 @@ def rtnetlink(doing: str) -> Iterator[Any]:
             yield ipr
     except (NetlinkError, OSError) as error:
         if shared is not None and not isinstance(error, NetlinkError):
-            shared.forget()  # who knows what is left to be read from it
+            shared.forget()  # unread replies may remain on the socket
         raise ApplyError(f"{doing}: {error.args[-1] if error.args else error}") from error
 
 
@@ -87,7 +87,7 @@ def _open() -> Any:
 
 @contextmanager
 def tolerating(*codes: int) -> Iterator[None]:
-    """Let these kernel errors pass: they say that what was wanted is already so."""
+    """Ignore these kernel errors: they say that what was wanted is already so."""
     try:
         yield
     except NetlinkError as error:
@@ -99,7 +99,7 @@ def tolerating(*codes: int) -> Iterator[None]:
 def dump_routes(doing: str, protocol: int) -> list[bytes]:
     """The main table's IPv4 routes with an rtm_protocol, each as its rtmsg and attributes (rtnetlink(7)).
 
-    pyroute2 takes 90 µs to read one route, which a host with 1,000 peers would pay in each pass. Raises ApplyError.
+    pyroute2 takes 90 µs to read one route, which a host with 1,000 peers would pay each time. Raises ApplyError.
     """
     request = _RTMSG.pack(socket.AF_INET, 0, 0, 0, RT_TABLE_MAIN, protocol, 0, 0, 0)
     length = _NLMSG_HEADER.size + len(request)
@@ -116,7 +116,7 @@ def dump_routes(doing: str, protocol: int) -> list[bytes]:
 
 
 def _parts(sock: socket.socket) -> Iterator[bytes]:
-    """Give the bodies of a multi-part answer up to its end. Raises OSError for the kernel's refusal."""
+    """Yield the bodies of a multi-part answer up to its end. Raises OSError for the kernel's refusal."""
     while True:
         data = sock.recv(1 << 16)
         offset = 0
@@ -165,7 +165,7 @@ def subscribe(protocol: int, *groups: int) -> socket.socket:
 
 
 def notifications(sock: socket.socket, stop: Event) -> Iterator[bytes | None]:
-    """Give each datagram until `stop` is set, seen within 2 s; None where some were lost. Raises OSError."""
+    """Yield each datagram until `stop` is set, seen within 2 s; None where some were lost. Raises OSError."""
     while not stop.is_set():
         if not select.select([sock], [], [], _TICK)[0]:
             continue

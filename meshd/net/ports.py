@@ -1,6 +1,6 @@
 """The containers' links on the bridge, by rtnetlink.
 
-Whoever deletes the bridge unplugs all of them, and Docker does not plug them in again while the containers run. Such a
+Deleting the bridge detaches all of them, and Docker does not attach them again while the containers run. Such a
 link is one end of a veth pair without a master, and the other end, in another namespace, has an address of the overlay.
 """
 
@@ -44,7 +44,7 @@ class Ports:
 
 
 def _is_on(ipr: Any, message: Any, overlay: IPv4Network) -> bool:
-    """Tell whether the other end of a veth pair has an address that Docker gives on the overlay: with its length."""
+    """Return whether the other end of a veth pair has an address that Docker gives on the overlay: with its length."""
     namespace, peer = message.get("IFLA_LINK_NETNSID"), message.get("IFLA_LINK")
     if namespace is None or namespace < 0:
         return False  # both ends are here, or the other one is where this host may not look

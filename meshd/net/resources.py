@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 
 from meshd.endpoint import Endpoint
 
-# A pass asks each route for its key three times.
+# A reconcile asks each route for its key three times.
 _text = lru_cache(32768)(str)
 
 

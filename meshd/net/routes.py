@@ -103,7 +103,7 @@ class Routes:
                 ipr.route("del", **request)
 
 
-# What a route was in the pass before it mostly is in this one.
+# Most routes are what they were in the reconcile before.
 @lru_cache(16384)
 def _read(row: bytes, link: str, index: int | None, overlay: IPv4Network) -> Route | None:
     """Read a route in the kernel's form (rtmsg, attributes); None for one that is not this mesh's."""

@@ -1,7 +1,7 @@
 """The firewall rules of a mesh, as data. Pure; `firewall.py` puts them into the kernel.
 
 The nftables tables are meshd's own: no other program's flush of its own rules, and no rule that others insert later,
-undoes what they do. Docker's chains get only what nothing but a rule inside of them can say.
+undoes what they do. Docker's chains get only what nothing but a rule inside them can say.
 
 There is a table for each version of IP and not one of the family inet: a packet meets no rule of the other version,
 and a kernel without IPv6 takes the rules as well.
@@ -65,7 +65,7 @@ def table(
 def ipv6_table(*, wireguard: str, bridge: str | None) -> Table:
     """Return the mesh's IPv6 table: nothing of IPv6 enters by the mesh's links or leaves by them.
 
-    They have no IPv6 either (see Link): this holds while somebody has turned it on.
+    They have no IPv6 either (see Link): this holds while someone has turned it on.
     """
     links = _names(wireguard, bridge)
     inward, outward = f"iifname {links} drop", f"oifname {links} drop"
@@ -165,7 +165,7 @@ def _chain(name: str, kind: str, priority: int, *texts: str) -> Chain:
 def iptables(
     *, wireguard: str, bridge: str, subnet: IPv4Network, engine: Engine, owner: str
 ) -> tuple[IptablesRule, ...]:
-    """Give the rules inside of Docker's own chains that admit the overlay's packets to containers.
+    """Return the rules inside Docker's own chains that admit the overlay's packets to containers.
 
     Docker's FORWARD policy is DROP; from version 28 on it also drops, in raw, what is routed to a container's address.
     Its nftables backend has neither chain. With these the overlay survives an `iptables -F`, which leaves the policy,

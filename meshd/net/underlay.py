@@ -75,7 +75,7 @@ def _all_addresses(ipr: Any, family: int) -> Iterator[tuple[int, IPAddress]]:
 
 
 def networks(overlay: IPv4Network, ignore_links: Collection[str]) -> list[IPv4Network]:
-    """The networks inside of `overlay` in which this host has an address by other links. Raises ApplyError."""
+    """The networks inside `overlay` in which this host has an address by other links. Raises ApplyError."""
     found = []
     with rtnetlink("looking for this host's own networks") as ipr:
         ignored = {index for index, name in socket.if_nameindex() if name in ignore_links}

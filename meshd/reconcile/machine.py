@@ -54,7 +54,7 @@ class Failure:
 class Machine:
     """What one reconcile reads and changes. `members` asks Serf; `engine` asks Docker and returns None without it.
 
-    `mtu` is the underlay's, `networks` are this host's own inside of the overlay. All four raise MeshdError. `ipv6`
+    `mtu` is the underlay's, `networks` are this host's own inside the overlay. All four raise MeshdError. `ipv6`
     says whether the kernel has IPv6.
     """
 

@@ -11,7 +11,7 @@ from meshd.net.resources import Action, Change, Resource, Tags
 class SerfTags:
     """The adapter of the tags `names` of the member `name`, which is this host.
 
-    It reads them from `members`: a pass asks for the list once.
+    It reads them from `members`: a reconcile asks for the list once.
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset({"tags"})

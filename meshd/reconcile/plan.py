@@ -28,7 +28,7 @@ from meshd.state.settings import Settings
 # An endpoint that WireGuard has learned from an authenticated packet is better than ours. WireGuard rekeys after
 # 120 s and gives a session up after 180 s (REJECT_AFTER_TIME), so a younger handshake proves the endpoint.
 FRESH = 180.0
-# Beyond any route that somebody would add, so that it only catches what nothing else does.
+# Beyond any route that someone would add, so that it only catches what nothing else does.
 LAST_METRIC = 4278198272
 IP_FORWARD = "net/ipv4/ip_forward"
 
@@ -56,7 +56,7 @@ class Local:
 
 
 def desired(local: Local, hosts: Iterable[Host]) -> tuple[Resource, ...]:
-    """Give everything that should be on this host; `diff` puts it into the order in which it is made."""
+    """Return everything that should be on this host; `diff` puts it into the order in which it is made."""
     record, settings = local.host.record, local.settings
     resources: list[Resource] = [
         rules.table(
@@ -114,10 +114,10 @@ def _bridge(local: Local, bridge: str) -> list[Resource]:
 
 
 def _mac(address: IPv4Address) -> str:
-    """Give the bridge's MAC address, made as Docker makes those of containers.
+    """Return the bridge's MAC address, made as Docker makes those of containers.
 
     A bridge without one of its own takes the lowest of its ports' and changes it as they come and go, and one that is
-    made anew takes another; containers would go on sending to the old one for half a minute.
+    made again takes another; containers would go on sending to the old one for half a minute.
     """
     return ":".join(f"{octet:02x}" for octet in (0x02, 0x42, *address.packed))
 
@@ -164,7 +164,7 @@ def diff(
     patient: Collection[str] = (),
     kinds: Collection[str] = ORDER,
 ) -> tuple[Change, ...]:
-    """Give the changes from observed to wanted, additions first; equal input gives equal output.
+    """Return the changes from observed to wanted, additions first; equal input gives equal output.
 
     `kinds` restricts it to what could be observed. `moved` names the public keys whose published endpoint has just
     changed: only these override an endpoint that a fresh handshake proves. `patient` are the public keys of hosts
@@ -231,5 +231,5 @@ def withheld_text(change: Change) -> str:
 
 
 def restored(originals: Mapping[str, str]) -> tuple[Sysctl, ...]:
-    """Give the sysctls as they were before meshd."""
+    """Return the sysctls as they were before meshd."""
     return tuple(Sysctl(path, value) for path, value in sorted(originals.items()))

@@ -14,7 +14,7 @@ from meshd.state.directory import State
 
 
 def renumber(state: State, subnet: IPv4Network | None = None) -> Record:
-    """Let go of the subnet and claim another one: this one, or one that is free. The next full pass builds it.
+    """Let go of the subnet and claim another one: this one, or one that is free. The next full reconcile builds it.
 
     Raises ConflictError for a subnet that is taken or while containers are attached, ApplyError.
     """

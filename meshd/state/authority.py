@@ -32,7 +32,7 @@ class Terms:
 
 
 def key(state: State) -> bytes:
-    """Give the authority's seed. Raises InputError on a host that does not hold it."""
+    """Return the authority's seed. Raises InputError on a host that does not hold it."""
     seed = state.authority_key
     if seed is None:
         raise InputError(
@@ -53,7 +53,7 @@ def found(state: State, mesh: str, name: str) -> None:
 
 
 def invite(state: State, name: str, terms: Terms) -> Invitation:
-    """Give an invitation for one host: its name, its identity, and the certificate of both."""
+    """Return an invitation for one host: its name, its identity, and the certificate of both."""
     seed, own = key(state), certificates.new_seed()
     if not is_name(name):
         raise InputError(f"the host name {name!r} is not 1 to 63 letters, digits, dots and dashes")
@@ -67,7 +67,7 @@ def invite(state: State, name: str, terms: Terms) -> Invitation:
 
 
 def invite_many(state: State, prefix: str, terms: Terms) -> Invitation:
-    """Give an invitation for as many hosts as come before it expires, whose names begin with `prefix`."""
+    """Return an invitation for as many hosts as come before it expires, whose names begin with `prefix`."""
     seed, own = key(state), certificates.new_seed()
     if len(prefix) > MAX_PREFIX or (prefix and not is_name(prefix.rstrip("-.") or "-")):
         raise InputError(f"the prefix {prefix!r} is not at most {MAX_PREFIX} letters, digits, dots and dashes")
@@ -82,7 +82,7 @@ def invite_many(state: State, prefix: str, terms: Terms) -> Invitation:
 
 
 def label(serial: int) -> str:
-    """Give the name by which a reusable invitation is revoked."""
+    """Return the name by which a reusable invitation is revoked."""
     return f"invitation-{serial:x}"
 
 
@@ -127,7 +127,7 @@ def _note(state: State, serial: int, name: str, expires: int, identity: bytes | 
 
 
 def confirm(state: State, name: str, record: Record) -> Certificate | None:
-    """Give the authority's own certificate for a host that joined by a reusable invitation; None without the key.
+    """Return the authority's own certificate for a host that joined by a reusable invitation; None without the key.
 
     What the invitation allowed stays, its end does not. Asked again it gives the same one.
     """
@@ -183,7 +183,7 @@ def _came_by(issued: Mapping[str, Mapping[str, Any]], invitation: str | None) ->
 
 
 def export(state: State, passphrase: str) -> str:
-    """Give the authority's key and what it has signed, encrypted (Argon2id, XSalsa20-Poly1305)."""
+    """Return the authority's key and what it has signed, encrypted (Argon2id, XSalsa20-Poly1305)."""
     from nacl import pwhash, secret, utils  # noqa: PLC0415  libsodium takes 30 ms to load
 
     content = {"mesh": state.settings.mesh, "key": key(state).hex(), "issued": state.issued()}
@@ -235,5 +235,5 @@ def _stretched(passphrase: str, salt: bytes) -> bytes:
 
 
 def expiry(ttl: float) -> int:
-    """Give the Unix time at which something ends that lasts `ttl` seconds from now."""
+    """Return the Unix time at which something ends that lasts `ttl` seconds from now."""
     return int(time.time() + ttl)

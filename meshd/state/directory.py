@@ -40,7 +40,7 @@ class State:
     def __init__(self, directory: Path = DEFAULT) -> None:
         self.directory = directory.absolute()
         self.serf_config = self.directory / "serf.json"
-        # A place for a person's own Serf configuration (log_level, statsite_addr, …): *.json, read after serf.json.
+        # A place for a user's own Serf configuration (log_level, statsite_addr, …): *.json, read after serf.json.
         self.serf_extra = self.directory / "serf.d"
         self.serf_log = self.directory / "serf.log"
         self.agent_log = self.directory / "agent.log"
@@ -64,7 +64,7 @@ class State:
 
     @property
     def is_down(self) -> bool:
-        """Whether a person took the mesh down here: nobody but `meshd up` brings it back, no event and no boot."""
+        """Whether a user took the mesh down here: nobody but `meshd up` brings it back, no event and no boot."""
         return (self.directory / "down").exists()
 
     def mark_down(self) -> None:
@@ -151,7 +151,7 @@ class State:
 
     @property
     def authority_exported(self) -> bool:
-        """Whether somebody has a copy of the authority besides this host."""
+        """Whether someone has a copy of the authority besides this host."""
         return (self.directory / "authority.exported").exists()
 
     def mark_exported(self) -> None:
@@ -188,7 +188,7 @@ class State:
         files.write_json(self.directory / "certificate.json", packed)
 
     def issued(self) -> dict[str, dict[str, Any]]:
-        """Give what the authority on this host has signed: serial -> name, expiry, and the identity if it is known."""
+        """Return what this host's authority has signed: serial -> name, expiry, and the identity if it is known."""
         values = self._json("issued.json") or {}
         return self._guard("issued.json", lambda: {str(serial): dict(entry) for serial, entry in values.items()})
 
@@ -207,7 +207,7 @@ class State:
         )
 
     def roster(self) -> Roster:
-        """Give the hosts and tombstones that this host knows of."""
+        """Return the hosts and tombstones that this host knows of."""
         values = self._json("hosts.json") or {"hosts": {}, "gone": {}, "revoked": {}}
         return self._guard("hosts.json", lambda: self._roster(values))
 
@@ -258,7 +258,7 @@ class State:
         )
 
     def contacts(self) -> dict[str, Endpoint]:
-        """Give the gossip addresses of the hosts that this one knew: name -> address, to find them again."""
+        """Return the gossip addresses of the hosts that this one knew: name -> address, to find them again."""
         values = self._json("contacts.json") or {}
         return self._guard("contacts.json", lambda: {str(n): Endpoint.parse(e) for n, e in values.items()})
 
@@ -266,7 +266,7 @@ class State:
         files.write_json(self.directory / "contacts.json", {name: str(e) for name, e in contacts.items()})
 
     def originals(self) -> dict[str, str]:
-        """Give the sysctls as they were before meshd changed them: path below /proc/sys -> value."""
+        """Return the sysctls as they were before meshd changed them: path below /proc/sys -> value."""
         values = self._json("originals.json") or {}
         return self._guard("originals.json", lambda: {path: str.strip(value) for path, value in values.items()})
 
@@ -285,7 +285,7 @@ class State:
 
     @contextmanager
     def agent_lock(self) -> Iterator[None]:
-        """Hold the lock of the one daemon, its process id inside of the file. Raises MeshdError if one runs."""
+        """Hold the lock of the one daemon, its process id inside the file. Raises MeshdError if one runs."""
         # Not at once: asking for the process id holds the lock for a moment too, and the start is watched that way.
         busy = "meshd agent is already running for this state directory"
         with locks.held(self.directory / "agent.pid", 0.5, busy) as descriptor:

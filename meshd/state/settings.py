@@ -126,7 +126,7 @@ def _option(*arguments: Any, **more: Any) -> Mapping[str, Option]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What somebody decided for this host. Everything else is found out or claimed."""
+    """What someone decided for this host. Everything else is found out or claimed."""
 
     mesh: str = field(
         default="meshd", metadata=_option("--mesh", TEXT, "Name of the mesh.", rule=NAME, scope=Scope.MESH)

@@ -61,7 +61,7 @@ class Serf:
         """Connect to the agent on loopback and authenticate. Raises SerfError.
 
         Any local user may listen there while the agent does not, so nothing is sent before it is certain who answers.
-        An agent without `rpc_auth`, one that somebody runs by hand, is used without.
+        An agent without `rpc_auth`, one that someone runs by hand, is used without.
         """
         try:
             connection = socket.create_connection(("127.0.0.1", access.port), timeout)
@@ -110,7 +110,7 @@ class Serf:
     # --- commands --------------------------------------------------------------------------------------------------
 
     def members(self) -> list[Member]:
-        """Give all members, also those that failed and left. An entry that makes no sense is left out."""
+        """Return all members, also those that failed and left. An entry that makes no sense is left out."""
         body = self._call("members", body=True)
         entries = body.get("Members")
         if not isinstance(entries, list):
@@ -118,15 +118,15 @@ class Serf:
         return [member for entry in entries if (member := decode_member(entry)) is not None]
 
     def join(self, addresses: Sequence[str], *, replay: bool = False) -> int:
-        """Join through the members at `address:port`; give the number that answered. Raises SerfError if none did."""
+        """Join through the members at `address:port`; return the number that answered. Raises SerfError if none did."""
         body = self._call("join", {"Existing": list(addresses), "Replay": replay}, body=True)
         return int(body.get("Num", 0))
 
     def tags(self, tags: Mapping[str, str], delete: Sequence[str] = ()) -> None:
         """Set and delete own tags. It takes 0.5 s: the agent waits for the gossip to have left.
 
-        An agent whose wait was in vain may have lost the change to one of the same moment (its own answer to a
-        suspicion, or somebody else's call): it is told again. Who waits for no longer than BROADCAST_TIMEOUT does not
+        An agent whose wait timed out may have lost the change to one of the same moment (its own answer to a
+        suspicion, or someone else's call): it is told again. Who waits for no longer than BROADCAST_TIMEOUT does not
         hear of that; the agent goes on.
         """
         request = {"Tags": dict(tags), "DeleteTags": list(delete)}
@@ -142,7 +142,7 @@ class Serf:
         self._call("force-leave", {"Node": name, "Prune": prune})
 
     def stats(self) -> dict[str, Any]:
-        """Give the agent's own figures."""
+        """Return the agent's own figures."""
         return self._call("stats", body=True)
 
     def query(

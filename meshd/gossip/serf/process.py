@@ -36,7 +36,7 @@ def agent_config(
     event_handlers: Sequence[str],
     retry_join: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Give the content of `serf agent -config-file` (https://www.serf.io/docs/agent/options.html)."""
+    """Return the content of `serf agent -config-file` (https://www.serf.io/docs/agent/options.html)."""
     return {
         "node_name": name,
         "bind": str(bind),
@@ -60,9 +60,9 @@ def agent_config(
 
 
 def start(config_path: Path, log_path: Path, extra: Path | None = None) -> int:
-    """Start `serf agent`, detached from this process; give its process id. Its output goes to `log_path`.
+    """Start `serf agent`, detached from this process; return its process id. Its output goes to `log_path`.
 
-    `extra` is a directory of somebody's own configuration, which Serf merges over ours.
+    `extra` is a directory of someone's own configuration, which Serf merges over ours.
     """
     program = shutil.which("serf")
     if program is None:
@@ -95,7 +95,7 @@ def start(config_path: Path, log_path: Path, extra: Path | None = None) -> int:
 
 
 def clean_environment() -> dict[str, str]:
-    """Give the environment for what outlives a command: without meshd's settings, which may hold an invitation."""
+    """Return the environment for what outlives a command: without meshd's settings, which may hold an invitation."""
     return {name: value for name, value in os.environ.items() if not name.startswith("MESHD_")}
 
 
@@ -137,7 +137,7 @@ def _arguments(pid: int) -> list[str] | None:
 
 
 def _is_own(pid: int) -> bool:
-    """Tell whether a process is of this user and of this process namespace: anybody may have such a command line.
+    """Return whether a process is of this user and of this process namespace: anyone may have such a command line.
 
     Containers and lab hosts show here too, and have more than one number. (A look at the namespace itself would take a
     right that the unit does not leave to the daemon.)
@@ -180,14 +180,14 @@ def stop(pid: int, timeout: float = 5.0) -> None:
 
 
 def name_conflict(log_path: Path) -> str | None:
-    """Give the address of another member with this agent's name, if the agent's log tells of one."""
+    """Return the address of another member with this agent's name, if the agent's log tells of one."""
     text = log_path.read_text(errors="replace") if log_path.exists() else ""
     found = re.search(r"Node name conflicts with another node at (\S+?)\.? ", text)
     return found[1] if found else None
 
 
 def _alive(pid: int) -> bool:
-    """Tell whether a process runs; one that has ended but was not waited for does not."""
+    """Return whether a process runs; one that has ended but was not waited for does not."""
     with suppress(ChildProcessError):
         if os.waitpid(pid, os.WNOHANG)[0] == pid:
             return False

@@ -45,7 +45,7 @@ def decode_key(text: str) -> bytes:
 
 
 def check_key(device: Device, private_key: bytes) -> None:
-    """Refuse a Device that wants another key than the adapter holds: no number of passes would reach it."""
+    """Refuse a Device that wants another key than the adapter holds: no number of reconciles would reach it."""
     own = public_key(private_key)
     if device.public_key != own:
         raise ApplyError(f"setting {device}: the private key at hand belongs to {own}")
@@ -69,6 +69,6 @@ def peer_update(change: Change, peer: Peer) -> PeerUpdate:
         endpoint=None if peer.endpoint == old.endpoint else peer.endpoint,
         allowed_ips=None if peer.allowed_ips == old.allowed_ips else peer.allowed_ips,
         keepalive=None if peer.keepalive == old.keepalive else peer.keepalive,
-        # A peer that went away meanwhile must not come back by halves; the next pass adds it whole.
+        # A peer that went away meanwhile must not come back half configured; the next reconcile adds it whole.
         update_only=True,
     )
