@@ -19,6 +19,7 @@ from threading import Event, Thread
 
 from meshd import files
 from meshd.daemon import hints
+from meshd.daemon.complaints import Complaints
 from meshd.daemon.exchange import PATIENCE, Exchange
 from meshd.daemon.hints import ABOUT_MEMBERS, READINESS, Echoes, Hint, Source
 from meshd.daemon.keeper import Keeper
@@ -51,10 +52,6 @@ LOG_LIMIT = 4 * 2**20
 # Garbage collection threshold. A reconcile keeps about 20 objects per host until it ends. With Python's default, 700,
 # a quarter of a reconcile with 10,000 hosts goes into collections that free nothing.
 GARBAGE = 20_000
-# Anyone with the gossip key can make any number of members that are refused.
-MOST_REFUSED = 20
-# Serf takes some 45 s to believe a known name at a new address; until then its tags lag behind what was announced.
-LAG = 60.0
 
 
 class Agent:
@@ -68,10 +65,9 @@ class Agent:
         self.exchange = Exchange(state, self.hints.put, self.stopping)
         self.search = Event()
         self.rivalry: float | None = None
-        self.stale_since: dict[str, float] = {}
         self.handshakes = Schedule()
         self.full_sync_due = 0.0
-        self.complaints: set[str] = set()
+        self.complaints = Complaints()
         self.keeper = Keeper(state, self._search_all)
         # Why this host's Serf does not run, the empty string while it does.
         self.silence = ""
@@ -262,30 +258,10 @@ class Agent:
             self.handshakes = self.handshakes.after(report.unmet, report.restarted, hosts=hosts, now=now)
 
     def _say_what_is_wrong(self, report: Report) -> None:
-        refused = [f"refused {name}: {reason}" for name, reason in sorted(report.roster.refused.items())]
-        refused += self._replayed(report)
-        reasons = {*refused[:MOST_REFUSED], *(["refused more than these"] if refused[MOST_REFUSED:] else [])}
-        held = {plan.withheld_text(change) for change in report.withheld}
-        self._complain({str(failure) for failure in report.failures} | reasons | held)
+        self._complain(self.complaints.of(report, time.monotonic()))
 
-    def _replayed(self, report: Report) -> list[str]:
-        """Return the hosts whose tags have been older than their records for longer than Serf needs."""
-        now = time.monotonic()
-        self.stale_since = {name: self.stale_since.get(name, now) for name in report.roster.stale}
-        return [
-            f"refused the tags of {name}: {reason}"
-            for name, reason in sorted(report.roster.stale.items())
-            if now - self.stale_since[name] > LAG
-        ]
-
-    def _complain(self, complaints: set[str]) -> None:
-        """Log what is wrong now once, and once that it no longer is."""
-        complaints |= {self.silence} if self.silence else set()
-        for text in sorted(complaints - self.complaints):
-            log.warning("%s", text)
-        for text in sorted(self.complaints - complaints):
-            log.info("no longer: %s", text)
-        self.complaints = complaints
+    def _complain(self, texts: set[str]) -> None:
+        self.complaints.log(texts | {self.silence} if self.silence else texts)
 
     # --- where hints come from -------------------------------------------------------------------------------------
 

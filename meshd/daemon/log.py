@@ -4,12 +4,26 @@ import logging
 import os
 from typing import TextIO
 
+from meshd.printable import printable
+
 PLAIN = "%(asctime)s %(levelname)s %(message)s"
 # The levels of syslog(3), for the journal: error, warning, info, debug.
 PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (logging.NOTSET, 7))
 
 
-class JournalFormatter(logging.Formatter):
+# Longer than any message of meshd's own.
+LONGEST = 4096
+
+
+class LineFormatter(logging.Formatter):
+    """One line a message, whatever is in it: members and other programs write parts of many. Tracebacks stay whole."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  logging's name
+        record.message = printable(record.message, LONGEST)
+        return super().formatMessage(record)
+
+
+class JournalFormatter(LineFormatter):
     """Lines for the journal, which has a time for each of them by itself."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -29,5 +43,5 @@ def is_journal(stream: TextIO) -> bool:
 def configure(stream: TextIO) -> None:
     """Log to a stream from now on."""
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(JournalFormatter("%(message)s") if is_journal(stream) else logging.Formatter(PLAIN))
+    handler.setFormatter(JournalFormatter("%(message)s") if is_journal(stream) else LineFormatter(PLAIN))
     logging.basicConfig(level=logging.INFO, handlers=[handler])

@@ -29,7 +29,7 @@ _NEIGHBOUR_LIMITS = Path("/proc/sys/net/ipv4/neigh/default")
 
 
 def addresses(name: str, underlay: str = "ipv4") -> tuple[IPAddress, ...]:
-    """Return the underlay addresses of a host: barge7 is 10.10.10.107 and fd00:10:10::6b, both with 107.
+    """Return the underlay addresses of a host: barge7 is 10.10.10.107 and fd00:10:10::6b.
 
     Raises InputError for another name.
     """

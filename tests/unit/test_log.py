@@ -13,7 +13,7 @@ log.configure(sys.stderr)
 meshd = logging.getLogger("meshd")
 meshd.debug("not shown")
 meshd.info("one")
-meshd.warning("two\\nlines")
+meshd.warning("two\\n2026-11-26 INFO forged \\x1b[2J")
 try:
     raise ValueError("surprise")
 except ValueError:
@@ -35,17 +35,16 @@ def logged(path: Path, journal: str | None) -> list[str]:
 def test_log_to_journal_has_priorities(tmp_path: Path) -> None:
     """In the journal each line has a priority and no time."""
     lines = logged(tmp_path / "journal", None)
-    assert lines[:4] == ["<6>one", "<4>two", "<4>lines", "<3>three"]
-    assert lines[4] == "<3>Traceback (most recent call last):"
+    assert lines[:3] == ["<6>one", "<4>two\\x0a2026-11-26 INFO forged \\x1b[2J", "<3>three"]
+    assert lines[3] == "<3>Traceback (most recent call last):"
     assert lines[-1] == "<3>ValueError: surprise"
     assert all(re.match(r"<[3467]>", line) for line in lines)
 
 
 def test_log_elsewhere_has_times(tmp_path: Path) -> None:
     """Elsewhere each message has a time and a level, also if a parent of this process had the journal."""
-    """A variable that a parent of this process left is not about this stream."""
     for number, variable in enumerate(("", "8:1", "nonsense")):
         lines = logged(tmp_path / str(number), variable)
         assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO one", lines[0])
-        assert lines[1].endswith(" WARNING two")
+        assert lines[1].endswith(" WARNING two\\x0a2026-11-26 INFO forged \\x1b[2J"), "and forges no line"
         assert lines[-1] == "ValueError: surprise"
