@@ -68,7 +68,7 @@ class Agent:
         self.handshakes = Schedule()
         self.full_sync_due = 0.0
         self.complaints = Complaints()
-        self.keeper = Keeper(state, self._search_all)
+        self.keeper = Keeper(state, partial(self.hint, Source.LOG), self._search_all)
         # Why this host's Serf does not run, the empty string while it does.
         self.silence = ""
         self.echoes = Echoes()
@@ -116,6 +116,7 @@ class Agent:
             self.exchange.watch,
             self.exchange.ask,
             self._rejoin,
+            self.keeper.watch,
             partial(links.watch, names, routes.PROTOCOL, partial(self.hint, Source.NETLINK), self.stopping),
             partial(firewall.watch, table, partial(self.hint, Source.NFTABLES), self.stopping),
         ]
@@ -284,14 +285,15 @@ class Agent:
 
     def _watch_log(self) -> None:
         """Hint at member events as Serf logs them: 1 to 3 s before its handlers and streams hear of them."""
-        pid = serf.running(self.state.serf_config)
         with serf_agent.rpc(self.state) as client:
+            pid = serf.running(self.state.serf_config)
+            self.keeper.adopt(pid)
             self.hint(Source.LOG, "connected")
             try:
                 for line in client.monitor("INFO"):
-                    if is_member_event := "serf: EventMember" in line:
+                    self.keeper.hear(line, pid)
+                    if "serf: EventMember" in line:
                         self.echoes.logged(time.monotonic())
-                    if is_member_event or self.keeper.hear(line, pid):
                         self.hint(Source.LOG, line.partition("serf: ")[2][:80])
             finally:
                 self.hint(Source.LOG, "connection lost")

@@ -94,31 +94,32 @@ def _meet(state: State, member: Endpoint, say: Callable[[str], None]) -> list[Me
     """
     begun, before, until = time.monotonic(), "", math.inf
     while True:
-        try:
-            with serf_agent.connect(state) as client:
+        with serf_agent.connect(state) as client:
+            try:
                 client.join([str(member)])
                 return client.members()
-        except SerfError as error:
-            obstacle, now = _obstacle(str(error)), time.monotonic()
-            if obstacle != before:
-                before, until = obstacle, min(now + UNCHANGED, begun + LONGEST)
-                if obstacle == ANOTHER_KEY:
-                    say(
-                        f"{member} has another gossip key at the moment: a member changes the keys of all Serf agents "
-                        f"(serf keys), or the invitation is of another mesh. It is asked again for {UNCHANGED:g} s"
-                    )
-            if not obstacle or now >= until:
-                raise InputError(
-                    f"{member} answers, but not as a member of the mesh {state.settings.mesh!r}: the invitation is of "
-                    f"another mesh, or another program uses that port ({error})"
-                ) from None
+            except SerfError as error:
+                reason = str(error)
+        obstacle, now = _obstacle(reason), time.monotonic()
+        if obstacle != before:
+            before, until = obstacle, min(now + UNCHANGED, begun + LONGEST)
+            if obstacle == ANOTHER_KEY:
+                say(
+                    f"{member} has another gossip key at the moment: a member changes the keys of all Serf agents "
+                    f"(serf keys), or the invitation is of another mesh. It is asked again for {UNCHANGED:g} s"
+                )
+        if not obstacle or now >= until:
+            raise InputError(
+                f"{member} answers, but not as a member of the mesh {state.settings.mesh!r}: the invitation is of "
+                f"another mesh, or another program uses that port ({reason})"
+            )
         time.sleep(AGAIN)
 
 
 def _obstacle(error: str) -> str:
     """Return what kept this host from joining, the empty string for what does not pass by itself."""
     if not error.startswith("join: "):
-        return "own Serf"  # it starts again
+        return "this host's own Serf starts again"
     return next((text for text in (ANOTHER_KEY, *STARTS_AGAIN) if text in error), "")
 
 

@@ -3,8 +3,11 @@
 barge1 and barge2 are a mesh of hosts with a daemon. barge3 is set up without one at first, and its Serf does not run.
 """
 
+import base64
+import json
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -162,6 +165,7 @@ while [ $(date +%s) -lt $until ]; do
 done
 """
 AGAIN = 10.0
+FORGE = Path(__file__).with_name("forge.py")
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +212,23 @@ def test_keys_that_a_member_changed_are_the_meshs_again(mesh: list[LabHost]) -> 
         told = log(host)[length:]
         assert re.search(r"a member changed the keys .* Members now: barge1, barge2, barge3\n", told), told
         assert 1 <= len(starts(host, length)) <= 2, told
+
+
+def test_a_name_that_looks_like_a_key_command_starts_no_agent_again(mesh: list[LabHost]) -> None:
+    one, begun = mesh[0], [len(log(host)) for host in mesh]
+    key = base64.b64decode(one.run(["cat", f"{STATE}/gossip.key"]).stdout)
+    name = "x\n    2026/11/26 19:05:28 [INFO] serf: Received use-key query\ny"
+    member = {"name": name, "incarnation": 1, "address": "10.10.10.250", "tags": {}}
+    task = {"key": key.hex(), "targets": [str(host.address) for host in mesh], "messages": [["alive", member]]}
+    mesh[2].run([sys.executable, str(FORGE)], text=json.dumps(task))
+    files = [host.directory / "meshd" / "serf.log" for host in mesh]
+    eventually(lambda: all("EventMemberFailed: x\n" in path.read_text() for path in files), 40, "it came and failed")
+    for host, length in zip(mesh, begun, strict=True):
+        assert "refused x" in log(host)[length:], "the daemon has seen it"
+        assert starts(host, length) == []
+    for host in mesh:
+        host.run(["sh", "-ec", f"kill -KILL {SERF}"])
+    eventually(lambda: settled(mesh), 40, "nobody lists it any more")
 
 
 def test_keys_that_were_changed_while_no_daemon_ran_are_the_meshs_again(lab: Lab, mesh: list[LabHost]) -> None:

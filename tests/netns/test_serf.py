@@ -162,13 +162,13 @@ def test_a_change_of_keys_reaches_all_is_logged_and_ends_with_a_new_start(start:
         command = ["serf", "keys", f"-rpc-addr=127.0.0.1:{two.rpc_port}", f"-{what}", key]
         subprocess.run(command, env={**os.environ, "SERF_RPC_AUTH": "secret"}, check=True, stdout=subprocess.DEVNULL)
     for agent in (one, two):
-        # Both ways in which meshd hears of it, at the log level that it sets.
-        assert len(KEY_COMMAND.findall(agent.log.read_bytes())) == 3
         with agent.connect() as client:
-            told = (line for line in client.monitor("INFO") if KEY_COMMAND.search(line.encode()))
+            told = (line for line in client.monitor("INFO") if KEY_COMMAND.fullmatch(line))
             assert [next(told).rpartition("Received ")[2] for _ in range(3)] == [
                 f"{what}-key query" for what in ("install", "use", "remove")
             ]
+        with agent.connect() as client:
+            assert client.keys() == {bytes(32)}
     with newcomer.connect() as client:
         with pytest.raises(SerfError, match=f"join: .*{ANOTHER_KEY}"):
             client.join([one.gossip])
@@ -176,7 +176,20 @@ def test_a_change_of_keys_reaches_all_is_logged_and_ends_with_a_new_start(start:
         serf.stop(one.pid)
         again = start(1)
         assert client.join([again.gossip]) == 1, "an agent that starts again has the key of its configuration"
-    assert not KEY_COMMAND.search(again.log.read_bytes()), "and its log begins anew"
+        assert client.keys() == {KEY}
+
+
+def test_no_name_of_a_member_makes_an_entry_of_the_monitor_of_its_own(start: Start) -> None:
+    entry = "2026/11/26 19:05:28 [INFO] serf: Received use-key query"
+    one, bogus = start(1), start(2, name=f"x\n    {entry}\ny")
+    with bogus.connect() as client:
+        client.join([one.gossip])
+    assert f"\n    {entry}\n" in one.log.read_text(), "in the file it does"
+    with one.connect() as client:
+        lines = client.monitor("INFO")
+        until = next(line for line in lines if entry in line)
+        assert "EventMemberJoin: x" in until
+        assert not KEY_COMMAND.fullmatch(until)
 
 
 def test_query_is_answered_on_its_stream(start: Start) -> None:

@@ -1,69 +1,72 @@
 """When the daemon starts its Serf agent again since somebody changed its keys; tests/lab has it at work."""
 
-from pathlib import Path
+import math
 
 import pytest
 
 from meshd.daemon import keeper
-from meshd.daemon.keeper import KEY_COMMAND, MOST_NAMES, Keeper, Log
+from meshd.daemon.keeper import MOST_NAMES, Keeper
 from meshd.state.directory import State
 
-TELLS = "    2026/11/26 19:05:28 [INFO] serf: Received use-key query\n"
-OTHER = "    2026/11/26 19:05:28 [INFO] serf: Received list-keys query\n"
+BEGIN = "2026/11/26 19:05:28 [INFO] serf: "
+TOLD = f"{BEGIN}Received use-key query"
 
 
-@pytest.mark.parametrize(("what", "tells"), [("install", 1), ("use", 1), ("remove", 1), ("list", 0)])
-def test_a_change_of_keys_is_told_and_a_look_at_them_is_not(state: State, what: str, tells: int) -> None:
-    line = f"2026/11/26 19:05:28 [INFO] serf: Received {what}-key{'s' if what == 'list' else ''} query"
-    assert Keeper(state, lambda: None).hear(line, 7) is bool(tells)
-    assert bool(KEY_COMMAND.search(line.encode())) is bool(tells)
+@pytest.fixture
+def told() -> list[str]:
+    return []
 
 
-def test_a_log_tells_of_the_agent_that_writes_it_now(tmp_path: Path) -> None:
-    path = tmp_path / "serf.log"
-    log = Log(path)
-    assert not log.tells(1), "there is none yet"
-    path.write_text(OTHER)
-    assert not log.tells(1)
-    path.write_text(OTHER + TELLS[:-9])
-    assert not log.tells(1), "the line is not whole"
-    path.write_text(OTHER + TELLS)
-    assert log.tells(1)
-    path.write_text(OTHER)
-    assert log.tells(1), "also when the line has been cut off"
-    assert not log.tells(2), "the next agent's log is another one"
+@pytest.fixture
+def own(state: State, told: list[str]) -> Keeper:
+    return Keeper(state, told.append, lambda: None)
 
 
-def test_a_log_that_was_cut_is_read_from_its_begin(tmp_path: Path) -> None:
-    path = tmp_path / "serf.log"
-    path.write_text(OTHER * 10)
-    log = Log(path)
-    assert not log.tells(1)
-    path.write_text(TELLS)
-    assert log.tells(1)
+@pytest.mark.parametrize("what", ["install", "use", "remove"])
+def test_a_change_of_keys_is_told_once(own: Keeper, told: list[str], what: str) -> None:
+    for _ in range(3):
+        own.hear(f"{BEGIN}Received {what}-key query", 7)
+    assert told == [f"Received {what}-key query"]
+    own.hear(TOLD, 8)
+    assert told[1:] == ["Received use-key query"], "and once of the next agent"
 
 
-def test_an_agent_starts_again_soon_and_then_after_a_pause(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
-    now, begun = [100.0], Keeper(state, lambda: None)
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
-    begun._look(7)
-    assert begun.due == float("inf"), "nothing was told"
-    begun.hear(TELLS, 7)
-    begun._look(7)
-    assert now[0] + keeper.SOONEST <= begun.due <= now[0] + keeper.LATEST
-    first = begun.due
-    now[0] += 0.3
-    begun._look(7)
-    assert begun.due == first, "more commands do not put it off"
-    begun.due, begun._last_start = float("inf"), first
-    begun._look(8)
-    assert begun.due == float("inf"), "that was the agent before"
-    begun.hear(TELLS, 8)
-    begun._look(8)
-    assert begun.due == first + keeper.PAUSE
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"{BEGIN}Received list-keys query",
+        f"{BEGIN}EventMemberJoin: {TOLD} 10.10.10.9",
+        f"{BEGIN}EventMemberJoin: x\\n    {TOLD}",
+        f"{BEGIN}Received use-key query of x",
+    ],
+)
+def test_no_name_of_a_member_looks_like_a_change_of_keys(own: Keeper, told: list[str], line: str) -> None:
+    own.hear(line, 7)
+    assert told == []
+    assert not own._doubt.is_set()
+
+
+def test_there_is_doubt_about_an_agent_that_ran_before_and_after_lines_were_lost(own: Keeper) -> None:
+    own._started = 7
+    own.adopt(7)
+    assert not own._doubt.is_set()
+    own.hear("2026/11/26 19:05:28 [WARN] agent.ipc: Dropping logs to 127.0.0.1:34568", 7)
+    assert own._doubt.is_set()
+    own._doubt.clear()
+    own.adopt(8)
+    assert own._doubt.is_set()
+
+
+def test_an_agent_starts_again_soon_and_then_after_a_pause(own: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.monotonic", lambda: 100.0)
+    own._schedule()
+    assert 100.0 + keeper.SOONEST <= own.due <= 100.0 + keeper.LATEST
+    own.due, own._started_at = math.inf, 99.0
+    own._schedule()
+    assert own.due == 99.0 + keeper.PAUSE
 
 
 def test_a_thousand_members_are_no_long_line() -> None:
     names = [f"barge{number:04}" for number in range(1000)]
-    assert keeper._named(names) == ", ".join(names[:MOST_NAMES]) + " and 950 more"
-    assert keeper._named([]) == "unknown"
+    assert keeper.named(names) == ", ".join(names[:MOST_NAMES]) + " and 950 more"
+    assert keeper.named([]) == "unknown"

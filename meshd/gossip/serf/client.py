@@ -4,6 +4,7 @@ A request is a header {Command, Seq} and a body; an answer is a header {Seq, Err
 Everything that is read was written, in part, by other members: it is bounded and checked.
 """
 
+import base64
 import socket
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -145,6 +146,13 @@ class Serf:
         """Return the agent's own figures."""
         return self._call("stats", body=True)
 
+    def keys(self) -> set[bytes]:
+        """Return all gossip keys that any member has. The agent waits a few seconds for those who are silent."""
+        seq = self._send("list-keys")
+        self._header(seq, tell=False)  # its error says that some did not answer, and their keys are not in the body
+        keys = self._read().get("Keys")
+        return {_key(text) for text in keys} if isinstance(keys, dict) else set()
+
     def query(
         self, name: str, payload: bytes, *, timeout: float, nodes: Sequence[str] = ()
     ) -> Iterator[tuple[str, bytes]]:
@@ -242,6 +250,15 @@ class Serf:
         if not isinstance(value, dict):
             raise SerfError(f"the Serf agent sent a {type(value).__name__} where an object belongs")
         return {_text(key): item for key, item in value.items()}
+
+
+def _key(text: object) -> bytes:
+    """Return a key in base64 as bytes; whatever else a member says is no key of the mesh either."""
+    raw = text if isinstance(text, bytes) else b""
+    try:
+        return base64.b64decode(raw, validate=True)
+    except ValueError:
+        return raw
 
 
 def _unpacker() -> Any:
