@@ -35,6 +35,6 @@ def main() -> None:
     state, size = State(STATE), int(sys.argv[2])
     own = simulated.fill(state, PORT, "wg0", docker=True)
     listed = [own, *(simulated.member(number) for number in range(1, size + 1))]
-    with serving(PORT, state.rpc_key, listed):
+    with serving(PORT, state.rpc_key, listed, state.gossip_key):
         print("ready", flush=True)  # noqa: T201  the answer
         signal.pause()

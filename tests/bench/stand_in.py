@@ -1,8 +1,9 @@
 """A stand-in for Serf's RPC with as many members as wanted; tests/netns/test_serf_rpc.py holds both to one contract.
 
-It knows what a pass asks: handshake, auth, members, tags, stats. Streams stay silent, questions get no answer.
+It knows what a pass asks: handshake, auth, members, tags, stats, list-keys. Streams stay silent, questions get no answer.
 """
 
+import base64
 import socket
 import socketserver
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,9 +26,10 @@ class StandIn(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
     daemon_threads = True
 
-    def __init__(self, port: int, auth_key: str, members: list[Member]) -> None:
+    def __init__(self, port: int, auth_key: str, members: list[Member], gossip_key: bytes) -> None:
         super().__init__(("127.0.0.1", port), _Connection)
         self.auth_key = auth_key
+        self.gossip_key = base64.b64encode(gossip_key).decode()
         self.show(members)
 
     def show(self, members: list[Member]) -> None:
@@ -44,9 +46,9 @@ class StandIn(socketserver.ThreadingTCPServer):
 
 
 @contextmanager
-def serving(port: int, auth_key: str, members: list[Member]) -> Iterator[StandIn]:
+def serving(port: int, auth_key: str, members: list[Member], gossip_key: bytes = bytes(32)) -> Iterator[StandIn]:
     """Answer on loopback of the caller's network namespace while the block runs."""
-    with StandIn(port, auth_key, members) as server:
+    with StandIn(port, auth_key, members, gossip_key) as server:
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         try:
@@ -91,8 +93,12 @@ class _Connection(socketserver.BaseRequestHandler):
             return "Authentication required" if self.greeted else "Handshake required", b""
         if command == "members":
             return "", self.server.answer
-        if command == "stats":
-            return "", msgpack.packb({"agent": {"name": self.server.members[0].name}})
+        told = {
+            "stats": {"agent": {"name": self.server.members[0].name}},
+            "list-keys": {"Keys": {self.server.gossip_key: len(self.server.members)}},
+        }
+        if command in told:
+            return "", msgpack.packb(told[command])
         error = "" if command in _SILENT else "Unsupported command"
         if command == "tags":
             error = self.server.set_tags(body.get("Tags", {}), body.get("DeleteTags", []))
