@@ -1,8 +1,8 @@
 """What a person can get wrong: a clear error, an exit code, and the host as it was before."""
 
+import json
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +12,7 @@ import pytest
 
 from meshd.lab.hosts import Lab, LabHost
 from meshd.mesh import invitations
-from tests.lab.conftest import eventually, init, join, ping, snapshot
+from tests.lab.conftest import eventually, init, join, ping, serf, snapshot
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
@@ -45,9 +45,9 @@ class Scene:
         return done.stderr
 
     def members(self) -> list[str]:
-        """The members that the mesh has, without those that failed a moment ago and are forgotten by and by."""
-        lines = self.member.run(["meshd", "members"]).stdout.splitlines()
-        return sorted(line.split()[0] for line in lines if " alive " in line)
+        """Return who Serf says is alive, without those that failed a moment ago and are forgotten by and by."""
+        listed = json.loads(serf(self.member, "members", "-format=json"))["members"]
+        return sorted(member["name"] for member in listed if member["status"] == "alive")
 
 
 @pytest.fixture(scope="module")
@@ -262,42 +262,61 @@ def test_join_with_unwritable_state_directory(scene: Scene, options: str, reason
         scene.guest.run(["umount", "/run/small"])
 
 
-def test_interrupted_join_leaves_nothing(scene: Scene) -> None:
-    """At whatever moment: each try is cut a little later than the one before."""
-    guest = scene.guest
+# What a join leaves on a host as it goes on, and the signal that interrupts it when that is there.
+MOMENTS = {
+    "it has begun": ("pgrep -f '[m]eshd join'", "INT"),
+    "its identity is there": ("test -e /var/lib/meshd/identity.key", "TERM"),
+    "its claim is there": ("test -e /var/lib/meshd/claim.json", "HUP"),
+    "Serf runs": ("pgrep -f 'serf agent'", "INT"),
+    "its device is there": ("ip link show wg0", "TERM"),
+    "its daemon runs": ("test -e /var/lib/meshd/agent.sock", "HUP"),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_interrupted_join_leaves_nothing(scene: Scene, moment: str) -> None:
+    """A join that is interrupted at any moment leaves nothing, here and on the others, or a whole host."""
+    guest, (seen, signal) = scene.guest, MOMENTS[moment]
     before = snapshot(guest)
-    for tenths, number in ((3, "-INT"), (6, "-TERM"), (8, "-HUP"), (10, "-INT"), (12, "-TERM"), (14, "-INT")):
-        process = guest.popen(
-            ["env", f"MESHD_INVITE={scene.invitation}", "meshd", "join", "10.10.10.101", "--no-docker"]
-        )
-        time.sleep(tenths / 10)
-        guest.run(["pkill", number, "-f", "meshd join"], check=False)
-        process.wait(timeout=30)
-        eventually(
-            lambda: not guest.run(["pgrep", "-f", "meshd join"], check=False).stdout, 30, "the command has ended"
-        )
-        if scene.state(guest):
-            # It was through and waited for the others: then it is a member, and whole.
-            assert guest.run(["meshd", "plan"]).stdout == "no changes\n"
-            guest.run(["meshd", "leave"])
-        assert snapshot(guest) == before
-        assert scene.state(guest) == []
-        assert guest.run(["pgrep", "-af", "serf agent|wireguard-go|meshd.* agent"], check=False).stdout == ""
-        eventually(lambda: "172.20.102" not in scene.member.run(["ip", "route"]).stdout, 10, "no host remembers it")
+    command = ["env", f"MESHD_INVITE={scene.invitation}", "meshd", "join", "10.10.10.101", "--no-docker"]
+    process = guest.popen(command, stdout=-3, stderr=-3)
+    # In the host: to start a process here for each look would take longer than some steps do.
+    guest.run(
+        ["timeout", "30", "sh", "-c", f"until {seen} >/dev/null 2>&1; do :; done; pkill -{signal} -f '[m]eshd join'"]
+    )
+    process.wait(timeout=30)
+    gone = ["pgrep", "-f", "meshd join"]
+    eventually(lambda: not guest.run(gone, check=False).stdout, 30, "the command has ended")
+    if scene.state(guest):
+        # It was through and waited for the others: then it is a member, and whole.
+        assert guest.run(["meshd", "plan"]).stdout == "no changes\n"
+        guest.run(["meshd", "leave"])
+    assert snapshot(guest) == before
+    assert scene.state(guest) == []
+    assert guest.run(["pgrep", "-af", "serf agent|wireguard-go|meshd.* agent"], check=False).stdout == ""
+    eventually(lambda: "172.20.102" not in scene.member.run(["ip", "route"]).stdout, 10, "no host remembers it")
 
 
-@pytest.mark.parametrize(
-    "name", ["settings.json", "underlay.json", "claim.json", "hosts.json", "contacts.json", "wireguard.key"]
-)
-@pytest.mark.parametrize("content", ["", "{", '{"hosts": 7, "record": 7, "": 7}'])
-def test_damaged_state_is_named_and_traffic_continues(scene: Scene, name: str, content: str) -> None:
+# tests/unit/test_state.py damages each file in each of these ways.
+DAMAGED = {
+    "settings.json": "",
+    "underlay.json": "{",
+    "claim.json": '{"hosts": 7, "record": 7, "": 7}',
+    "hosts.json": '{"hosts": 7, "record": 7, "": 7}',
+    "contacts.json": "{",
+    "wireguard.key": "",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_state_is_named_and_traffic_continues(scene: Scene, name: str) -> None:
     """A damaged state file is named by each command, and the traffic continues."""
     guest = scene.guest
     if not scene.state(guest):
         join(guest, scene.member, scene.invitation, "--no-docker")
     path = guest.directory / "meshd" / name
     good, before = path.read_bytes(), snapshot(guest)
-    path.write_text(content)
+    path.write_text(DAMAGED[name])
     try:
         reading = () if name in {"contacts.json", "underlay.json"} else ("plan", "members", "status")
         for command in ("sync", "up", *reading):
