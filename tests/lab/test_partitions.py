@@ -68,7 +68,7 @@ PARTITIONS = {"1|2": ([1], [2, 3]), "2|3": ([1, 2], [3, 4, 5]), "a pair": ([1], 
 
 
 def _partitions(directory: Path) -> dict[str, float]:
-    """Part a mesh in each way, side by side, for 30 s and then for 90 s; return how long each took to be whole again."""
+    """Part a mesh in each way, side by side, for 30 s and for 90 s; return how long each took to be whole again."""
     labs = [Lab(directory / f"partition{number}") for number in range(len(PARTITIONS))]
     try:
         # One after the other: starting hosts takes the machine's time, and being apart does not.
