@@ -1,6 +1,7 @@
 """A stand-in for Serf's RPC with as many members as wanted; tests/netns/test_serf_rpc.py holds both to one contract.
 
-It knows what a pass asks: handshake, auth, members, tags, stats, list-keys. Streams stay silent, questions get no answer.
+It knows what a reconcile asks: handshake, auth, members, tags, stats, list-keys. Streams stay silent, and questions get
+no answer.
 """
 
 import base64
