@@ -5,9 +5,10 @@ from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 
 IPAddress = IPv4Address | IPv6Address
-# IPv6 addresses that are IPv4 ones in another spelling: compatible ones (RFC 4291), and NAT64's well-known prefix
-# (RFC 6052). Python knows mapped and 6to4 ones itself.
-_COMPATIBLE, _NAT64 = IPv6Network("::/96"), IPv6Network("64:ff9b::/96")
+# IPv6 addresses that are IPv4 ones in another spelling: compatible ones (RFC 4291), and those that a translator turns
+# into IPv4 (RFC 6052, RFC 2765). Python knows mapped and 6to4 ones itself.
+_COMPATIBLE = IPv6Network("::/96")
+_TRANSLATED = (IPv6Network("64:ff9b::/96"), IPv6Network("::ffff:0:0:0/96"))
 _THIS_NETWORK, _BROADCAST = IPv4Network("0.0.0.0/8"), IPv4Address("255.255.255.255")
 
 
@@ -51,19 +52,34 @@ class Endpoint:
 _parsed = lru_cache(32768)(Endpoint._parse)
 
 
+@dataclass(frozen=True, slots=True)
+class Local:
+    """Addresses that one host takes for its own, and those by which it reaches everybody on one of its links."""
+
+    addresses: frozenset[IPAddress] = frozenset()
+    broadcasts: frozenset[IPAddress] = frozenset()
+
+    def occupied(self, endpoint: Endpoint, port: int) -> str:
+        """Return why another host's WireGuard is not at `endpoint`, the empty string if it may be.
+
+        `port` is that of this host's own WireGuard. Other ports of an own address may be forwarded to other hosts.
+        """
+        if endpoint.address in self.broadcasts:
+            return "a broadcast address"
+        return "this host's own" if endpoint.address in self.addresses and endpoint.port == port else ""
+
+
+# A pass asks this of every host.
+@lru_cache(32768)
 def unusable(address: IPAddress, overlay: IPv4Network) -> str:
     """Return why no host can be reached at this underlay address, the empty string if one can.
 
     An overlay address would send the tunnel through itself; an IPv4 address in IPv6 spelling would hide any of these.
+    IPv4 link-local addresses are usable: unlike those of IPv6 they name a host without naming a link.
     """
     if isinstance(address, IPv6Address):
-        if address.ipv4_mapped is not None or (address in _COMPATIBLE and int(address) > 1):
-            return "an IPv4 address in IPv6 spelling"
-        if address.is_link_local or address.is_site_local:
-            return "local to one link"
-        inner = _embedded(address)
-        if inner is not None and unusable(inner, overlay):
-            return f"{unusable(inner, overlay)} in IPv6 spelling"
+        if problem := _unusable_as_ipv6(address, overlay):
+            return problem
     elif address in _THIS_NETWORK or address == _BROADCAST:
         return "no address of a host"
     elif address in overlay:
@@ -71,6 +87,26 @@ def unusable(address: IPAddress, overlay: IPv4Network) -> str:
     return "no address of a host" if address.is_unspecified or address.is_multicast or address.is_loopback else ""
 
 
-def _embedded(address: IPv6Address) -> IPv4Address | None:
-    """Return the IPv4 address that a translator or a 6to4 tunnel would send to instead."""
-    return IPv4Address(int(address) & 0xFFFFFFFF) if address in _NAT64 else address.sixtofour
+def _unusable_as_ipv6(address: IPv6Address, overlay: IPv4Network) -> str:
+    if address.ipv4_mapped is not None or (address in _COMPATIBLE and int(address) > 1):
+        return "an IPv4 address in IPv6 spelling"
+    if address.is_link_local or address.is_site_local:
+        return "local to one link"
+    if address.scope_id is not None:
+        return "an address with a zone, which means something on one host only"
+    inner = _translated(address) or address.sixtofour
+    if inner is not None and (problem := unusable(inner, overlay)):
+        return f"{problem} in IPv6 spelling"
+    return ""
+
+
+def _translated(address: IPv6Address) -> IPv4Address | None:
+    """Return the IPv4 address to which a translator would send instead."""
+    return IPv4Address(int(address) & 0xFFFFFFFF) if any(address in prefix for prefix in _TRANSLATED) else None
+
+
+def destination(endpoint: Endpoint) -> Endpoint:
+    """Return the endpoint that packets reach in the end: behind a translator it has an IPv4 address."""
+    address = endpoint.address
+    inner = _translated(address) if isinstance(address, IPv6Address) else None
+    return endpoint if inner is None else Endpoint(inner, endpoint.port)

@@ -132,7 +132,7 @@ def look_up_record(state: State, name: str, of: Collection[str]) -> Record | Non
     for _, raw in _ask(state, RECORD, name.encode(), _some(of)):
         with suppress(RecordError, CredentialError):
             record = from_wire(raw, state.mesh.overlay, state.mesh.subnet_length)
-            state.mesh.trust.check(name, record)
+            state.mesh.check(name, record)
             found.append(record)
     return max(found, key=lambda record: record.seq, default=None)
 

@@ -84,7 +84,7 @@ def _announced(state: State, message: TellRecord) -> Reply:
     mesh = state.mesh
     try:
         record = from_wire(message.wire, mesh.overlay, mesh.subnet_length)
-        mesh.trust.check(message.name, record)
+        mesh.check(message.name, record)
     except (RecordError, CredentialError):
         return NOTHING
     return Reply(name=message.name, record=record)

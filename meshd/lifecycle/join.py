@@ -33,6 +33,7 @@ AGAIN = 0.2
 def init(state: State, settings: Settings) -> None:
     """Make a mesh with this host as its first. On any error the host is as it was before."""
     _not_set_up(state)
+    settings.check_addresses()
     bind = _bind(settings, towards=None)
     with all_or_nothing(state):
         _settle_in(state, settings, bind)
@@ -56,6 +57,7 @@ def join(
     `say` is told why this takes longer than usual.
     """
     _not_set_up(state)
+    settings.check_addresses()
     preflight.member_address(member, settings.overlay)
     allowed = admission.certificate.subnets
     if settings.subnet is not None and not addressing.is_allowed(settings.subnet, allowed):

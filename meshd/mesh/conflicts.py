@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cache
 from ipaddress import IPv4Network
 
+from meshd.endpoint import Local, destination
 from meshd.mesh.model import Host, Member, Record, Status
 from meshd.mesh.roster import View
 
@@ -17,20 +18,22 @@ def settle(
     claims: Mapping[str, Record],
     alive: Collection[str],
     networks: Callable[[], Collection[IPv4Network]],
+    local: Callable[[], Local],
 ) -> dict[str, str]:
     """Put the claims into `hosts` one by one, incumbents first; return the reasons for those that lose."""
     refused: dict[str, str] = {}
-    ours = cache(networks)
+    ours, here = cache(networks), cache(local)
     # Incumbents keep what they have even if their newest record is refused, so they hold it from the start.
     subnets = {record.subnet: name for name, record in hosts.items()} | {own.record.subnet: own.name}
     keys = {record.public_key: name for name, record in hosts.items()} | {own.record.public_key: own.name}
     # Addresses may be handed on: only a host that is alive now can hold an endpoint.
-    endpoints = {own.record.endpoint: own.name}
+    endpoints = {destination(own.record.endpoint): own.name}
     for name in _by_precedence(hosts, claims):
         record = claims[name]
+        place = destination(record.endpoint)
         holder = subnets.get(record.subnet, name)
         owner = keys.get(record.public_key, name)
-        neighbour = endpoints.get(record.endpoint, name)
+        neighbour = endpoints.get(place, name)
         old = hosts.get(name)
         if holder != name:
             refused[name] = f"subnet {record.subnet} is held by {holder}"
@@ -38,6 +41,10 @@ def settle(
             refused[name] = f"its WireGuard key is {owner}'s"
         elif neighbour != name:
             refused[name] = f"its endpoint {record.endpoint} is {neighbour}'s"
+        elif (old is None or old.endpoint != record.endpoint) and (
+            taken := here().occupied(place, own.record.endpoint.port)
+        ):
+            refused[name] = f"its endpoint {record.endpoint} is {taken}"
         elif (old is None or old.subnet != record.subnet) and (overlapped := _overlapped(record.subnet, ours())):
             refused[name] = f"subnet {record.subnet} overlaps this host's own network {overlapped}"
         else:
@@ -47,7 +54,7 @@ def settle(
             hosts[name] = record
             subnets[record.subnet], keys[record.public_key] = name, name
             if name in alive:
-                endpoints[record.endpoint] = name
+                endpoints[place] = name
     return refused
 
 

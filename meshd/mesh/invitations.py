@@ -8,7 +8,7 @@ from ipaddress import IPv4Network
 
 import msgpack
 
-from meshd.endpoint import Endpoint
+from meshd.endpoint import Endpoint, unusable
 from meshd.errors import InputError
 from meshd.mesh import certificates
 from meshd.mesh.certificates import CredentialError, Trust
@@ -142,12 +142,13 @@ def _from_fields(fields: dict[str, object]) -> Invitation:
         raise TypeError
     if not (isinstance(addresses, list) and (name is None or (isinstance(name, str) and is_name(name)))):
         raise TypeError
+    overlay = IPv4Network(str(fields["o"]))
     certificate, delegation = _bytes(fields["c"]), _bytes(fields["d"])
     if (certificate is None) == (delegation is None) or (name is None) != (certificate is None):
         raise ValueError
     return Invitation(
         fields["m"],
-        IPv4Network(str(fields["o"])),
+        overlay,
         length,
         _key(fields["k"]),
         port,
@@ -156,8 +157,15 @@ def _from_fields(fields: dict[str, object]) -> Invitation:
         name,
         None if certificate is None else read_certificate(certificate, is_delegated=False),
         None if delegation is None else read_delegation(delegation),
-        tuple(Endpoint.parse(str(address)) for address in addresses),
+        tuple(_usable(str(address), overlay) for address in addresses),
     )
+
+
+def _usable(text: str, overlay: IPv4Network) -> Endpoint:
+    endpoint = Endpoint.parse(text)
+    if problem := unusable(endpoint.address, overlay):
+        raise ValueError(problem)
+    return endpoint
 
 
 def _key(value: object) -> bytes:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Network
 
-from meshd.endpoint import Endpoint
+from meshd.endpoint import Endpoint, Local, unusable
 from meshd.mesh import conflicts, tombstones
 from meshd.mesh.certificates import CredentialError
 from meshd.mesh.model import Host, Member, Record, Status, Tombstone
@@ -40,13 +40,14 @@ def admit(
     *,
     heard: Mapping[str, Record] | None = None,
     networks: Callable[[], Collection[IPv4Network]] = tuple,
+    local: Callable[[], Local] = Local,
     left_is_goodbye: bool = False,
 ) -> Roster:
     """Decide who is a host, from Serf's members and what this host knew before.
 
     `heard` are records that came another way than by tags. `networks` are this host's own, which no new subnet may
-    overlap; they are asked for when there is one. `left_is_goodbye` is for handlers without a daemon, where Serf's own
-    leave is the only sign that a host left.
+    overlap, and `local` its own addresses, which no new endpoint may be; both are asked for when there is one.
+    `left_is_goodbye` is for handlers without a daemon, where Serf's own leave is the only sign that a host left.
     """
     own, known = view.own, view.known
     ended = {name: known.ended(name, record, view.now) for name, record in known.hosts.items()}
@@ -54,8 +55,9 @@ def admit(
     hosts = {name: record for name, record in known.hosts.items() if not ended[name] and name not in said.departed}
     claims = said.claims | _news(view, said.claims, heard or {})
     alive = {member.name for member in members if member.status is Status.ALIVE}
-    lost = conflicts.settle(own, hosts, claims, alive, networks)
-    refused = {name: why for name, why in ended.items() if why and name not in known.gone} | said.refused | lost
+    lost = conflicts.settle(own, hosts, claims, alive, networks, local)
+    refused = {name: view.mesh.misplaced(record) for name, record in known.dropped.items() if name not in hosts}
+    refused |= {name: why for name, why in ended.items() if why and name not in known.gone} | said.refused | lost
     gone = {**known.gone, **_kept(known, said.departed)}
     # Of this host itself only what ends it: it goes beyond the tombstone of an earlier host of its name.
     living = {**hosts, own.name: own.record}
@@ -110,11 +112,16 @@ def _news(view: View, claims: Mapping[str, Record], heard: Mapping[str, Record])
         if name == view.own.name or record.seq <= last or record.leaving or known.ended(name, record, view.now):
             continue
         try:
-            view.mesh.trust.check(name, record)
-        except CredentialError:
+            view.mesh.check(name, record)
+        except (RecordError, CredentialError):
             continue
         news[name] = record
     return news
+
+
+def usable_contacts(contacts: Mapping[str, Endpoint], overlay: IPv4Network) -> dict[str, Endpoint]:
+    """Return those gossip addresses at which a host can be: an older version of meshd kept others too."""
+    return {name: endpoint for name, endpoint in contacts.items() if not unusable(endpoint.address, overlay)}
 
 
 def contacts(before: Mapping[str, Endpoint], members: Iterable[Member], roster: Roster) -> dict[str, Endpoint]:

@@ -54,7 +54,7 @@ def size(tags: Mapping[str, str]) -> int:
 def decode(tags: Mapping[str, str], overlay: IPv4Network, length: int) -> Record:
     """Read a record from tags that anyone may have written; RecordError says why it is not one.
 
-    Whether it is signed by who it says is for credentials.Trust to tell.
+    Whether it is signed by who it says, and whether a host can be at its endpoint, is checked by terms.Mesh.
     """
     missing = [name for name in NAMES if name not in tags]
     if missing:
@@ -73,7 +73,7 @@ def _decode(wg: str, subnet: str, packed: str, overlay: IPv4Network, length: int
     if flags & ~(_LEAVING | _IPV6 | _DELEGATED):
         raise RecordError("the record has flags that this version of meshd does not know")
     seq, address = read.number(6), read.take(16 if flags & _IPV6 else 4)
-    endpoint = _endpoint(address, read.number(2), overlay)
+    endpoint = _endpoint(address, read.number(2))
     certificate = read.certificate(is_delegated=bool(flags & _DELEGATED))
     signature = read.take(SIGNATURE)
     read.end()
@@ -242,9 +242,9 @@ def _subnet(text: str, overlay: IPv4Network, length: int) -> IPv4Network:
     return subnet
 
 
-def _endpoint(packed: bytes, port: int, overlay: IPv4Network) -> Endpoint:
+def _endpoint(packed: bytes, port: int) -> Endpoint:
     address: IPAddress = IPv6Address(packed) if len(packed) == 16 else IPv4Address(packed)
     endpoint = Endpoint(address, port)
-    if problem := "no port" if port == 0 else unusable(address, overlay):
-        raise RecordError(f"endpoint {endpoint} is {problem}")
+    if port == 0:
+        raise RecordError(f"endpoint {endpoint} is no port")
     return endpoint

@@ -26,7 +26,8 @@ class Roster:
     """What is known of all members but oneself: `hosts` are in force, `refused` gives a reason for each name.
 
     `revoked` are the authority's revocations by serial, `gone` the tombstones by name. `stale` are hosts whose tags
-    hold an older record than the one in force: Serf is slower than an announcement, or someone replays it.
+    hold an older record than the one in force: Serf is slower than an announcement, or someone replays it. `dropped`
+    are the records of hosts that an older version of meshd took, and that no host can have by this one.
     """
 
     hosts: Mapping[str, Record] = field(default_factory=dict)
@@ -34,6 +35,7 @@ class Roster:
     refused: Mapping[str, str] = field(default_factory=dict)
     revoked: Mapping[int, Revocation] = field(default_factory=dict)
     stale: Mapping[str, str] = field(default_factory=dict)
+    dropped: Mapping[str, Record] = field(default_factory=dict)
 
     def sorted_hosts(self) -> tuple[Host, ...]:
         return tuple(Host(name, record) for name, record in sorted(self.hosts.items()))

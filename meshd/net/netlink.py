@@ -18,8 +18,9 @@ from tenacity import retry, retry_if_exception_cause_type, stop_after_attempt
 
 from meshd.errors import ApplyError
 
-RT_TABLE_MAIN = 254
-RTN_UNICAST, RTN_UNREACHABLE = 1, 7
+RT_TABLE_MAIN, RT_TABLE_LOCAL = 254, 255
+RTN_UNICAST, RTN_LOCAL, RTN_BROADCAST, RTN_UNREACHABLE = 1, 2, 3, 7
+RTMSG_LENGTH, RTA_DST = 12, 1
 SOL_NETLINK, NETLINK_ADD_MEMBERSHIP = 270, 1
 _BUFFER = 1 << 20  # room for a burst such as a whole mesh's routes going with their link
 _TICK = 2.0  # seconds between looks at `stop`
@@ -96,12 +97,14 @@ def tolerating(*codes: int) -> Iterator[None]:
 
 
 @retry(retry=retry_if_exception_cause_type(InterruptedError), stop=stop_after_attempt(5), reraise=True)
-def dump_routes(doing: str, protocol: int) -> list[bytes]:
-    """The main table's IPv4 routes with an rtm_protocol, each as its rtmsg and attributes (rtnetlink(7)).
+def dump_routes(
+    doing: str, protocol: int, *, family: int = socket.AF_INET, table: int = RT_TABLE_MAIN
+) -> list[bytes]:
+    """A table's routes with an rtm_protocol (0 for all), each as its rtmsg and attributes (rtnetlink(7)).
 
     pyroute2 takes 90 µs to read one route, which a host with 1,000 peers would pay each time. Raises ApplyError.
     """
-    request = _RTMSG.pack(socket.AF_INET, 0, 0, 0, RT_TABLE_MAIN, protocol, 0, 0, 0)
+    request = _RTMSG.pack(family, 0, 0, 0, table, protocol, 0, 0, 0)
     length = _NLMSG_HEADER.size + len(request)
     header = _NLMSG_HEADER.pack(length, _RTM_GETROUTE, _NLM_F_REQUEST | _NLM_F_DUMP, 1, 0)
     try:

@@ -8,9 +8,20 @@ from typing import Any
 
 from pyroute2.netlink.exceptions import NetlinkError
 
-from meshd.endpoint import IPAddress
+from meshd.endpoint import IPAddress, Local
 from meshd.errors import InputError
-from meshd.net.netlink import RT_TABLE_MAIN, RTN_UNICAST, rtnetlink
+from meshd.net.netlink import (
+    RT_TABLE_LOCAL,
+    RT_TABLE_MAIN,
+    RTA_DST,
+    RTMSG_LENGTH,
+    RTN_BROADCAST,
+    RTN_LOCAL,
+    RTN_UNICAST,
+    attributes,
+    dump_routes,
+    rtnetlink,
+)
 
 
 def source_address(towards: IPAddress | None) -> IPAddress:
@@ -84,6 +95,18 @@ def networks(overlay: IPv4Network, ignore_links: Collection[str]) -> list[IPv4Ne
             if row["index"] not in ignored and network.overlaps(overlay):
                 found.append(network)
     return sorted(found)
+
+
+def local() -> Local:
+    """Return the addresses that the kernel takes for this host's own, and those that broadcast. Raises ApplyError."""
+    lengths = {socket.AF_INET: 4, socket.AF_INET6: 16}
+    found: dict[int, set[IPAddress]] = {RTN_LOCAL: set(), RTN_BROADCAST: set()}
+    what = "looking for this host's own addresses"
+    for row in dump_routes(what, 0, family=socket.AF_UNSPEC, table=RT_TABLE_LOCAL):
+        destination, length = attributes(row, RTMSG_LENGTH).get(RTA_DST, b""), lengths.get(row[0], 0)
+        if row[7] in found and length and row[1] == 8 * length == 8 * len(destination):
+            found[row[7]].add(ip_address(destination))
+    return Local(frozenset(found[RTN_LOCAL]), frozenset(found[RTN_BROADCAST]))
 
 
 def _holder(ipr: Any, address: IPAddress) -> Any | None:

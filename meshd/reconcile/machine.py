@@ -7,6 +7,7 @@ from functools import cache, partial
 from ipaddress import IPv4Network
 from typing import ClassVar
 
+from meshd.endpoint import Local
 from meshd.errors import ApplyError, MeshdError
 from meshd.gossip.serf_agent import access, members
 from meshd.mesh.model import Member
@@ -54,8 +55,8 @@ class Failure:
 class Machine:
     """What one reconcile reads and changes. `members` asks Serf; `engine` asks Docker and returns None without it.
 
-    `mtu` is the underlay's, `networks` are this host's own inside the overlay. All four raise MeshdError. `ipv6`
-    says whether the kernel has IPv6.
+    `mtu` is the underlay's, `networks` are this host's own inside the overlay, `local` its own addresses. All five
+    raise MeshdError. `ipv6` says whether the kernel has IPv6.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Machine:
         engine: Callable[[], Engine | None],
         mtu: Callable[[], int],
         networks: Callable[[], Collection[IPv4Network]],
+        local: Callable[[], Local] = Local,
         ipv6: bool = True,
     ) -> None:
         self.adapters = tuple(adapters)
@@ -73,6 +75,7 @@ class Machine:
         self.engine = engine
         self.mtu = mtu
         self.networks = networks
+        self.local = local
         self.ipv6 = ipv6
 
     def observe(self, kinds: Collection[str]) -> tuple[list[Resource], frozenset[str], list[Failure]]:
@@ -124,6 +127,7 @@ def this_machine(state: State) -> Machine:
         engine=network.engine if network is not None else lambda: None,
         mtu=lambda: underlay.mtu(state.bind),
         networks=lambda: underlay.networks(settings.overlay, {settings.wireguard, settings.bridge}),
+        local=underlay.local,
         ipv6=ipv6,
     )
 

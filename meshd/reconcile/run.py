@@ -1,5 +1,6 @@
 """One reconcile: look who is there, read the machine, decide, write. The daemon, `meshd sync` and handlers call it."""
 
+import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from meshd.state import claim as own_claim
 from meshd.state.directory import State
 from meshd.state.settings import Settings
 
+log = logging.getLogger("meshd")
+
 # WireGuard's own overhead over IPv6: 40 bytes of IP, 8 of UDP, 32 of its own. Over IPv4 it is 20 less.
 OVERHEAD = 80
 # What a change of members alone can change: after Serf's hint nothing else is read.
@@ -28,6 +31,9 @@ MEMBERSHIP = frozenset({"device", "peer", "route", "tags"})
 WITHOUT_DOCKER = frozenset(plan.ORDER) - {"network", "iptables"}
 MUST_MOVE = (
     "the subnet {subnet} is also claimed by {rival}, which keeps it: 'meshd renumber' gives this host another one"
+)
+MISPLACED = (
+    "the other hosts refuse this one, since its {problem}: run 'meshd leave', then join again with --advertise ADDRESS"
 )
 
 
@@ -173,8 +179,9 @@ class _Run:
         """Take all steps, and return what came of them."""
         seen, facts = self.look(), self.read()
         decision = self.decide(seen, facts)
-        before = self.state.contacts()
-        contacts = membership.contacts(before, seen.members, seen.roster)
+        before = self.state.saved_contacts()
+        usable = membership.usable_contacts(before, self.state.settings.overlay)
+        contacts = membership.contacts(usable, seen.members, seen.roster)
         restarts: tuple[Change, ...] = ()
         if self.options.dry:
             changes, failures = decision.changes, _tried("disk", partial(files.writable, self.state.directory))
@@ -182,6 +189,8 @@ class _Run:
             changes, failures = self.write(seen.roster, decision)
             restarts, failed = self.restart_handshakes(decision)
             failures += failed
+            for name in before.keys() - usable.keys():
+                log.warning("dropped %s from contacts.json: no host can be at %s", name, before[name])
             if contacts != before:
                 failures += _tried(CONTACTS, partial(self.state.save_contacts, contacts))
         return Report(
@@ -214,6 +223,7 @@ class _Run:
                 listed,
                 heard=self.options.heard,
                 networks=self.machine.networks,
+                local=self.machine.local,
                 left_is_goodbye=not self.state.settings.daemon,
             )
         except (SerfError, ApplyError) as error:
@@ -222,6 +232,8 @@ class _Run:
         if rival is not None and not ended:
             text = MUST_MOVE.format(subnet=own.record.subnet, rival=rival)
             failures.append(Failure(Area.SUBNET, ConflictError(text)))
+        if problem := self.state.mesh.misplaced(own.record):
+            failures.append(Failure(Area.UNDERLAY, InputError(MISPLACED.format(problem=problem))))
         return _Seen(tuple(listed), roster, rival, tuple(failures))
 
     def read(self) -> _Facts:
@@ -304,13 +316,14 @@ def _mtu(machine: Machine, settings: Settings, kinds: Collection[str]) -> tuple[
 def _departed(known: Roster, roster: Roster) -> set[str]:
     # `admit` drops and replaces nobody without evidence.
     over = {r.public_key for n, r in known.hosts.items() if r != roster.hosts.get(n)}
+    over |= {r.public_key for r in known.dropped.values()}
     return over | {goodbye.public_key for goodbye in roster.gone.values()}
 
 
 def _remember(state: State, known: Roster, roster: Roster, changes: Sequence[Change]) -> list[Failure]:
     """Put on disk what must be known before the changes are made: the hosts, and the sysctls to put back."""
     failures: list[Failure] = []
-    if (roster.hosts, roster.gone) != (known.hosts, known.gone):
+    if known.dropped.keys() - roster.dropped.keys() or (roster.hosts, roster.gone) != (known.hosts, known.gone):
         failures += _tried(HOSTS, partial(state.save_roster, roster))
     originals = state.originals()
     found = {

@@ -13,6 +13,7 @@ from meshd import files, keys
 from meshd.endpoint import Endpoint, IPAddress
 from meshd.errors import InputError
 from meshd.mesh.certificates import Trust
+from meshd.mesh.membership import usable_contacts
 from meshd.mesh.model import Certificate, Record, Revocation, Tombstone
 from meshd.mesh.records import RecordError, from_wire, pack_certificate, read_certificate, to_wire
 from meshd.mesh.roster import Roster
@@ -212,8 +213,10 @@ class State:
         return self._guard("hosts.json", lambda: self._roster(values))
 
     def _roster(self, values: dict[str, Any]) -> Roster:
+        saved = self._hosts(values["hosts"])
+        dropped = {name: record for name, record in saved.items() if self.mesh.misplaced(record)}
         return Roster(
-            self._hosts(values["hosts"]),
+            {name: record for name, record in saved.items() if name not in dropped},
             {
                 str(name): self._tombstone(int(g["seq"]), str(g["public_key"]), _bytes(g["proof"]))
                 for name, g in values["gone"].items()
@@ -222,10 +225,11 @@ class State:
                 int(serial): Revocation(int(serial), str(r["name"]), _bytes(r["signature"]))
                 for serial, r in values["revoked"].items()
             },
+            dropped=dropped,
         )
 
     def _hosts(self, values: Mapping[Any, Any]) -> dict[str, Record]:
-        """Return the records that this version accepts. What an older one took and this one refuses is learnt again."""
+        """Return the records that this version can read. Others are learnt again."""
         hosts = {}
         for name, text in values.items():
             with suppress(RecordError):
@@ -245,7 +249,7 @@ class State:
         files.write_json(
             self.directory / "hosts.json",
             {
-                "hosts": {name: _text(to_wire(record)) for name, record in roster.hosts.items()},
+                "hosts": {n: _text(to_wire(record)) for n, record in {**roster.dropped, **roster.hosts}.items()},
                 "gone": {
                     name: {"seq": g.seq, "public_key": g.public_key, "proof": _text(proof(g))}
                     for name, g in roster.gone.items()
@@ -258,7 +262,11 @@ class State:
         )
 
     def contacts(self) -> dict[str, Endpoint]:
-        """Return the gossip addresses of the hosts that this one knew: name -> address, to find them again."""
+        """Return the gossip addresses of the hosts that this one knew, to find them again, by name."""
+        return usable_contacts(self.saved_contacts(), self.settings.overlay)
+
+    def saved_contacts(self) -> dict[str, Endpoint]:
+        """Return the contacts as they are on disk, with those that are not usable."""
         values = self._json("contacts.json") or {}
         return self._guard("contacts.json", lambda: {str(n): Endpoint.parse(e) for n, e in values.items()})
 

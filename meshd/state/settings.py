@@ -239,6 +239,13 @@ class Settings:
                 raise InputError(
                     f"the subnet {self.subnet} is the first or last of {self.overlay}, which are not usable"
                 )
+
+    def check_addresses(self) -> None:
+        """Raise InputError for an address of an option that no host can have on the underlay.
+
+        This is for what was typed. A file that an older version of meshd wrote may hold such an address: the host goes
+        on, and `meshd status` says that the others refuse it.
+        """
         for option, address in (("--bind", self.bind), ("--advertise", self.advertise)):
             if address is not None:
                 self.check_underlay(address, option)
