@@ -65,11 +65,13 @@ def print_invitation(state: State, invitation: Invitation) -> None:
     until = f", until {date(terms.expires)}" if terms is not None and terms.expires else ""
     if delegation:
         whose = f"whose name begins with {delegation.prefix!r}" if delegation.prefix else "that is to join"
-        click.echo(f"On every host {whose}{until}, run this line. It is a secret; '{label(delegation.serial)}' is its")
-        click.echo("name for 'meshd revoke'.\n")
+        output.show(
+            f"On every host {whose}{until}, run this line. It is a secret; '{label(delegation.serial)}' is its",
+            "name for 'meshd revoke'.",
+        )
     else:
-        click.echo(f"On the host that is to be {invitation.name}{until}, run this line. It is a secret.\n")
-    click.echo(f"    MESHD_INVITE={invitations.encode(invitation)} meshd join {state.advertised}\n")
+        output.show(f"On the host that is to be {invitation.name}{until}, run this line. It is a secret.")
+    output.show("", f"    MESHD_INVITE={invitations.encode(invitation)} meshd join {state.advertised}", "")
 
 
 @click.command()
@@ -87,7 +89,7 @@ def forget(state: State, name: str) -> None:
       meshd forget barge3
     """
     heard = lifecycle.forget(state, name)
-    click.echo(f"{name} is forgotten.")
+    output.show(f"{name} is forgotten.")
     _print_who_has_heard(heard)
 
 
@@ -109,14 +111,14 @@ def revoke(state: State, name: str) -> None:
     """
     names, heard = lifecycle.revoke(state, name)
     for revoked in names:
-        click.echo(f"{revoked} is revoked.")
+        output.show(f"{revoked} is revoked.")
     _print_who_has_heard(heard)
 
 
 def _print_who_has_heard(heard: Readiness) -> None:
     alive = len(heard.ready) + len(heard.missing)
     if alive:
-        click.echo(f"{len(heard.ready)} of {alive} other hosts that are alive have confirmed it.")
+        output.show(f"{len(heard.ready)} of {alive} other hosts that are alive have confirmed it.")
     if heard.missing:
         names = ", ".join(sorted(heard.missing))
         output.warn(f"no answer from {names}; they will learn it from other hosts, or when they reconnect")
@@ -170,7 +172,7 @@ def restore(state: State, file: Any, passphrase_file: Any) -> None:
       meshd authority import authority.json
     """
     keeper.restore(state, file.read(2**20), _passphrase(passphrase_file, confirm=False))
-    click.echo(f"This host holds the authority of the mesh {state.settings.mesh!r} now.")
+    output.show(f"This host holds the authority of the mesh {state.settings.mesh!r} now.")
 
 
 def _passphrase(file: Any, *, confirm: bool) -> str:

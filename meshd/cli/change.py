@@ -52,7 +52,7 @@ def _sync(state: State, *, as_json: bool, dry: bool, force: bool) -> None:
     if as_json:
         output.print_json(views.changes_json(report))
     else:
-        click.echo(views.changes_text(report.changes, report.withheld))
+        output.show(*views.changes_lines(report.changes, report.withheld))
     output.exit_if_failed(report.failures)
 
 
@@ -71,4 +71,4 @@ def renumber(state: State, subnet: IPv4Network | None, force: bool) -> None:
       meshd renumber --force
       meshd renumber --subnet 172.20.7.0/24
     """
-    lifecycle.renumber(state, subnet, force=force, say=click.echo)
+    lifecycle.renumber(state, subnet, force=force, say=output.show)

@@ -27,7 +27,7 @@ def members(state: State, as_json: bool) -> None:
     if as_json:
         output.print_json(views.members_json(rows))
     else:
-        click.echo(views.members_text(rows))
+        output.show(*views.members_lines(rows))
     for failure in report.failures:
         output.warn(failure)
 
@@ -49,6 +49,6 @@ def status(state: State, as_json: bool) -> None:
     if as_json:
         output.print_json(views.status_json(facts))
     else:
-        click.echo(views.status_text(facts))
+        output.show(*views.status_lines(facts))
     if facts.problems:
         sys.exit(1)

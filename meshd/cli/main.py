@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import click
 
 from meshd import __version__
+from meshd.cli import output
 from meshd.errors import MeshdError
 from meshd.state.directory import DEFAULT, State
 
@@ -73,7 +74,7 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except MeshdError as error:
-            click.echo(f"Error: {error}", err=True)
+            output.print_error(error)
             _print_notes(error)
             ctx.exit(error.exit_code)
         except (SystemExit, KeyboardInterrupt) as error:
@@ -89,7 +90,7 @@ def _table() -> Iterator[Command]:
 def _print_notes(error: BaseException) -> None:
     """Print what was noted on an error on its way; Python itself does so only in a traceback."""
     for note in getattr(error, "__notes__", ()):
-        click.echo(f"Error: {note}", err=True)
+        output.print_error(note)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -41,9 +41,10 @@ def init(state: State, /, **options: Any) -> None:
     lifecycle.init(state, Settings(**given(options)))
     settings, claim = state.settings, state.claim()
     subnet = claim.record.subnet if claim else "?"
-    click.echo(
-        f"The mesh {settings.mesh!r} runs on {settings.name}: its containers get addresses of {subnet}.\n"
-        "This host holds the mesh's authority: 'meshd invite NAME' here admits one more host at any time.\n"
+    output.show(
+        f"The mesh {settings.mesh!r} runs on {settings.name}: its containers get addresses of {subnet}.",
+        "This host holds the mesh's authority: 'meshd invite NAME' here admits one more host at any time.",
+        "",
     )
     authority.print_invitation(state, invite_many(state, "", Terms(expiry(authority.REUSABLE))))
     if not settings.daemon:
@@ -142,7 +143,7 @@ def down(state: State, force: bool) -> None:
       meshd down
     """
     output.exit_if_failed(running.down(state, force=force).failures)
-    click.echo("meshd is down on this host; 'meshd up' brings it back.")
+    output.show("meshd is down on this host; 'meshd up' brings it back.")
 
 
 @click.command()
@@ -162,7 +163,7 @@ def leave(state: State, force: bool) -> None:
     """
     mesh = state.settings.mesh
     output.exit_if_failed(leaving.leave(state, force=force, say=output.warn).failures)
-    click.echo(f"This host has left the mesh {mesh}.")
+    output.show(f"This host has left the mesh {mesh}.")
 
 
 def _endpoint(text: str, port: int) -> Endpoint:
@@ -188,12 +189,14 @@ def _wait(state: State, timeout: float, *, strict: bool, is_new: bool) -> None:
 
     def progress(ready: int, total: int) -> None:
         if terminal:
-            click.echo(f"\r{ready}/{total} hosts ready", nl=False, err=True)
+            output.show_progress(f"{ready}/{total} hosts ready")
 
     readiness = lifecycle.wait_for_others(state, timeout, progress, is_new=is_new)
     total = len(readiness.ready) + len(readiness.missing) + 1
-    click.echo(f"{chr(13) if terminal else ''}{len(readiness.ready) + 1}/{total} hosts ready", err=True)
-    click.echo(views.members_text(views.members(state, views.gather(state))))
+    if terminal:
+        output.show_progress("")
+    output.show(f"{len(readiness.ready) + 1}/{total} hosts ready", error=True)
+    output.show(*views.members_lines(views.members(state, views.gather(state))))
     _warn_of_firewalls(state)
     if readiness.missing:
         output.warn(
@@ -211,9 +214,13 @@ def _warn_of_firewalls(state: State) -> None:
 
 
 def _print_no_daemon(state: State) -> None:
-    click.echo(
-        "Without a daemon, you start the Serf agent yourself; its handlers do the rest:\n\n"
-        f"    serf agent -config-file={serf_agent.configure(state)}\n\n"
-        "A Serf agent of your own does as well, with the same name, key and RPC port, and with\n\n"
-        + "".join(f"    -event-handler '{handler}'\n" for handler in serf_agent.event_handlers(state))
+    output.show(
+        "Without a daemon, you start the Serf agent yourself; its handlers do the rest:",
+        "",
+        f"    serf agent -config-file={serf_agent.configure(state)}",
+        "",
+        "A Serf agent of your own does as well, with the same name, key and RPC port, and with",
+        "",
+        *(f"    -event-handler '{handler}'" for handler in serf_agent.event_handlers(state)),
+        "",
     )

@@ -12,10 +12,14 @@ from meshd.mesh.model import Host, Member, Record, Status
 from meshd.mesh.roster import View
 from meshd.net import firewall, underlay
 from meshd.net.resources import Change
+from meshd.printable import printable
 from meshd.reconcile import plan
 from meshd.reconcile.machine import Area, wireguard
 from meshd.reconcile.run import Options, Report, sync
 from meshd.state.directory import Claim, State
+
+# The longest name that a host can have has 63 characters.
+WORD = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +63,7 @@ def _row(name: str, own: Host | None, member: Member | None, report: Report, han
         gone = "left" if name in report.roster.gone else "refused"
         return Row(
             name=name,
-            subnet=_printable(tags.get("subnet", "-")),
+            subnet=printable(tags.get("subnet", "-"), WORD),
             endpoint=address,
             state=gone if not reason or status == "left" else "refused",
             handshake=0.0,
@@ -74,18 +78,18 @@ def _admitted(name: str, record: Record, status: str, handshake: float | None) -
     return Row(name=name, subnet=str(record.subnet), endpoint=str(record.endpoint), state=status, handshake=handshake)
 
 
-def members_text(rows: Sequence[Row], now: float | None = None) -> str:
+def members_lines(rows: Sequence[Row], now: float | None = None) -> list[str]:
     """Return one aligned line a row: name, subnet, endpoint, state, handshake, and the reason for who is refused."""
     now = time.time() if now is None else now
-    cells = [(_printable(r.name), r.subnet, r.endpoint, r.state, _ago(r.handshake, now), r.reason) for r in rows]
+    cells = [(_word(r.name), _word(r.subnet), r.endpoint, r.state, _ago(r.handshake, now), r.reason) for r in rows]
     return columns(cells)
 
 
-def columns(rows: Iterable[Sequence[str]]) -> str:
-    """Align rows of cells as `serf members` does: two blanks between columns, none at the end of a line."""
+def columns(rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return a line for each row: cells aligned as by `serf members`, two blanks apart, none at the end of a line."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _ago(handshake: float | None, now: float) -> str:
@@ -100,21 +104,21 @@ def _ago(handshake: float | None, now: float) -> str:
     return f"{seconds}s-ago"
 
 
-def _printable(text: str) -> str:
-    """Make text that any holder of the gossip key may have written safe for a terminal."""
-    return "".join(c if c.isprintable() and not c.isspace() else "?" for c in text)[:63]
+def _word(text: str) -> str:
+    """Return what a holder of the gossip key may have written as one word, which looks like no other columns."""
+    return printable(text, WORD).replace(" ", "\\x20")
 
 
 def members_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [asdict(row) for row in rows]
 
 
-def changes_text(changes: Sequence[Change], withheld: Sequence[Change] = ()) -> str:
+def changes_lines(changes: Sequence[Change], withheld: Sequence[Change] = ()) -> list[str]:
     """Return one line a change, `+` for add, `~` for set and `-` for remove."""
     sign = {"add": "+", "set": "~", "remove": "-"}
     lines = [f"{sign[change.action]} {change.resource}" for change in changes]
     lines += [f"! {plan.withheld_text(change)}" for change in withheld]
-    return "\n".join(lines) if lines else "no changes"
+    return lines or ["no changes"]
 
 
 def changes_json(report: Report) -> dict[str, Any]:
@@ -204,7 +208,7 @@ def status_json(facts: Facts) -> dict[str, Any]:
     return asdict(facts)
 
 
-def status_text(facts: Facts) -> str:
+def status_lines(facts: Facts) -> list[str]:
     """Return one line a fact, and an indented line for each entry of a list."""
     alive = f"{facts.serf_members_alive} of {facts.serf_members} members alive"
     daemon = f"running (pid {facts.daemon_pid})" if facts.daemon_pid else "not running"
@@ -230,7 +234,7 @@ def status_text(facts: Facts) -> str:
     return _aligned(lines if facts.docker else {**lines, "docker": "not used"})
 
 
-def _aligned(lines: Mapping[str, object]) -> str:
+def _aligned(lines: Mapping[str, object]) -> list[str]:
     width = max(map(len, lines)) + 1
     text: list[str] = []
     for name, value in lines.items():
@@ -238,7 +242,7 @@ def _aligned(lines: Mapping[str, object]) -> str:
             text += [f"{name + ':':<{width}} {len(value) or 'none'}", *(f"  {entry}" for entry in value)]
         else:
             text.append(f"{name + ':':<{width}} {value}")
-    return "\n".join(text)
+    return text
 
 
 def _contested(state: State, claim: Claim | None, report: Report, now: float) -> list[str]:

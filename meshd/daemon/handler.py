@@ -12,6 +12,7 @@ from meshd.errors import MeshdError
 from meshd.gossip import messages
 from meshd.gossip.messages import EVENT, QUERY, YES, Applied
 from meshd.gossip.responder import NOTHING, respond
+from meshd.printable import printable
 from meshd.state.directory import DEFAULT, State
 
 
@@ -21,7 +22,7 @@ def main() -> None:
     try:
         handle(state, os.environ, sys.stdin.buffer.read(4096))
     except MeshdError as error:
-        sys.exit(f"meshd: {error}")
+        sys.exit(f"meshd: {printable(error)}")
 
 
 def handle(state: State, environment: Mapping[str, str], payload: bytes) -> None:
@@ -56,7 +57,7 @@ def _reconcile(state: State, question: Applied | None) -> None:
         # Nobody looks again at a later time, as the daemon does.
         report = sync(state, Options(kinds=WITHOUT_DOCKER, overdue=late))
     for failure in report.failures:
-        print(f"meshd: {failure}", file=sys.stderr)  # noqa: T201  Serf's log
+        print(f"meshd: {printable(failure)}", file=sys.stderr)  # noqa: T201  Serf's log
     if question is not None:
         _answer(YES if question.is_answered_by(report.applied) else None)
     elif report.roster.hosts and state.certificate.delegation is not None:

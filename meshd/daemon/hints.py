@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from meshd.printable import printable
+
 # One datagram, from handlers/meshd_event.py or from a command.
 LENGTH = 512
 # Serf's handlers hear of an event at most this much later than its log tells: Serf holds events back for up to 3 s,
@@ -51,7 +53,7 @@ READINESS = Hint(Source.MESH, "asked for readiness")
 
 def read(datagram: bytes) -> Hint:
     """Return the hint in a datagram. Whatever does not name a known sender is taken for a command's."""
-    text = "".join(c if c.isprintable() else "?" for c in datagram.decode(errors="replace"))
+    text = printable(datagram.decode(errors="replace"), LENGTH)
     sender, colon, rest = text.partition(": ")
     return Hint(_SENDERS[sender], rest) if colon and sender in _SENDERS else Hint(Source.COMMAND, text)
 

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from typing import TextIO
+from typing import Any, TextIO
 
 from meshd.printable import printable
 
@@ -16,11 +16,18 @@ LONGEST = 4096
 
 
 class LineFormatter(logging.Formatter):
-    """One line a message, whatever is in it: members and other programs write parts of many. Tracebacks stay whole."""
+    """One line a message, whatever is in it: members and other programs write parts of many.
+
+    The lines of a traceback are indented: the text of an exception may have lines that look like others of the log.
+    """
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  logging's name
         record.message = printable(record.message, LONGEST)
         return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802  as above
+        lines = super().formatException(ei).split("\n")
+        return "\n".join(f"  {printable(line, LONGEST)}" for line in lines)
 
 
 class JournalFormatter(LineFormatter):

@@ -17,6 +17,7 @@ def settle(
     hosts: dict[str, Record],
     claims: Mapping[str, Record],
     alive: Collection[str],
+    *,
     networks: Callable[[], Collection[IPv4Network]],
     local: Callable[[], Local],
 ) -> dict[str, str]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address
 
-from meshd.endpoint import Endpoint, IPAddress, unusable
+from meshd.endpoint import Endpoint, IPAddress
 from meshd.errors import InputError
 from meshd.mesh.addressing import is_usable
 from meshd.mesh.certificates import SIGNATURE, delegated, pack_subnets

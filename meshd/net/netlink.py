@@ -97,9 +97,7 @@ def tolerating(*codes: int) -> Iterator[None]:
 
 
 @retry(retry=retry_if_exception_cause_type(InterruptedError), stop=stop_after_attempt(5), reraise=True)
-def dump_routes(
-    doing: str, protocol: int, *, family: int = socket.AF_INET, table: int = RT_TABLE_MAIN
-) -> list[bytes]:
+def dump_routes(doing: str, protocol: int, *, family: int = socket.AF_INET, table: int = RT_TABLE_MAIN) -> list[bytes]:
     """A table's routes with an rtm_protocol (0 for all), each as its rtmsg and attributes (rtnetlink(7)).
 
     pyroute2 takes 90 µs to read one route, which a host with 1,000 peers would pay each time. Raises ApplyError.

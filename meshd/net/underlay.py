@@ -99,7 +99,7 @@ def networks(overlay: IPv4Network, ignore_links: Collection[str]) -> list[IPv4Ne
 
 def local() -> Local:
     """Return the addresses that the kernel takes for this host's own, and those that broadcast. Raises ApplyError."""
-    lengths = {socket.AF_INET: 4, socket.AF_INET6: 16}
+    lengths: dict[int, int] = {socket.AF_INET: 4, socket.AF_INET6: 16}
     found: dict[int, set[IPAddress]] = {RTN_LOCAL: set(), RTN_BROADCAST: set()}
     what = "looking for this host's own addresses"
     for row in dump_routes(what, 0, family=socket.AF_UNSPEC, table=RT_TABLE_LOCAL):

@@ -30,7 +30,7 @@ def rows(
 ) -> str:
     state.save_claim(Claim(record(1), settled=True))
     roster = Roster(hosts or {}, gone or {}, refused or {})
-    return views.members_text(views.members(state, Report(roster, members, peers=peers)), NOW)
+    return "\n".join(views.members_lines(views.members(state, Report(roster, members, peers=peers)), NOW))
 
 
 def peer(number: int, handshake: float) -> Peer:
@@ -107,9 +107,11 @@ def test_changes_text_and_json() -> None:
     route = Route(record(2).subnet, "wg0")
     peer_2 = Peer(public_key("barge2"), Endpoint(IPv4Address("10.10.10.102"), 51820), (record(2).subnet,))
     changes = [Change(Action.ADD, route), Change(Action.SET, peer_2), Change(Action.REMOVE, route)]
-    assert [line[0] for line in views.changes_text(changes).splitlines()] == ["+", "~", "-"]
-    assert views.changes_text([], [changes[2]]).startswith("! not removed, because nobody said that it left: route ")
-    assert views.changes_text([]) == "no changes"
+    assert [line[0] for line in views.changes_lines(changes)] == ["+", "~", "-"]
+    assert views.changes_lines([], [changes[2]])[0].startswith(
+        "! not removed, because nobody said that it left: route "
+    )
+    assert views.changes_lines([]) == ["no changes"]
     (change, *_) = views.changes_json(Report(changes=tuple(changes)))["changes"]
     assert change == {"action": "add", "kind": "route", "resource": "route 172.20.102.0/24 via wg0"}
 
@@ -155,7 +157,7 @@ def test_status_json_has_values(state: State) -> None:
 def test_status_text_renders_facts(state: State) -> None:
     """The text of status shows the same facts in aligned lines."""
     running = Report(members=(member(1), member(2)), engine=Engine("20.10.24"))
-    assert views.status_text(facts(state, running, "a", "b")).splitlines() == [
+    assert views.status_lines(facts(state, running, "a", "b")) == [
         "mesh:                     meshd",
         "host:                     barge1",
         "overlay:                  172.20.0.0/16",
@@ -180,12 +182,12 @@ def test_status_text_renders_facts(state: State) -> None:
 def test_status_text_shows_what_does_not_answer(state: State) -> None:
     """Docker may die at any moment: status says so from what the reconcile saw, and asks nobody again."""
     silent = Failure(Area.DOCKER, MissingError("the Docker engine does not answer"))
-    text = views.status_text(facts(state, Report(failures=(silent,))))
+    text = "\n".join(views.status_lines(facts(state, Report(failures=(silent,)))))
     assert "\nserf:                     not answering\n" in text
     assert "\ndocker:                   not answering (the Docker engine does not answer)\n" in text
     assert "\n  docker: the Docker engine does not answer\n" in text
     state.save_settings(replace(state.settings, docker=False, daemon=False, allow=("tcp/22", "all")))
-    text = views.status_text(facts(state, Report()))
+    text = "\n".join(views.status_lines(facts(state, Report())))
     assert "\ndocker:                   not used\n" in text
     assert "\ndaemon:                   none (Serf's handlers)\n" in text
     assert "\nreachable by the overlay: ICMP, tcp/22, all\n" in text

@@ -22,10 +22,13 @@ from meshd.endpoint import IPAddress
 from meshd.errors import SerfError
 from meshd.gossip.serf import loopback
 from meshd.mesh.model import Member, Status
+from meshd.printable import LIMIT as LIMIT_OF_TEXT
 from meshd.printable import printable
 
 # 10,000 members with 512 bytes of tags each are 10 MB.
 LIMIT = 64 * 2**20
+# A host's name has at most 63 characters, but Serf takes any.
+NAME_LIMIT = 128
 _STATUSES = frozenset(Status)
 CHUNK = 65536
 # Serf waits this long for a change of its own tags to have left (its option `broadcast_timeout`).
@@ -272,7 +275,7 @@ def decode_member(entry: object) -> Member | None:
         return None
     address, port, tags = _address(entry.get(b"Addr")), entry.get(b"Port"), entry.get(b"Tags") or {}
     status = _text(entry.get(b"Status"))
-    name = _text(entry.get(b"Name"))
+    name = _text(entry.get(b"Name"), NAME_LIMIT)
     if address is None or not name or type(port) is not int or not isinstance(tags, dict) or status not in _STATUSES:
         return None
     return Member(name, address, port, Status(status), {_text(k): _text(v) for k, v in tags.items()})
@@ -289,7 +292,7 @@ def _unpacked(raw: bytes) -> IPAddress:
     return mapped or address
 
 
-def _text(value: object) -> str:
+def _text(value: object, limit: int = LIMIT_OF_TEXT) -> str:
     """Return a text that other members may have written, safe to be shown: this is where all of it comes in."""
     text = value.decode(errors="replace") if isinstance(value, bytes) else value
-    return printable(text) if isinstance(text, str) else ""
+    return printable(text, limit) if isinstance(text, str) else ""

@@ -18,6 +18,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 from meshd.endpoint import Endpoint
 from meshd.errors import ConflictError, MissingError, SerfError
 from meshd.gossip.serf.client import Access, Serf
+from meshd.printable import printable
 
 POLL = 0.02
 # The agent that was found last, by its configuration file: looking through all processes takes milliseconds.
@@ -183,7 +184,7 @@ def name_conflict(log_path: Path) -> str | None:
     """Return the address of another member with this agent's name, if the agent's log tells of one."""
     text = log_path.read_text(errors="replace") if log_path.exists() else ""
     found = re.search(r"Node name conflicts with another node at (\S+?)\.? ", text)
-    return found[1] if found else None
+    return printable(found[1], 128) if found else None
 
 
 def _alive(pid: int) -> bool:
@@ -201,7 +202,7 @@ def _alive(pid: int) -> bool:
 def why_ended(log_path: Path) -> ConflictError | SerfError:
     """Return the error that the agent's log tells of."""
     lines = log_path.read_text(errors="replace").splitlines() if log_path.exists() else []
-    told = next((line for line in reversed(lines) if "rror" in line or "ailed" in line), "it wrote no reason")
+    told = next((line for line in reversed(lines) if "rror" in line or "ailed" in line), "it wrote no reason").strip()
     if "address already in use" in told:
-        return ConflictError(f"the Serf agent did not start, a port is taken: {told.strip()}")
-    return SerfError(f"the Serf agent did not start: {told.strip()}")
+        return ConflictError(f"the Serf agent did not start, a port is taken: {printable(told)}")
+    return SerfError(f"the Serf agent did not start: {printable(told)}")
