@@ -9,6 +9,7 @@ import pytest
 from meshd.daemon.agent import follow_underlay
 from meshd.endpoint import Endpoint
 from meshd.errors import InputError
+from meshd.net import underlay
 from meshd.state.directory import State
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("netns")]
@@ -50,8 +51,30 @@ def test_chosen_address_is_kept(found: State) -> None:
 
 def test_overlay_address_is_not_taken(found: State) -> None:
     """While the underlay has no address, the route to the overlay may be the best one that is left."""
-    subprocess.run(["ip", "addr", "add", "172.20.101.0/16", "dev", "u0"], check=True)
-    found.save_contacts({"barge3": Endpoint(ip_address("172.20.9.9"), 7946)})
+    for command in (
+        f"addr del {NEW}/24 dev u0",
+        "addr add 172.20.101.0/16 dev u0",
+        "route add default dev u0",
+    ):
+        subprocess.run(["ip", *command.split()], check=True)
     with pytest.raises(InputError, match=r"172\.20\.101\.0 is inside the overlay"):
         follow_underlay(found)
     assert found.found_bind() == OLD
+
+
+def test_own_and_broadcast_addresses_are_found() -> None:
+    """The kernel tells which addresses are this host's own, on any link, and by which it broadcasts."""
+    for command in (
+        "link set lo up",
+        "addr add 192.0.2.7/32 dev lo",
+        "link add u0 type bridge",
+        "link set u0 up",
+        f"addr add {NEW}/24 dev u0",
+        "addr add 2001:db8::5/64 dev lo nodad",
+    ):
+        subprocess.run(["ip", *command.split()], check=True)
+    found = underlay.local()
+    assert found.addresses >= {NEW, *map(ip_address, ("192.0.2.7", "2001:db8::5", "127.0.0.1", "::1"))}
+    assert OLD not in found.addresses
+    assert ip_address("10.10.10.255") in found.broadcasts
+    assert not found.addresses & found.broadcasts

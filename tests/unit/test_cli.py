@@ -90,6 +90,10 @@ def test_command_without_mesh_names_next_step(command: str, tmp_path: Path) -> N
         (["init", "--name", "a b"], "--name must be 1 to 63 letters, digits, dots and dashes, not 'a b'"),
         (["init", "--subnet", "10.0.0.0/24"], "the subnet 10.0.0.0/24 is not a /24 of 172.20.0.0/16"),
         (["init", "--bind", "203.0.113.77"], "has no address 203.0.113.77"),
+        (["init", "--bind", "127.0.0.1"], "--bind 127.0.0.1 is no address of a host: give the address by which other"),
+        (["init", "--advertise", "127.0.0.1"], "--advertise 127.0.0.1 is no address of a host: give the address by"),
+        (["init", "--advertise", "fe80::1"], "--advertise fe80::1 is local to one link"),
+        (["init", "--advertise", "::ffff:203.0.113.5"], "is an IPv4 address in IPv6 spelling"),
         (["join", "10.10.10.101"], "no invitation: set MESHD_INVITE"),
         (["join", "10.10.10.101", "--invite", "meshd2.AAAA"], "the invitation is damaged"),
         (["join", "barge1", "--invite", "hello"], "this is not an invitation"),
@@ -159,6 +163,33 @@ def test_join_refuses_subnet_before_writing(state: State, tmp_path: Path) -> Non
     result = CliRunner().invoke(main, arguments, env={"MESHD_INVITE": invitations.encode(offer)})
     assert result.exit_code == 2, result.output
     assert "the invitation allows subnets of 172.20.7.0/24 only, not 172.20.8.0/24" in result.output
+    assert not directory.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["127.0.0.1"], "127.0.0.1 is no address of a host: give a member's underlay address"),
+        (["172.20.7.0:7946"], "172.20.7.0 is inside the overlay 172.20.0.0/16"),
+        (["::ffff:192.0.2.1"], "is an IPv4 address in IPv6 spelling"),
+        (["fe80::1"], "fe80::1 is local to one link"),
+        (["fe80::1%eth0"], "an address with a zone"),
+        (["192.0.2.1", "--advertise", "127.0.0.1"], "--advertise 127.0.0.1 is no address of a host"),
+        (["192.0.2.1", "--bind", "224.0.0.1"], "--bind 224.0.0.1 is no address of a host"),
+    ],
+)
+@pytest.mark.root
+def test_join_refuses_address_of_no_host_before_writing(
+    state: State, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    """An address where no host can be is an error before anything is written or asked."""
+    state.save_authority_key(AUTHORITY)
+    offer = authority.invite(state, "web", Terms())
+    directory = tmp_path / "other"
+    command = ["--state-dir", str(directory), "join", *arguments, "--no-docker"]
+    result = CliRunner().invoke(main, command, env={"MESHD_INVITE": invitations.encode(offer)})
+    assert result.exit_code == 2, result.output
+    assert message in result.output
     assert not directory.exists()
 
 

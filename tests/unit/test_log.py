@@ -15,7 +15,7 @@ meshd.debug("not shown")
 meshd.info("one")
 meshd.warning("two\\n2026-11-26 INFO forged \\x1b[2J")
 try:
-    raise ValueError("surprise")
+    raise ValueError("surprise\\n2026-11-26 INFO forged \\u202e")
 except ValueError:
     meshd.exception("three")
 """
@@ -36,8 +36,8 @@ def test_log_to_journal_has_priorities(tmp_path: Path) -> None:
     """In the journal each line has a priority and no time."""
     lines = logged(tmp_path / "journal", None)
     assert lines[:3] == ["<6>one", "<4>two\\x0a2026-11-26 INFO forged \\x1b[2J", "<3>three"]
-    assert lines[3] == "<3>Traceback (most recent call last):"
-    assert lines[-1] == "<3>ValueError: surprise"
+    assert lines[3] == "<3>  Traceback (most recent call last):"
+    assert lines[-2:] == ["<3>  ValueError: surprise", "<3>  2026-11-26 INFO forged \\u202e"]
     assert all(re.match(r"<[3467]>", line) for line in lines)
 
 
@@ -47,4 +47,4 @@ def test_log_elsewhere_has_times(tmp_path: Path) -> None:
         lines = logged(tmp_path / str(number), variable)
         assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO one", lines[0])
         assert lines[1].endswith(" WARNING two\\x0a2026-11-26 INFO forged \\x1b[2J"), "and forges no line"
-        assert lines[-1] == "ValueError: surprise"
+        assert lines[-2:] == ["  ValueError: surprise", "  2026-11-26 INFO forged \\u202e"], "nor does a traceback"

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from ipaddress import ip_address
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshd.endpoint import Endpoint
+from meshd.endpoint import Endpoint, Local
 from meshd.mesh import certificates, conflicts, membership, tombstones
 from meshd.mesh.membership import MAX_STRANGERS, admit, contacts
 from meshd.mesh.model import Certificate, Host, Member, Record, Status, Tombstone
@@ -327,6 +328,79 @@ def test_endpoint_of_alive_host_is_refused_to_others() -> None:
     assert admitted([member(2, Status.FAILED), thief], known).refused == {}
     own = member(3, of=record(3, endpoint=OWN.record.endpoint))
     assert "is barge1's" in admitted([own]).refused["barge3"]
+
+
+NOBODYS = {
+    "::ffff:127.0.0.1": "an IPv4 address in IPv6 spelling",
+    "::ffff:172.20.101.0": "an IPv4 address in IPv6 spelling",
+    "::ffff:10.10.10.101": "an IPv4 address in IPv6 spelling",
+    "172.20.101.0": "inside the overlay 172.20.0.0/16",
+    "127.0.0.1": "no address of a host",
+    "fe80::1": "local to one link",
+}
+
+
+def at(address: str, port: int = 51820) -> Endpoint:
+    return Endpoint(ip_address(address), port)
+
+
+@pytest.mark.parametrize("way", ["tags", "heard"])
+@pytest.mark.parametrize("address", NOBODYS)
+def test_endpoint_of_no_host_is_refused(address: str, way: str) -> None:
+    """An endpoint where no host can be is refused, and the last good record of a known host stays in force."""
+    wrong = record(2, seq=2, endpoint=at(address))
+    listed = [member(2, of=wrong)] if way == "tags" else []
+    for known in (Roster(), admitted([member(2)])):
+        roster = admit(View(OWN, MESH, known, NOW), listed, heard={"barge2": wrong} if way == "heard" else {})
+        assert roster.hosts == known.hosts
+        if way == "tags":
+            assert roster.refused == {"barge2": f"endpoint {at(address)} is {NOBODYS[address]}"}
+
+
+@pytest.mark.parametrize("address", NOBODYS)
+def test_leaving_record_counts_whatever_its_endpoint(address: str) -> None:
+    """A host says goodbye by a record whose endpoint counts no more, as one that an older version of meshd took."""
+    roster = admitted([member(2, of=record(2, seq=2, endpoint=at(address), leaving=True))], admitted([member(2)]))
+    assert (roster.hosts, roster.refused, sorted(roster.gone)) == ({}, {}, ["barge2"])
+
+
+def test_own_and_broadcast_addresses_are_refused_to_others() -> None:
+    """No other host has this host's address with its WireGuard port, or a broadcast address; a known one stays."""
+    local = Local(frozenset({ip_address("192.0.2.7")}), frozenset({ip_address("10.10.10.255")}))
+    for endpoint, reason in (
+        (at("192.0.2.7"), "its endpoint 192.0.2.7:51820 is this host's own"),
+        (at("64:ff9b::192.0.2.7"), "its endpoint [64:ff9b::c000:207]:51820 is this host's own"),
+        (at("64:ff9b::10.10.10.101"), "its endpoint [64:ff9b::a0a:a65]:51820 is barge1's"),
+        (at("10.10.10.255", 7), "its endpoint 10.10.10.255:7 is a broadcast address"),
+    ):
+        newcomer = [member(2, of=record(2, endpoint=endpoint))]
+        assert admit(View(OWN, MESH, Roster(), NOW), newcomer, local=lambda: local).refused == {"barge2": reason}
+        known = Roster({"barge2": record(2, endpoint=endpoint)})
+        stays = admit(View(OWN, MESH, known, NOW), newcomer, local=lambda: local)
+        assert stays.hosts == known.hosts
+
+
+def test_own_address_with_another_port_is_admitted() -> None:
+    """Another port of an own address may be forwarded to another host, and hosts behind one NAT share an address."""
+    local = Local(frozenset({OWN.record.endpoint.address}))
+    one, two = (member(n, of=record(n, endpoint=Endpoint(OWN.record.endpoint.address, 51820 + n))) for n in (2, 3))
+    assert sorted(admit(View(OWN, MESH, Roster(), NOW), [one, two], local=lambda: local).hosts) == ["barge2", "barge3"]
+
+
+def test_dropped_host_is_refused_until_it_has_another_endpoint() -> None:
+    """A host whose record an older version of meshd took is refused with the reason, and a better one is taken."""
+    known = Roster(dropped={"barge2": record(2, endpoint=at("::ffff:10.10.10.102"))})
+    roster = admitted([], known)
+    assert (roster.hosts, roster.dropped) == ({}, {})
+    assert "is an IPv4 address in IPv6 spelling" in roster.refused["barge2"]
+    assert admitted([member(2, of=record(2, seq=2))], known).refused == {}
+
+
+def test_contacts_of_no_host_are_dropped() -> None:
+    """Gossip addresses where no host can be, as an older version of meshd kept them, are left out."""
+    good = {"barge2": at("10.10.10.102", 7946)}
+    bad = {name: at(name, 7946) for name in NOBODYS}
+    assert membership.usable_contacts(good | bad, MESH.overlay) == good
 
 
 def test_two_hosts_can_swap_endpoints() -> None:

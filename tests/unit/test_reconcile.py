@@ -1,11 +1,12 @@
 """One reconcile from Serf's members to changes, on a machine in memory; tests/lab has it on real hosts."""
 
 from dataclasses import replace
-from ipaddress import IPv4Network
+from ipaddress import IPv4Network, ip_address
 from typing import ClassVar, TypeVar
 
 import pytest
 
+from meshd.endpoint import Endpoint, Local
 from meshd.errors import ApplyError, InputError, MeshdError, MissingError, SerfError
 from meshd.mesh import certificates, tombstones
 from meshd.mesh.model import Host, Member, Status
@@ -330,6 +331,48 @@ def test_heard_records_count_before_the_tags_bring_them(host: State) -> None:
     moved = record(2, seq=2, key="renewed")
     run(host, fake, heard={"barge2": moved})
     assert fake.peers == {public_key("renewed")}
+
+
+MAPPED = Endpoint(ip_address("::ffff:10.10.10.102"), 51820)
+
+
+def test_hosts_that_older_version_took_are_dropped(host: State, caplog: pytest.LogCaptureFixture) -> None:
+    """A host, or a contact, at an address where none can be goes with its peer, is named once, and stops nothing."""
+    fake, elsewhere = Fake(), {"barge3": record(3), "barge4": record(4)}
+    fake.members = [member(1), member(3), member(4)]
+    run(host, fake)
+    host.save_roster(replace(host.roster(), hosts={**elsewhere, "barge2": record(2, endpoint=MAPPED)}))
+    host.save_contacts({**host.contacts(), "barge2": MAPPED})
+    peer = Peer(key(2), MAPPED, (record(2).subnet,))
+    fake.adapters["peer"].resources[peer.kind, peer.key] = peer
+    report = run(host, fake)
+    assert (report.failures, report.withheld, fake.peers) == ((), (), {key(3), key(4)})
+    assert report.roster.refused == {"barge2": f"endpoint {MAPPED} is an IPv4 address in IPv6 spelling"}
+    assert f"dropped barge2 from contacts.json: no host can be at {MAPPED}" in caplog.messages
+    caplog.clear()
+    assert host.roster().hosts == elsewhere
+    assert "barge2" not in host.saved_contacts()
+    again = run(host, fake)
+    assert (again.changes, again.roster.refused, caplog.messages) == ((), {}, [])
+
+
+def test_own_endpoint_of_no_host_is_reported(state: State) -> None:
+    """A host that an older version let advertise such an address goes on, and says why the others refuse it."""
+    state.save_settings(replace(state.settings, advertise=MAPPED.address))
+    publish(state, None, subnet=record(1).subnet, endpoint=MAPPED, settled=True, now=NOW)
+    fake = Fake()
+    report = run(state, fake)
+    assert fake.peers == {key(2)}
+    assert [failure.area for failure in report.failures] == [Area.UNDERLAY]
+    assert f"since its endpoint {MAPPED} is an IPv4 address in IPv6 spelling" in str(report.failures[0])
+    assert "then join again with --advertise ADDRESS" in str(report.failures[0])
+
+
+def test_newcomer_at_own_address_is_refused(host: State) -> None:
+    """The addresses of the machine are asked for, and no newcomer has one of them with this host's port."""
+    fake = Fake()
+    fake.machine.local = lambda: Local(frozenset({record(2).endpoint.address}))
+    assert run(host, fake).roster.refused == {"barge2": "its endpoint 10.10.10.102:51820 is this host's own"}
 
 
 def test_contacts_are_kept(host: State, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Settings are right or refused with the value named; the file holds them without loss."""
 
+import re
 from ipaddress import IPv4Network, ip_address
 from typing import Any
 
@@ -43,14 +44,31 @@ def test_settings_json_round_trip() -> None:
         ({"subnet_length": 16}, "cannot be cut"),
         ({"subnet": IPv4Network("10.0.0.0/24")}, "subnet 10.0.0.0/24"),
         ({"subnet": IPv4Network("172.20.0.0/24")}, "first or last"),
-        ({"bind": ip_address("172.20.1.1")}, "--bind 172.20.1.1 is inside the overlay 172.20.0.0/16"),
-        ({"advertise": ip_address("0.0.0.0")}, "--advertise 0.0.0.0 is no address of a host"),
     ],
 )
 def test_settings_error_names_bad_value(change: dict[str, Any], message: str) -> None:
     """The error for a bad setting names the setting and its value."""
     with pytest.raises(InputError, match=message):
         Settings(**{**BASE, **change})
+
+
+@pytest.mark.parametrize(
+    ("option", "address", "reason"),
+    [
+        ("bind", "172.20.1.1", "inside the overlay 172.20.0.0/16"),
+        ("bind", "255.255.255.255", "no address of a host"),
+        ("advertise", "127.0.0.1", "no address of a host"),
+        ("advertise", "::ffff:cb00:7105", "an IPv4 address in IPv6 spelling"),
+        ("advertise", "fe80::1", "local to one link"),
+        ("advertise", "2001:db8::1%eth0", "an address with a zone"),
+    ],
+)
+def test_typed_address_of_no_host_is_refused_and_read_from_file(option: str, address: str, reason: str) -> None:
+    """A typed address where no host can be is refused; a file of an older version may hold one."""
+    settings = Settings(**{**BASE, option: ip_address(address)})
+    with pytest.raises(InputError, match=f"--{option} {re.escape(address)} is {reason}"):
+        settings.check_addresses()
+    assert from_json(to_json(settings)) == settings
 
 
 @pytest.mark.parametrize(

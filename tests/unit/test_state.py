@@ -325,3 +325,28 @@ def test_damaged_underlay_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "underlay.json").write_text(content)
     with pytest.raises(InputError, match=r"underlay\.json is damaged"):
         _ = state.bind
+
+
+def test_records_of_older_version_stop_no_daemon(state: State) -> None:
+    """Endpoints that an older version of meshd took do not make a file count as damaged."""
+    mapped = Endpoint(ip_address("::ffff:10.10.10.103"), 51820)
+    own = Claim(record(1, endpoint=mapped), settled=True)
+    state.save_claim(own)
+    assert state.claim() == own, "the own record keeps its subnet and its number"
+    state.save_roster(Roster({"barge2": record(2), "barge3": record(3, endpoint=mapped)}))
+    known = State(state.directory).roster()
+    assert known.hosts == {"barge2": record(2)}
+    assert known.dropped == {"barge3": record(3, endpoint=mapped)}
+    state.save_roster(known)
+    assert state.roster() == known, "it is not lost before anybody is told"
+    good = {"barge2": Endpoint(ip_address("10.10.10.102"), 7946)}
+    state.save_contacts({**good, "barge3": mapped})
+    assert state.contacts() == good
+
+
+def test_tombstone_with_odd_endpoint_keeps_its_proof(state: State) -> None:
+    """The goodbye of a host whose endpoint counts no more is still proved, and passed on."""
+    leaving = record(3, endpoint=Endpoint(ip_address("::ffff:10.10.10.103"), 51820), leaving=True)
+    told = Tombstones({"barge3": of_leaving(leaving)})
+    assert merge_tombstones(state, told)
+    assert State(state.directory).roster().all_tombstones == told
