@@ -73,6 +73,16 @@ def capturing(lab: Lab, expression: str) -> Iterator[Path]:
         dump.communicate(timeout=10)
 
 
+def tcpdump(host: LabHost, link: str, expression: str, count: int = 1) -> "subprocess.Popen[str]":
+    """Start a tcpdump that ends after so many packets, or 20 s, and prints a line for each; return when it listens."""
+    command = ["timeout", "20", "tcpdump", "-lnqc", str(count), "-i", link, "--immediate-mode", expression]
+    dump = host.popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert dump.stderr is not None
+    while "listening on" not in dump.stderr.readline():
+        assert dump.poll() is None
+    return dump
+
+
 PCAP_HEADER = 24
 # From whatever source: a host that sends by another way than wg0 puts its underlay address there. The switch, which is
 # the neighbour in some tests, may try.

@@ -50,7 +50,7 @@ def traffic(source: LabHost, target: LabHost) -> Iterator[None]:
         received, _ = receiver.communicate(timeout=10)
         source.run(["pkill", "-INT", "-x", "ping"])
         pings.wait(timeout=10)
-    lost = _lost(said.read_text(), 5)
+    lost = lost_pings(said.read_text(), 5)
     assert not lost, lost
     assert int(received) == sent > 0
 
@@ -77,12 +77,12 @@ def unbroken(pairs: Sequence[tuple[LabHost, LabHost]]) -> Iterator[list[str]]:
         for *_, flow in flows:
             flow.wait(timeout=10)
     for source, target, said, _ in flows:
-        if lost := _lost(said.read_text(), 2):
+        if lost := lost_pings(said.read_text(), 2):
             wrong.append(f"{source.name} to {target.name}: {lost}")
 
 
-def _lost(statistics: str, under_way: int) -> str:
-    """Say what ping has lost, the empty string for nothing.
+def lost_pings(statistics: str, under_way: int) -> str:
+    """Return what ping has lost according to its output, the empty string for nothing.
 
     All answers have to be there, in whatever order two cores deliver them. The last ones may be on their way back when
     ping is told to stop: on a busy machine 50 ms.
