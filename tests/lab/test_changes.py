@@ -20,7 +20,7 @@ LOSE = """
 table bridge lose {
     chain forward {
         type filter hook forward priority 0;
-        udp dport 51820 drop
+        udp dport 51820 counter drop
     }
 }
 """
@@ -40,9 +40,10 @@ def test_new_key_after_restart_reaches_all(lab: Lab, hosts: list[LabHost]) -> No
     one, two, three = hosts
     before = key(two)
     with nothing_in_clear(lab, *hosts):
-        begun = time.monotonic()
         new_key(two)
         eventually(lambda: key(two) != before, 5, "its device has the new key")
+        # The restart itself takes as long as the machine is busy.
+        begun = time.monotonic()
         after = key(two)
         eventually(lambda: peers(one) == sorted([after, key(three)]), LEARNED, "one has the new key, and no old one")
         eventually(lambda: peers(three) == sorted([after, key(one)]), LEARNED, "so has three")
@@ -80,13 +81,18 @@ def test_lost_first_handshake_is_started_again_early(lab: Lab, hosts: list[LabHo
         for host, other in ((one, key(two)), (two, key(one))):
             host.run(["wg", "set", "wg0", "peer", other, "remove"])
             assert hints.wake(State(host.directory / "meshd").socket, "test", "serf")
-        time.sleep(0.5)
+        eventually(lambda: lost_packets(lab) >= 2, 5, "the first message of each is lost")
     finally:
         lab.switch.run(["nft", "delete", "table", "bridge", "lose"])
     took = eventually(lambda: ping(one, overlay(two)) and ping(two, overlay(one)), 10, "they reach each other")
     print(f"reach after the first messages were lost: {took:.2f} s")  # noqa: T201
     assert took < CROSSED - 2
     eventually(lambda: all(keepalives(host) == {"25"} for host in (one, two)), 2, "and both keep at it")
+
+
+def lost_packets(lab: Lab) -> int:
+    rules = lab.switch.run(["nft", "list", "table", "bridge", "lose"]).stdout
+    return int(rules.partition("counter packets ")[2].split()[0])
 
 
 def keepalives(host: LabHost) -> set[str]:
@@ -121,7 +127,10 @@ def test_learned_endpoint_is_kept(lab: Lab, hosts: list[LabHost]) -> None:
 
 
 def test_new_underlay_address_reaches_all(lab: Lab, hosts: list[LabHost]) -> None:
-    """The others follow a host to another underlay address by its announcement; Serf itself takes some 40 s."""
+    """The others follow a host to another underlay address by its announcement.
+
+    The last one here: Serf itself believes it some 40 s later (`make chaos` waits for that).
+    """
     one, two, three = hosts
     eventually(lambda: settled(hosts), 40, "all agree before")
     with nothing_in_clear(lab, *hosts):
@@ -131,7 +140,6 @@ def test_new_underlay_address_reaches_all(lab: Lab, hosts: list[LabHost]) -> Non
         eventually(lambda: follows(one, three) and follows(two, three), MOVED, "their tunnels have moved and work")
         took = time.monotonic() - begun
     print(f"a host at another address is reached after {took:.2f} s")  # noqa: T201
-    eventually(lambda: settled(hosts), 90, "Serf believes it at last")
 
 
 def follows(host: LabHost, moved: LabHost) -> bool:

@@ -1,13 +1,26 @@
 """What somebody on the underlay can read of a mesh: nothing, from the first packet on."""
 
 import base64
-import time
 
 import pytest
 
 from meshd.lab import images
 from meshd.lab.hosts import Lab
-from tests.lab.conftest import capture, init, join, nothing_in_clear, overlay, ping, rtt, run_box, talking
+from tests.lab.conftest import (
+    IN_CLEAR,
+    PCAP_HEADER,
+    capture,
+    capturing,
+    eventually,
+    init,
+    join,
+    nothing_in_clear,
+    overlay,
+    ping,
+    rtt,
+    run_box,
+    talking,
+)
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
@@ -45,7 +58,6 @@ def test_no_overlay_packet_leaves_before_first_peer(lab: Lab) -> None:
     invitation = init(one)
     run_box(one)
     with nothing_in_clear(lab, one), talking(one, two):
-        time.sleep(1)
         join(two, one, invitation, "--no-docker")
         assert rtt(one, "box", overlay(two))
 
@@ -54,8 +66,13 @@ def test_capture_detects_overlay_packet_in_clear(lab: Lab) -> None:
     """The capture does detect overlay traffic in clear."""
     lab.down()
     lab.up(2, docker=False)
-    with pytest.raises(AssertionError, match="overlay traffic in clear"), nothing_in_clear(lab, *lab.hosts()):
-        time.sleep(0.5)
+    hosts = lab.hosts()
+    with (
+        pytest.raises(AssertionError, match="overlay traffic in clear"),
+        nothing_in_clear(lab, *hosts),
+        capturing(lab, IN_CLEAR) as path,
+    ):
+        eventually(lambda: path.stat().st_size > PCAP_HEADER, 10, "a packet is on the underlay")
 
 
 def test_capture_detects_text_in_clear(lab: Lab) -> None:

@@ -200,21 +200,26 @@ def test_query_is_answered_on_its_stream(start: Start) -> None:
     stream = answerer.connect()
 
     def answer() -> None:
-        for event in stream.stream("query"):
+        for event in stream.stream("query,user"):
             if event["Name"] == "meshd-applied":
                 stream.respond(event["ID"], b"yes " + event["Payload"])
+            if event["Name"] == "end":
                 return
 
     thread = Thread(target=answer)
     thread.start()
-    try:
-        time.sleep(0.2)
-        with asker.connect() as client:
-            answers = client.query("meshd-applied", b"barge1 5", timeout=5, nodes=["barge2"])
-            assert next(answers) == ("barge2", b"yes barge1 5")
-    finally:
-        thread.join(timeout=5)
-        stream.close()
+    with asker.connect() as client:
+
+        def answers() -> list[tuple[str, bytes]]:
+            return list(client.query("meshd-applied", b"barge1 5", timeout=0.5, nodes=["barge2"]))
+
+        try:
+            # What is asked before the stream has begun is lost.
+            eventually(lambda: answers() == [("barge2", b"yes barge1 5")], 10, "it answers")
+        finally:
+            client.event("end", b"")
+            thread.join(timeout=5)
+            stream.close()
 
 
 def test_log_reports_join_before_event(start: Start) -> None:
@@ -222,12 +227,20 @@ def test_log_reports_join_before_event(start: Start) -> None:
     one, two = start(1), start(2)
     heard: dict[str, float] = {}
 
+    listening: set[str] = set()
+
     def follow(what: str, client: Serf) -> None:
         try:
             if what == "log":
-                next(line for line in client.monitor("INFO") if "EventMemberJoin: barge2" in line)
+                for line in client.monitor("INFO"):
+                    listening.add(what)
+                    if "EventMemberJoin: barge2" in line:
+                        break
             else:
-                next(e for e in client.stream("member-join") if any(m[b"Name"] == b"barge2" for m in e["Members"]))
+                for event in client.stream("user,member-join"):
+                    listening.add(what)
+                    if any(member[b"Name"] == b"barge2" for member in event.get("Members", ())):
+                        break
             heard[what] = time.monotonic()
         except SerfError:
             return
@@ -236,7 +249,13 @@ def test_log_reports_join_before_event(start: Start) -> None:
     threads = [Thread(target=follow, args=item) for item in clients.items()]
     for thread in threads:
         thread.start()
-    time.sleep(0.2)
+    with one.connect() as client:
+
+        def all_listen() -> bool:
+            client.event("are you there", b"")
+            return len(listening) == 2
+
+        eventually(all_listen, 10, "both listen")
     with two.connect() as client:
         client.join([one.gossip])
     eventually(lambda: len(heard) == 2, 10, "both tell of the join")
