@@ -58,12 +58,13 @@ demo: setup
 demo-down: setup
 	$(BIN)/meshd lab down
 
-# Most tests wait most of the time, so two files run at once. They are copied away from the sources, so that they import the
-# installed wheel and not the checkout.
+# Most tests wait most of the time, so two files run at once, in the order of tests/conftest.py. They are copied away from the
+# sources, so that they import the installed wheel and not the checkout.
 test: setup .make/busybox .make/firewalls
 	rm -rf .make/tests && mkdir -p .make/tests && cp -r tests pyproject.toml .make/tests/
 	cd .make/tests && MESHD_BUSYBOX=$(CURDIR)/.make/busybox MESHD_FIREWALLS=$(CURDIR)/.make/firewalls \
-		../../$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --ignore=tests/lab/test_dockers.py $(PYTEST)
+		../../$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+		--ignore=tests/lab/test_dockers.py $(PYTEST)
 
 # The root of hosts that have little else than busybox.
 .make/busybox: .ci/fetch-busybox

@@ -144,8 +144,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--golden-update", action="store_true", help="write the golden files anew")
 
 
+# The files that take longest, the longest first: workers end at about the same time only if none of these comes last.
+LONGEST = (
+    *("attacks", "partitions", "goodbyes", "subnets", "hands", "attacks_serf", "attacks_packets", "bad_input"),
+    *("firewalls", "mesh", "chaos", "undone", "changes", "handshakes", "handlers", "alone", "invitations", "boot"),
+    *("mtu", "two_meshes", "ipv6", "attacks_local", "restarts", "attacks_inputs"),
+)
+
+
+def _place(item: pytest.Item) -> int:
+    name = item.path.stem.removeprefix("test_")
+    return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests of the kernel's own WireGuard are left out unless they are asked for: a make target runs them in a VM."""
+    """Put long files first, and leave out tests of the kernel's WireGuard unless asked for: `make test-kernel` does."""
+    items.sort(key=_place)
     if os.environ.get("MESHD_TEST_KERNEL") == "1":
         return
     left_out = [item for item in items if item.get_closest_marker("kernel")]
