@@ -65,7 +65,7 @@ def test_first_handshake_comes_soon_in_whatever_order_hosts_come_up(lab: Lab) ->
 
 
 def test_first_handshake_does_not_wait_for_serf(lab: Lab) -> None:
-    """Responses are lost as if initiations had crossed. WireGuard alone may then do nothing for 25 s."""
+    """The first responses are lost, as when initiations cross, and WireGuard alone waits for at least 5 s."""
     names = NAMES[:2]
     for host in lab.hosts() or assemble(lab, docker=0, plain=len(NAMES)):
         lab.power_off(host)
@@ -75,7 +75,7 @@ def test_first_handshake_does_not_wait_for_serf(lab: Lab) -> None:
         for name in names:
             boot(lab, name, after=0, has_traffic=False)
         hosts = [lab.host(name) for name in names]
-        eventually(lambda: all(peer(host, "received") for host in hosts), 20, "both have responded")
+        eventually(lambda: any(peer(host, "received") for host in hosts), 20, "one has responded")
         assert not any(peer(host, "handshake") for host in hosts)
         lab.switch.run(["nft", "delete", "table", "bridge", "lose_responses"])
         limit = LIMIT_WHEN_BUSY if is_busy() else LIMIT
