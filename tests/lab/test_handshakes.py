@@ -24,8 +24,8 @@ DRAWS = int(os.environ.get("MESHD_DRAWS", "10"))
 # Seconds from when two hosts have each other as peers to their handshake; the second where the processors have no time
 # to spare.
 LIMIT, LIMIT_WHEN_BUSY = 3.0, 6.0
-# Drops the response of a handshake: 92 bytes and the header of UDP.
-RESPONSES = "udp dport 51820 udp length 100 drop"
+# The response of a handshake has 92 bytes and the header of UDP.
+RESPONSES, GOSSIP = "udp dport 51820 udp length 100", "meta l4proto { tcp, udp } th dport 7946"
 NAMES = ("barge1", "barge2", "barge3")
 
 
@@ -36,17 +36,22 @@ class Case:
     back: tuple[tuple[str, float], ...]
     is_power_cut: bool
     has_traffic: bool
+    has_gossip: bool
 
     def __str__(self) -> str:
-        cut, traffic = "power" if self.is_power_cut else "wireguard-go", " under traffic" if self.has_traffic else ""
-        return f"{cut} of {', '.join(f'{name} back after {gap:.2f} s' for name, gap in self.back)}{traffic}"
+        what, back = (
+            "power" if self.is_power_cut else "wireguard-go",
+            [f"{n} back after {s:.2f} s" for n, s in self.back],
+        )
+        traffic, gossip = "with" if self.has_traffic else "no", "with" if self.has_gossip else "no"
+        return f"{what} of {', '.join(back)}, {traffic} traffic, {gossip} gossip"
 
 
 def drawn(draw: random.Random) -> Case:
     names, is_power_cut = draw.sample(NAMES, draw.choice([1, 2, 3, 3])), draw.random() < 0.8
     # The daemon starts WireGuard again at once.
     gaps = [draw.choice([0.0, draw.uniform(0, 1), draw.uniform(0, 6)]) * is_power_cut for _ in names]
-    return Case(tuple(zip(names, gaps, strict=True)), is_power_cut, draw.random() < 0.5)
+    return Case(tuple(zip(names, gaps, strict=True)), is_power_cut, draw.random() < 0.5, draw.random() < 0.5)
 
 
 def test_first_handshake_comes_soon_in_whatever_order_hosts_come_up(lab: Lab) -> None:
@@ -69,25 +74,28 @@ def test_first_handshake_does_not_wait_for_serf(lab: Lab) -> None:
     names = NAMES[:2]
     for host in lab.hosts() or assemble(lab, docker=0, plain=len(NAMES)):
         lab.power_off(host)
-    lab.switch.run(["nft", "-f", "-"], text=losing("gossip", "meta l4proto { tcp, udp } th dport 7946 drop"))
-    lab.switch.run(["nft", "-f", "-"], text=losing("responses", RESPONSES))
-    try:
-        for name in names:
-            boot(lab, name, after=0, has_traffic=False)
-        hosts = [lab.host(name) for name in names]
-        eventually(lambda: any(peer(host, "received") for host in hosts), 20, "one has responded")
-        assert not any(peer(host, "handshake") for host in hosts)
-        lab.switch.run(["nft", "delete", "table", "bridge", "lose_responses"])
+    with losing(lab, "gossip", GOSSIP):
+        with losing(lab, "responses", RESPONSES):
+            for name in names:
+                boot(lab, name, after=0, has_traffic=False)
+            hosts = [lab.host(name) for name in names]
+            eventually(lambda: any(peer(host, "received") for host in hosts), 20, "one has responded")
+            assert not any(peer(host, "handshake") for host in hosts)
         limit = LIMIT_WHEN_BUSY if is_busy() else LIMIT
         took = eventually(lambda: all(peer(host, "handshake") for host in hosts), limit, "both have shaken hands")
         print(f"the handshake came after {took:.2f} s")  # noqa: T201
-    finally:
-        lab.switch.run(["nft", "flush", "ruleset"])
 
 
-def losing(what: str, rule: str) -> str:
+@contextmanager
+def losing(lab: Lab, what: str, rule: str | None) -> Iterator[None]:
+    """Have the underlay drop what a rule matches, if there is one."""
     chain = f"add chain bridge lose_{what} forward {{ type filter hook forward priority 0; }}"
-    return "\n".join([f"add table bridge lose_{what}", chain, f"add rule bridge lose_{what} forward {rule}", ""])
+    lines = [f"add table bridge lose_{what}", chain, f"add rule bridge lose_{what} forward {rule} drop" if rule else ""]
+    lab.switch.run(["nft", "-f", "-"], text="\n".join([*lines, ""]))
+    try:
+        yield
+    finally:
+        lab.switch.run(["nft", "delete", "table", "bridge", f"lose_{what}"])
 
 
 def peer(host: LabHost, what: str) -> int:
@@ -105,7 +113,8 @@ def meet_again(lab: Lab, case: Case) -> dict[str, float]:
     """Play a case, and return for each pair of hosts how long the handshake took after both had each other as peers."""
     names = [name for name, _ in case.back]
     hosts = {host.name: host for host in lab.hosts()}
-    with traffic(lab, [hosts[n] for n in NAMES if n not in names] if case.has_traffic else []):
+    staying = [hosts[name] for name in NAMES if name not in names]
+    with traffic(lab, staying if case.has_traffic else []), losing(lab, "gossip", None if case.has_gossip else GOSSIP):
         begun = time.time()
         if not case.is_power_cut:
             for name in names:
