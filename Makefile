@@ -18,7 +18,7 @@ TOOLS := iperf3 libiperf0 libsctp1 iputils-ping tinc liblzo2-2 nebula
 # The suites with a newer wireguard-go.
 NEWER := trixie sid
 
-.PHONY: install uninstall setup demo demo-down test test-docker test-kernel chaos bench bench-quick bench-scale test-unit fuzz check format clean
+.PHONY: install uninstall setup demo demo-down test test-docker test-kernel chaos bench bench-quick bench-scale bench-compare test-unit fuzz check format clean
 
 setup: .make/packages .make/wheel
 
@@ -109,6 +109,13 @@ bench-quick: setup .make/tools/own $(NEWER:%=.make/tools/%)
 # A mesh that grows to a hundred hosts on this machine; docs/scale.md says what follows.
 bench-scale: setup
 	$(BIN)/python -m tests.bench scale
+
+# A commit and a newer one, in turn in one run, with nothing else on the machine: `make bench-compare REV=v1.0`. HEAD is the
+# newer one unless AGAINST names another; BENCH=passes, handler, joins or at-rest for one measurement.
+AGAINST ?= HEAD
+bench-compare: setup
+	@test -n "$(REV)" || { echo 'Which commit? make bench-compare REV=<commit>' >&2; exit 2; }
+	$(BIN)/python -m tests.bench.compare --against $(AGAINST) $(REV) $(BENCH)
 
 .make/tools/own: .ci/unpack
 	.ci/unpack $$(. /etc/os-release && echo $$VERSION_CODENAME) $@ $(TOOLS)

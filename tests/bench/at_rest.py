@@ -119,22 +119,22 @@ def _bare_serfs(host: LabHost) -> LabHost:
 
 def _rest(hosts: Mapping[int, Sequence[LabHost]], seconds: int) -> dict[int, Rest]:
     """Give, by the number of peers, what the first host of each mesh used while nothing happened; 0 is bare Serf."""
-    watched = {peers: _processes(of[0]) for peers, of in hosts.items()}
-    before = {pid: _usage(pid) for pids in watched.values() for _, pid in pids}
+    watched = {peers: processes(of[0]) for peers, of in hosts.items()}
+    before = {pid: usage(pid) for pids in watched.values() for _, pid in pids}
     carried = {peers: _carried(of[0]) for peers, of in hosts.items()}
     begun = time.monotonic()
     time.sleep(seconds)
     elapsed = time.monotonic() - begun
     rests = {}
     for peers, pids in watched.items():
-        used = [(name, _since(before[pid], _usage(pid), elapsed)) for name, pid in pids]
+        used = [(name, _since(before[pid], usage(pid), elapsed)) for name, pid in pids]
         programs = {name: _middle([u for n, u in used if n == name]) for name, _ in used}
         traffic = (_carried(hosts[peers][0]) - carried[peers]) / elapsed
         rests[peers] = Rest(programs, None if peers in SIMULATED else traffic / (1 if peers else AGENTS))
     return rests
 
 
-def _processes(host: LabHost) -> list[tuple[str, int]]:
+def processes(host: LabHost) -> list[tuple[str, int]]:
     """Find the programs that run on a host: the name and the process id as seen from here."""
     space, found = Path(f"/proc/{host.pid}/ns/pid").readlink(), []
     for entry in Path("/proc").iterdir():
@@ -149,7 +149,7 @@ def _processes(host: LabHost) -> list[tuple[str, int]]:
     return found
 
 
-def _usage(pid: int) -> Usage:
+def usage(pid: int) -> Usage:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
     status = Path(f"/proc/{pid}/status").read_text()
     memory, peak = (int(status.partition(f"{name}:")[2].split()[0]) / 1024 for name in ("VmRSS", "VmHWM"))

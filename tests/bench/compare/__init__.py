@@ -1,0 +1,1 @@
+"""Two revisions of meshd, measured in turn in one run: docs/benchmarks/README.md says how to read the figures."""

@@ -1,0 +1,94 @@
+"""A revision of meshd, ready to run: the wheel in a virtual environment of its own, and the revision's own tests.
+
+A measurement uses the `meshd` command and whole processes. What it needs of the inside of a revision is in `stand.py`
+and in the revision's own `tests.bench.daemon`: the modules of meshd have other names in other revisions.
+"""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+CHECKOUT = Path(__file__).parents[3]
+BUILT = CHECKOUT / ".make" / "revisions"
+# The revision's tests import them.
+FOR_TESTS = ("pytest", "hypothesis")
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """A commit, and the directory where it is built: `venv/` has its wheel, `tests/` are its own."""
+
+    commit: str
+    directory: Path
+
+    def __str__(self) -> str:
+        return self.commit[:7]
+
+    @property
+    def python(self) -> Path:
+        return self.directory / "venv" / "bin" / "python"
+
+    @property
+    def meshd(self) -> str:
+        """The command, by its path: the hosts of a lab find the `meshd` of this checkout first."""
+        return str(self.directory / "venv" / "bin" / "meshd")
+
+    def popen(self, *arguments: str) -> "subprocess.Popen[str]":
+        """Start this revision's Python where `tests` is its own, and `meshd` the wheel's."""
+        command = [str(self.python), *arguments]
+        return subprocess.Popen(
+            command,
+            cwd=self.directory,
+            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONPATH": str(self.directory)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+
+def built(name: str) -> Revision:
+    """Return the commit of this name, and build it unless that was done. Raises ClickException if there is none."""
+    try:
+        commit = _output(["git", "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}"]).strip()
+    except subprocess.CalledProcessError as error:
+        raise click.ClickException(f"{name!r} is no commit of this repository: see git log") from error
+    revision = Revision(commit, BUILT / commit[:12])
+    # Both get the same versions of all libraries: only meshd is to make a difference.
+    packages = _output([sys.executable, "-m", "pip", "freeze", "--exclude", "meshd"])
+    stamp = revision.directory / "packages.txt"
+    if not stamp.is_file() or stamp.read_text() != packages:
+        click.echo(f"Building {revision}", err=True)
+        _build(revision, packages)
+        stamp.write_text(packages)
+    return revision
+
+
+def _build(revision: Revision, packages: str) -> None:
+    directory = revision.directory
+    shutil.rmtree(directory, ignore_errors=True)
+    source, wheels, constraints = (directory / part for part in ("source", "wheels", "constraints.txt"))
+    source.mkdir(parents=True)
+    constraints.write_text(packages)
+    archive = subprocess.run(["git", "archive", revision.commit], cwd=CHECKOUT, capture_output=True, check=True)
+    subprocess.run(["tar", "-x", "-C", str(source)], input=archive.stdout, check=True)
+    _output([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(wheels), str(source)])
+    _output([sys.executable, "-m", "venv", str(directory / "venv")])
+    pip = [str(revision.python), "-m", "pip", "install", "--quiet", "--constraint", str(constraints)]
+    _output([*pip, *map(str, wheels.glob("*.whl")), *FOR_TESTS])
+    # Without its sources: Python would import meshd from there.
+    (source / "tests").rename(directory / "tests")
+    shutil.rmtree(source)
+
+
+def _output(command: Sequence[str]) -> str:
+    return subprocess.run(command, cwd=CHECKOUT, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def has_uncommitted_changes() -> bool:
+    """Return whether the checkout differs from its commit, in what a measurement would run."""
+    return bool(_output(["git", "status", "--porcelain", "--", "meshd", "handlers", "images", "tests"]))
