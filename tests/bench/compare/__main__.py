@@ -41,7 +41,7 @@ def main(old: str, names: tuple[str, ...], against: str, out: Path) -> None:
 def _counted(name: str, pairs: Iterable[tuple[Figures, Figures]]) -> Iterator[tuple[Figures, Figures]]:
     """Pass the pairs on, and show on standard error how many there are."""
     for number, pair in enumerate(pairs, 1):
-        click.echo(f"\r{name}: {number} pairs ", nl=False, err=True)
+        click.echo(f"\r{name}: pair {number} ", nl=False, err=True)
         yield pair
     click.echo(err=True)
 

@@ -52,11 +52,8 @@ class Revision:
 
 
 def built(name: str) -> Revision:
-    """Return the commit of this name, and build it unless that was done. Raises ClickException if there is none."""
-    try:
-        commit = _output(["git", "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}"]).strip()
-    except subprocess.CalledProcessError as error:
-        raise click.ClickException(f"{name!r} is no commit of this repository: see git log") from error
+    """Return the revision of this name, and build it unless that was done. Raises ClickException if there is none."""
+    commit = _output(["git", "rev-parse", "--verify", f"{name}^{{commit}}"]).strip()
     revision = Revision(commit, BUILT / commit[:12])
     # Both get the same versions of all libraries: only meshd is to make a difference.
     packages = _output([sys.executable, "-m", "pip", "freeze", "--exclude", "meshd"])
@@ -86,7 +83,11 @@ def _build(revision: Revision, packages: str) -> None:
 
 
 def _output(command: Sequence[str]) -> str:
-    return subprocess.run(command, cwd=CHECKOUT, stdout=subprocess.PIPE, text=True, check=True).stdout
+    """Return what a command prints. Raises ClickException with its errors if it fails."""
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise click.ClickException(f"{' '.join(command)}: exit {done.returncode}\n{done.stderr}")
+    return done.stdout
 
 
 def has_uncommitted_changes() -> bool:
