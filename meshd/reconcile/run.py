@@ -177,7 +177,8 @@ class _Run:
 
     def report(self) -> Report:
         """Take all steps, and return what came of them."""
-        seen, facts = self.look(), self.read()
+        seen = self.look()
+        facts = self.read(silent=any(failure.area is Area.MEMBERS for failure in seen.failures))
         decision = self.decide(seen, facts)
         before = self.state.saved_contacts()
         usable = membership.usable_contacts(before, self.state.settings.overlay)
@@ -236,10 +237,14 @@ class _Run:
             failures.append(Failure(Area.UNDERLAY, InputError(MISPLACED.format(problem=problem))))
         return _Seen(tuple(listed), roster, rival, tuple(failures))
 
-    def read(self) -> _Facts:
-        """Read the machine. What depends on something that does not answer is left as it is."""
+    def read(self, *, silent: bool) -> _Facts:
+        """Read the machine. What depends on something that does not answer is left as it is.
+
+        `silent` says that Serf did not answer, which is then not asked again for this host's tags.
+        """
         kinds = frozenset(self.options.kinds)
-        resources, readable, failures = self.machine.observe(kinds - {"tags"} if self.options.alone else kinds)
+        without = {"tags"} if silent or self.options.alone else set[str]()
+        resources, readable, failures = self.machine.observe(kinds - without)
         readable &= kinds
         engine, unasked = _engine(self.machine, readable, self.options.engine)
         mtu, unmeasured = _mtu(self.machine, self.state.settings, kinds)

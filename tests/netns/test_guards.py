@@ -36,7 +36,6 @@ def test_guards_are_laid_without_wireguard_and_serf(
         "device",
         "peer",
         "members",
-        "tags",
         "underlay",
     }
     assert [type(change.resource) for change in report.changes] == [Table, Table, Route]

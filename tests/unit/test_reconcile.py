@@ -145,7 +145,7 @@ def test_alone_nobody_is_asked_and_what_is_known_stays(host: State) -> None:
     report = run(host, fake, alone=True)
     assert (report.failures, report.changes, report.members) == ((), (), ())
     assert fake.peers == {key(2)}
-    assert areas(run(host, fake)) == {(Area.MEMBERS, ""), (Area.READ, "tags")}
+    assert areas(run(host, fake)) == {(Area.MEMBERS, "")}, "and it is not asked again for the tags"
     assert fake.peers == {key(2)}, "a silent Serf is no evidence"
 
 

@@ -28,6 +28,9 @@ _SOCKET_ID = struct.Struct("!HH16s16sI8s")
 _ANSWER = struct.Struct(f"=BBBB{_SOCKET_ID.size}sIIIII")
 _ANY_COOKIE = b"\xff" * 8
 _TCP_TABLE = Path("/proc/net/tcp")
+# Seconds within which the kernel lists the other end, accepted or not. A NAT rule that changes the connection's
+# addresses hides it, and such a rule must not hold up the reconcile that removes it.
+LISTED = 0.15
 # A listener accepts within some 50 µs; the first looks come fast and the later ones rarely.
 FIRST_PAUSE, LONGEST_PAUSE = 0.0002, 0.02
 
@@ -46,7 +49,7 @@ def check(connection: socket.socket, processes: Callable[[], Collection[int]], t
     Before it returns nothing may be sent.
     """
     port = connection.getpeername()[1]
-    deadline, pause = time.monotonic() + timeout, FIRST_PAUSE
+    begun, pause = time.monotonic(), FIRST_PAUSE
     while True:
         pids = processes()
         if not pids:
@@ -57,11 +60,16 @@ def check(connection: socket.socket, processes: Callable[[], Collection[int]], t
                 raise SerfError(f"a process of user {owner.uid} listens on 127.0.0.1:{port} in the Serf agent's place")
             if any(_holds(pid, owner.inode) for pid in pids):
                 return
-        if time.monotonic() >= deadline:
+        waited = time.monotonic() - begun
+        if owner is None and waited >= LISTED:
+            raise SerfError(
+                f"the kernel lists no other end of a connection to 127.0.0.1:{port}: a NAT rule changes its addresses"
+            )
+        if waited >= timeout:
             named = ", ".join(map(str, pids))
             raise SerfError(
                 f"the Serf agent (pid {named}) does not accept a connection to 127.0.0.1:{port}"
-                if owner is None or not owner.inode
+                if not (owner and owner.inode)
                 else f"another process than the Serf agent (pid {named}) listens on 127.0.0.1:{port}"
             )
         time.sleep(pause)
