@@ -172,7 +172,8 @@ def _nothing_happened(scene: Scene) -> Iterator[None]:
 # --- outsiders -------------------------------------------------------------------------------------------------------
 
 
-def test_outsider_without_the_key_does_not_join(scene: Scene) -> None:
+def test_outsider_without_key_does_not_join(scene: Scene) -> None:
+    """An outsider without the gossip key does not join."""
     with scene.agent("outsider", scene.tags("barge2"), key=os.urandom(32)):
         time.sleep(3)
         for host in scene.mesh:
@@ -181,6 +182,7 @@ def test_outsider_without_the_key_does_not_join(scene: Scene) -> None:
 
 @pytest.mark.parametrize("key", [None, os.urandom(32)], ids=["in clear", "another key"])
 def test_outsider_forges_gossip(scene: Scene, key: bytes | None) -> None:
+    """Gossip that an outsider forges, in clear or with another key, changes nothing."""
     before = scene.listed()
     scene.forge(
         ("alive", alive(scene, "outsider", {})),
@@ -198,8 +200,8 @@ def alive(scene: Scene, name: str, tags: Mapping[str, str], incarnation: int = 1
     return {"name": name, "address": str(scene.stranger.address), "incarnation": incarnation, "tags": dict(tags)}
 
 
-def test_outsider_replays_what_it_has_heard(scene: Scene) -> None:
-    """Of a host that moved to another subnet: its old record, and the packets by which Serf spread it."""
+def test_outsider_replays_gossip(scene: Scene) -> None:
+    """Replayed gossip of a host that moved to another subnet does not bring its old record back."""
     mover = scene.mesh[2]
     with capture(scene.lab, "udp port 7946") as heard:
         mover.run(["meshd", "renumber", "--subnet", "172.20.203.0/24"])
@@ -244,24 +246,27 @@ def udp_payloads(pcap: bytes) -> Iterator[bytes]:
     ],
     ids=["none", "made up", "512 bytes of noise"],
 )
-def test_key_holder_under_an_own_name(scene: Scene, tags: dict[str, str], reason: str) -> None:
+def test_key_holder_under_own_name(scene: Scene, tags: dict[str, str], reason: str) -> None:
+    """A holder of the gossip key under its own name is refused."""
     with scene.agent("stranger", tags):
         scene.refused("stranger", reason)
 
 
-def test_key_holder_copies_the_tags_of_a_host(scene: Scene) -> None:
+def test_key_holder_copies_tags(scene: Scene) -> None:
+    """A holder of the gossip key with the tags of a host is refused."""
     with scene.agent("copycat", scene.tags("barge2")):
         scene.refused("copycat", "not from this mesh's authority, or for another name")
 
 
-def test_key_holder_takes_the_name_of_a_living_host(scene: Scene) -> None:
+def test_key_holder_takes_name_of_alive_host(scene: Scene) -> None:
+    """A holder of the gossip key under the name of a living host takes nothing from it."""
     with scene.agent("barge2", {"wg": "noise"}):
         time.sleep(3)
         scene.unharmed()
 
 
-def test_key_holder_takes_the_name_of_a_host_that_failed(scene: Scene) -> None:
-    """Serf gives a dead member's name to another address after some 40 s."""
+def test_key_holder_takes_name_of_failed_host(scene: Scene) -> None:
+    """A holder of the gossip key gets a failed host's name in Serf, after some 40 s, and takes nothing from it."""
     victim, copied, taken = scene.mesh[2], scene.tags("barge3"), f"{scene.stranger.address}:7946"
     stop_agents(victim)
     eventually(lambda: members(scene.mesh[0])["barge3"]["state"] == "failed", 30, "it is seen as failed")
@@ -296,7 +301,8 @@ def stop_agents(host: LabHost) -> None:
     host.run(["sh", "-ec", f"kill -KILL $(cat {STATE}/agent.pid); kill -KILL $(pgrep -f '^[^ ]*serf agent')"])
 
 
-def test_key_holder_forges_a_leave_and_a_death(scene: Scene) -> None:
+def test_key_holder_forges_leave_and_death(scene: Scene) -> None:
+    """A forged leave or death costs no packet."""
     with unbroken([(scene.mesh[0], scene.mesh[1])]) as lost:
         for _ in range(20):
             # The host itself contradicts at once; whoever believes it for a moment must not act on it.
@@ -345,7 +351,8 @@ CLAIMS = {
 
 
 @pytest.mark.parametrize("what", CLAIMS)
-def test_member_claims_what_is_not_its_own(scene: Scene, insider: LabHost, what: str) -> None:
+def test_member_claims_foreign_subnet(scene: Scene, insider: LabHost, what: str) -> None:
+    """A member that claims a subnet that it may not have is refused."""
     subnet, reason = CLAIMS[what]
     own = keys(insider)[1]
     record = replace(own, subnet=IPv4Network(subnet))
@@ -353,8 +360,8 @@ def test_member_claims_what_is_not_its_own(scene: Scene, insider: LabHost, what:
         scene.refused("barge4", reason)
 
 
-def test_member_with_an_older_certificate_does_not_push_anybody_off_its_subnet(scene: Scene, insider: LabHost) -> None:
-    """Two that have not known each other settle such a claim by their serials, and the later one moves after 5 s."""
+def test_member_with_older_certificate_takes_no_subnet(scene: Scene, insider: LabHost) -> None:
+    """A known host does not move for a member with an older certificate; strangers would settle it so, after 5 s."""
     founder, own = state(scene.mesh[0]).authority_key, keys(insider)[1]
     assert founder is not None
     first = certificates.certify(founder, "meshd", "barge4", replace(own.certificate, serial=1))
@@ -365,19 +372,22 @@ def test_member_with_an_older_certificate_does_not_push_anybody_off_its_subnet(s
         assert members(scene.mesh[0])["barge2"]["subnet"] == "172.20.102.0/24"
 
 
-def test_member_claims_anothers_endpoint(scene: Scene, insider: LabHost) -> None:
+def test_member_claims_endpoint_of_another_host(scene: Scene, insider: LabHost) -> None:
+    """A member that claims the endpoint of another host is refused."""
     own, victim = keys(insider)[1], keys(scene.mesh[1])[1]
     with scene.agent("barge4", signed(insider, replace(own, endpoint=victim.endpoint))):
         scene.refused("barge4", "its endpoint 10.10.10.102:51820 is barge2's")
 
 
-def test_member_uses_a_second_name(scene: Scene, insider: LabHost) -> None:
+def test_member_uses_second_name(scene: Scene, insider: LabHost) -> None:
+    """A member under a second name is refused."""
     own = keys(insider)[1]
     with scene.agent("barge9", signed(insider, own, "barge9")):
         scene.refused("barge9", "not from this mesh's authority, or for another name")
 
 
 def test_member_signs_for_another_host(scene: Scene, insider: LabHost) -> None:
+    """A record that a member signs for another host is refused."""
     victim = keys(scene.mesh[1])[1]
     forged = signed(insider, replace(victim, public_key=keys(insider)[1].public_key), "barge2")
     scene.forge(("alive", alive(scene, "barge2", forged, incarnation=1000)), targets=1)
@@ -385,7 +395,8 @@ def test_member_signs_for_another_host(scene: Scene, insider: LabHost) -> None:
     assert state(scene.mesh[0]).roster().hosts["barge2"] == victim
 
 
-def test_member_publishes_an_older_record_of_another_host(scene: Scene) -> None:
+def test_member_publishes_older_record_of_another_host(scene: Scene) -> None:
+    """An older record of another host is refused."""
     victim = scene.mesh[2]
     older = encode(keys(victim)[1])
     move(scene, victim, "172.20.203.0/24")
@@ -399,7 +410,8 @@ def test_member_publishes_an_older_record_of_another_host(scene: Scene) -> None:
     move(scene, victim, f"{overlay(victim)}/24")
 
 
-def test_member_whose_certificate_has_expired(scene: Scene, insider: LabHost) -> None:
+def test_member_with_expired_certificate(scene: Scene, insider: LabHost) -> None:
+    """A member is cut off when its certificate expires, and is back with one that is valid."""
     founder, seed = state(scene.mesh[0]).authority_key, keys(insider)[0]
     assert founder is not None
     brief = Certificate(99, int(time.time()) + 6, certificates.public(seed))
@@ -420,7 +432,8 @@ def peer_of(host: LabHost, record: Record) -> bool:
 
 
 @pytest.mark.parametrize("what", ["authority", "mesh"])
-def test_member_with_a_certificate_of_another_mesh(scene: Scene, what: str) -> None:
+def test_member_with_certificate_of_another_mesh(scene: Scene, what: str) -> None:
+    """A certificate of another authority or mesh is refused."""
     founder = state(scene.mesh[0]).authority_key
     assert founder is not None
     seed, signer = os.urandom(32), os.urandom(32) if what == "authority" else founder
@@ -439,7 +452,8 @@ BEYOND = {
 
 
 @pytest.mark.parametrize("what", BEYOND)
-def test_delegated_key_goes_beyond_its_terms(scene: Scene, what: str) -> None:
+def test_delegation_beyond_its_terms(scene: Scene, what: str) -> None:
+    """A delegation admits no host beyond its prefix, subnets and lifetime."""
     name, subnet, ttl, reason = BEYOND[what]
     founder = state(scene.mesh[0]).authority_key
     assert founder is not None
@@ -452,8 +466,8 @@ def test_delegated_key_goes_beyond_its_terms(scene: Scene, what: str) -> None:
 
 
 @pytest.mark.parametrize("ttl", [60, -60], ids=["holds", "has ended"])
-def test_delegated_key_speaks_for_a_host_that_it_has_not_made(scene: Scene, ttl: int) -> None:
-    """A goodbye and a record of a living host, with a number that cannot be outdone, to all who hear Serf's events."""
+def test_delegation_speaks_for_foreign_host(scene: Scene, ttl: int) -> None:
+    """A holder of a delegation neither ends nor replaces a living host, with any sequence number."""
     founder, victim = state(scene.mesh[0]).authority_key, state(scene.mesh[0]).roster().hosts["barge2"]
     assert founder is not None
     seed, own = os.urandom(32), os.urandom(32)
@@ -485,7 +499,8 @@ def made_up(scene: Scene, certificate: Certificate, subnet: str) -> Record:
     return Record(key, IPv4Network(subnet), Endpoint(scene.stranger.address, 51820), 1, certificate)
 
 
-def test_revoked_host_is_cut_off_everywhere_and_stays_so(scene: Scene, insider: LabHost) -> None:
+def test_revoked_host_is_cut_off_permanently(scene: Scene, insider: LabHost) -> None:
+    """A revoked host is cut off by all who are up, by the others when they are back, and after reboots."""
     one, two, three = scene.mesh
     record = state(one).roster().hosts["barge4"]
     assert ping(insider, overlay(one))
@@ -520,7 +535,7 @@ def test_revoked_host_is_cut_off_everywhere_and_stays_so(scene: Scene, insider: 
 # --- tags that somebody has spoiled ----------------------------------------------------------------------------------
 
 
-def test_spoiled_tags_do_not_hide_a_host_from_a_late_joiner(scene: Scene) -> None:
+def test_spoiled_tags_do_not_hide_host_from_newcomer(scene: Scene) -> None:
     """The last one: against a number that cannot be outdone the victim's own Serf is helpless until it restarts."""
     victim = scene.mesh[1]
     before = state(scene.mesh[0]).roster().hosts["barge2"]
@@ -542,7 +557,8 @@ def test_spoiled_tags_do_not_hide_a_host_from_a_late_joiner(scene: Scene) -> Non
     revive(scene, victim)
 
 
-def test_key_holder_makes_a_thousand_members_at_once(scene: Scene) -> None:
+def test_key_holder_makes_thousand_members(scene: Scene) -> None:
+    """A thousand bogus members change nothing, fill no log and close the mesh to nobody."""
     bogus = [("alive", alive(scene, f"bogus{n}", {"wg": "x", "subnet": f"172.20.{n % 256}.0/24"})) for n in range(1000)]
     scene.forge(*bogus)
     eventually(lambda: len(members(scene.mesh[1])) > 500, 30, "Serf has taken them in")
@@ -559,7 +575,7 @@ def test_key_holder_makes_a_thousand_members_at_once(scene: Scene) -> None:
     eventually(lambda: all(len(peers(host)) == scene.others for host in scene.mesh), 10, "it has left")
 
 
-def test_key_holder_makes_members_that_swallow_the_gossip_and_a_revocation_reaches_all_the_same(scene: Scene) -> None:
+def test_revocation_reaches_hosts_among_bogus_members(scene: Scene) -> None:
     """Serf passes a message on to a few members picked at random; with 200 dead ones nearly none of it arrives."""
     one = scene.mesh[0]
     one.run(["meshd", "invite", "ghost"])

@@ -41,6 +41,7 @@ def python_as_nobody(host: LabHost, script: str) -> str:
 
 
 def test_local_user_reads_no_secret(hosts: list[LabHost]) -> None:
+    """A local user can read no file of the state directory."""
     for host in hosts:
         files = host.run(["find", STATE, "-type", "f"]).stdout.split()
         assert f"{STATE}/gossip.key" in files
@@ -52,6 +53,7 @@ def test_local_user_reads_no_secret(hosts: list[LabHost]) -> None:
 
 
 def test_local_user_gets_no_answer_from_serf(hosts: list[LabHost]) -> None:
+    """A local user without the RPC key gets no answer from Serf."""
     assert "barge1" in serf(hosts[0], "members"), "with the key it answers"
     for command in (["members"], ["keys", "-list"], ["tags", "-set", "wg=x"], ["leave"]):
         done = as_nobody(hosts[0], "serf", *command)
@@ -61,7 +63,8 @@ def test_local_user_gets_no_answer_from_serf(hosts: list[LabHost]) -> None:
 
 
 @pytest.mark.parametrize("path", [f"{STATE}/agent.sock", "/run/wireguard/wg0.sock"])
-def test_local_user_does_not_reach_a_socket(hosts: list[LabHost], path: str) -> None:
+def test_local_user_reaches_no_socket(hosts: list[LabHost], path: str) -> None:
+    """A local user reaches neither the daemon's socket nor that of wireguard-go."""
     kind = "SOCK_DGRAM" if "agent" in path else "SOCK_STREAM"
     script = f"import socket; socket.socket(socket.AF_UNIX, socket.{kind}).connect({path!r})"
     assert hosts[0].run(["/usr/bin/python3", "-I", "-c", script]).stderr == "", "for root it is there"
@@ -79,7 +82,8 @@ def secrets(host: LabHost) -> dict[str, list[str]]:
     return found
 
 
-def test_no_secret_is_in_arguments_environments_logs_or_output(hosts: list[LabHost]) -> None:
+def test_no_secret_in_arguments_environment_logs_or_output(hosts: list[LabHost]) -> None:
+    """No secret is in arguments, environments, logs or output."""
     offer = invitation(hosts[0])
     for host in hosts:
         # A command that starts the daemon, with an invitation in its environment.
@@ -121,7 +125,8 @@ def connects(host: LabHost, address: str, port: int) -> bool:
     return host.run(command, check=False).returncode == 0
 
 
-def test_container_reaches_no_service_of_a_host(hosts: list[LabHost]) -> None:
+def test_container_reaches_no_service_of_host(hosts: list[LabHost]) -> None:
+    """A container reaches a service of a host only if `--allow` opens it."""
     one, two = hosts
     with listening(one, 2222), listening(two, 2222):
         for address in (overlay(one), overlay(two), str(one.address)):
@@ -141,13 +146,15 @@ def allow(hosts: list[LabHost], what: str) -> None:
 
 
 def test_container_reaches_no_meshd(hosts: list[LabHost]) -> None:
+    """A container reaches neither gossip nor RPC."""
     one, two = hosts
     for address in (overlay(one), overlay(two), str(one.address)):
         for port in (7946, 7373):
             assert not connects(one, address, port), (address, port)
 
 
-def test_container_does_not_speak_with_another_hosts_address(hosts: list[LabHost]) -> None:
+def test_container_cannot_use_foreign_address(hosts: list[LabHost]) -> None:
+    """A container cannot send with the address of another host's container."""
     one, two = hosts
     run_container(one, "liar", "--cap-add", "NET_ADMIN", "meshd/serf", "sleep", "1000")
     try:
@@ -189,7 +196,8 @@ print(sorted(found))
 """
 
 
-def test_port_scan_finds_gossip_and_wireguard_alone(lab: Lab, hosts: list[LabHost]) -> None:
+def test_port_scan_finds_only_gossip_and_wireguard(lab: Lab, hosts: list[LabHost]) -> None:
+    """A port scan from the underlay finds gossip and WireGuard, nothing else."""
     stranger = lab.host("barge3")
     for host in hosts:
         assert stranger.run([sys.executable, "-I", "-c", SCAN, str(host.address)]).stdout == "[7946]\n"
@@ -199,7 +207,8 @@ def test_port_scan_finds_gossip_and_wireguard_alone(lab: Lab, hosts: list[LabHos
         assert ports == {7946, 51820}
 
 
-def test_a_container_is_closed_to_the_underlay(lab: Lab, hosts: list[LabHost]) -> None:
+def test_container_is_closed_to_underlay(lab: Lab, hosts: list[LabHost]) -> None:
+    """A container is closed to the underlay."""
     one, stranger = hosts[0], lab.host("barge3")
     stranger.run(["ip", "route", "add", "172.20.0.0/16", "via", str(one.address)])
     try:

@@ -145,7 +145,8 @@ def confined(host: LabHost) -> None:
     assert float(re.findall(r"exposure level for meshd.service: ([0-9.]+)", score)[0]) <= 3.0
 
 
-def test_a_host_with_systemd_comes_back_by_itself_after_a_power_cut(lab: Lab, machine: Machine) -> None:
+def test_systemd_host_is_back_after_power_cut(lab: Lab, machine: Machine) -> None:
+    """A host with systemd survives restarts of the unit and is back by itself after a power cut."""
     one, booted = lab.host("barge1"), machine.boot()
     before = snapshot(booted)
     invitation = init(one, "--no-docker")

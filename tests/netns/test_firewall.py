@@ -85,7 +85,8 @@ def test_changed_table_is_detected_and_restored(nft: Nftables, meddling: str) ->
     assert nft.read() == [TABLE]
 
 
-def test_both_versions_of_ip_have_a_table_of_the_same_name(nft: Nftables) -> None:
+def test_both_ip_versions_have_table_of_same_name(nft: Nftables) -> None:
+    """Both versions of IP have a table of the same name."""
     tables = [TABLE, rules.ipv6_table(wireguard="wg0", bridge="ovl0")]
     for table in tables:
         nft.apply(Change(Action.ADD, table))
@@ -304,9 +305,8 @@ def test_table_drops_spoofed_container_source(netns_pair: tuple[Namespace, Names
 
 
 @pytest.mark.parametrize("address", ["192.168.7.1", "169.254.7.1", "10.9.0.1"])
-def test_a_tunnel_is_no_way_to_the_other_addresses_of_a_host(
-    netns_pair: tuple[Namespace, Namespace], address: str
-) -> None:
+def test_table_closes_other_addresses_of_host(netns_pair: tuple[Namespace, Namespace], address: str) -> None:
+    """The tunnel does not lead to the other addresses of a host."""
     one, two = netns_pair
     with one.entered():
         sh("ip link add lan type bridge && ip addr add 192.168.7.1/24 dev lan && ip addr add 169.254.7.1/16 dev lan")
@@ -320,7 +320,7 @@ def test_a_tunnel_is_no_way_to_the_other_addresses_of_a_host(
     assert reaches(two, "172.20.101.0")
 
 
-def test_what_others_translate_to_elsewhere_is_reached_by_the_hosts_overlay_address_alone(
+def test_translated_port_is_open_on_overlay_address_only(
     netns_pair: tuple[Namespace, Namespace],
 ) -> None:
     """As Docker does for a published port: the tunnel is asked for the address that the sender wrote."""
@@ -346,9 +346,10 @@ def _leave_loopback_to(gateway: str, link: str) -> None:
     sh(f"ip route flush table local root 127.0.0.0/8; ip route add 127.0.0.1 via {gateway}", check=False)
 
 
-def test_a_container_does_not_reach_loopback_where_its_bridge_routes_it(
+def test_table_closes_loopback_to_container(
     netns_pair: tuple[Namespace, Namespace],
 ) -> None:
+    """A container does not reach loopback where its bridge routes it."""
     one, _ = netns_pair
     with inner(one, "ovl0", "172.20.101"):
         with one.entered():
@@ -369,7 +370,8 @@ def test_a_container_does_not_reach_loopback_where_its_bridge_routes_it(
         assert reaches(one, "172.20.101.1", inside="ovl0")
 
 
-def test_a_container_is_not_reached_at_an_address_that_nobody_has(netns_pair: tuple[Namespace, Namespace]) -> None:
+def test_container_is_not_reached_at_unassigned_address(netns_pair: tuple[Namespace, Namespace]) -> None:
+    """A container is not reached at an address that was given to nobody."""
     one, _ = netns_pair
     with inner(one, "ovl0", "172.20.101"):
         with one.entered():
@@ -469,7 +471,8 @@ print(seen)
 """
 
 
-def test_an_upgrade_in_place_neither_cuts_nor_opens_anything(netns_pair: tuple[Namespace, Namespace]) -> None:
+def test_table_upgrade_in_place_cuts_and_opens_nothing(netns_pair: tuple[Namespace, Namespace]) -> None:
+    """An upgrade of the table in place neither cuts nor opens anything."""
     one, two = netns_pair
     tables = (OVER_U0, SIX_OVER_U0)
     nft = Nftables(OVER_U0.name, FAMILIES)
@@ -517,7 +520,8 @@ def _python(script: str, *before: str, arguments: Sequence[str] = ()) -> Iterato
         process.wait(timeout=10)
 
 
-def test_what_the_version_before_has_left_goes_with_the_rest(netns: Namespace) -> None:
+def test_remains_of_older_version_are_removed(netns: Namespace) -> None:
+    """What an older version has left is removed with the rest."""
     assert netns
     nft = Nftables(OVER_U0.name, FAMILIES)
     subprocess.run(["nft", "-f", "-"], input=BEFORE, text=True, check=True)

@@ -93,7 +93,8 @@ def plug_in(end: str) -> None:
     ip("link", "set", end, "up")
 
 
-def test_a_link_of_ours_has_no_ipv6(adapter: links.Links) -> None:
+def test_own_link_has_no_ipv6(adapter: links.Links) -> None:
+    """A link of meshd's has no IPv6."""
     add(adapter, BRIDGE)
     plug_in("end")
     eventually(lambda: ipv6_of("end"), 5, "the other end has some")
@@ -103,7 +104,8 @@ def test_a_link_of_ours_has_no_ipv6(adapter: links.Links) -> None:
     assert (conf / "all/disable_ipv6").read_text() == (conf / "default/disable_ipv6").read_text() == "0\n"
 
 
-def test_a_link_with_ipv6_that_somebody_else_made_or_turned_on_loses_it(adapter: links.Links) -> None:
+def test_foreign_ipv6_on_link_is_turned_off(adapter: links.Links) -> None:
+    """IPv6 on a link that someone else made or turned on is turned off."""
     ip("link", "add", "ovl0", "address", str(BRIDGE.mac), "type", "bridge")
     ip("link", "set", "ovl0", "up", "mtu", "1420")
     plug_in("end")
@@ -117,7 +119,8 @@ def test_a_link_with_ipv6_that_somebody_else_made_or_turned_on_loses_it(adapter:
     assert Path("/proc/sys/net/ipv6/conf/ovl0/accept_ra").read_text() == "0\n", "nor is there a moment for routers"
 
 
-def test_a_link_too_small_for_ipv6_has_none_until_it_grows(adapter: links.Links) -> None:
+def test_link_too_small_for_ipv6(adapter: links.Links) -> None:
+    """A link that is too small for IPv6 has none until it grows."""
     small = replace(BRIDGE, mtu=1200)
     add(adapter, small)
     assert not Path("/proc/sys/net/ipv6/conf/ovl0").exists()

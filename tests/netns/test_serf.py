@@ -153,7 +153,8 @@ def test_join_with_another_gossip_key_fails(start: Start) -> None:
     assert list(inside.states()) == ["barge1"]
 
 
-def test_a_change_of_keys_reaches_all_is_logged_and_ends_with_a_new_start(start: Start) -> None:
+def test_key_change_is_logged_and_ends_with_restart(start: Start) -> None:
+    """A change of the gossip keys reaches all agents, is logged, and ends when they start again."""
     one, two, newcomer = start(1), start(2), start(3)
     ours, other = (base64.b64encode(key).decode() for key in (KEY, bytes(32)))
     with two.connect() as client:
@@ -344,7 +345,8 @@ sys.stdin.read()
     ],
     ids=["another user", "another process", "a silent one"],
 )
-def test_nothing_is_sent_to_whoever_else_has_the_port(start: Start, who: str, accepts: str, error: str) -> None:
+def test_nothing_is_sent_to_foreign_listener(start: Start, who: str, accepts: str, error: str) -> None:
+    """Nothing is sent to another program that has the port."""
     agent = start(2)
     command = [sys.executable, "-I", "-c", SQUAT, who, accepts]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as squatter:
@@ -361,7 +363,8 @@ def test_nothing_is_sent_to_whoever_else_has_the_port(start: Start, who: str, ac
             squatter.kill()
 
 
-def test_the_kernel_tells_in_both_its_ways_who_is_at_the_other_end(netns: object) -> None:
+def test_peer_of_connection_is_found_in_both_ways(netns: object) -> None:
+    """Both ways to ask the kernel find the process at the other end."""
     assert netns
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
         ends = client.getpeername(), client.getsockname()

@@ -387,7 +387,8 @@ def test_killed_wireguard_go_is_started_again(go: contract.WireGuard, name: str)
     assert go.read() == [device(name), peer(1)]
 
 
-def test_another_user_at_the_socket_is_sent_nothing(go: contract.WireGuard, name: str) -> None:
+def test_nothing_is_sent_to_another_user_at_socket(go: contract.WireGuard, name: str) -> None:
+    """Nothing is sent to another user's process at the socket."""
     path, heard = Path(f"/var/run/wireguard/{name}.sock"), []
     add(go, device(name))
     kill(name)

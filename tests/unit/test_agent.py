@@ -31,7 +31,8 @@ def test_links_tell_of_an_own_change_by_the_text_that_is_expected() -> None:
     assert links.told([ADDED]) == {TOLD.text}
 
 
-def test_an_echo_does_not_hide_what_came_with_it(state: State) -> None:
+def test_echo_does_not_hide_other_hints(state: State) -> None:
+    """An echo of the daemon's own change does not hide the hints that came with it."""
     agent = Agent(state)
     agent.echoes.expect([TOLD])
     agent.hints.put(TOLD)
@@ -42,7 +43,8 @@ def test_an_echo_does_not_hide_what_came_with_it(state: State) -> None:
     assert agent._wait(0.1) == [TOLD, JOINED]
 
 
-def test_a_question_that_the_last_reconcile_has_answered_causes_no_other(state: State) -> None:
+def test_answered_question_makes_no_reconcile(state: State) -> None:
+    """A question that the last reconcile has answered makes no other one."""
     agent, answers = Agent(state), list[bytes]()
     agent.exchange.receive(QUERY, APPLIED, Applied("barge2", 5).payload(), answers.append)
     assert agent._wait(0.1) == [READINESS], "it waits for a reconcile"
@@ -80,12 +82,14 @@ def test_a_signal_at_any_moment_ends_the_daemon_and_never_hangs_it(state: State)
     subprocess.run([sys.executable, "-c", script, str(state.directory)], check=True, timeout=20)
 
 
-def test_a_goodbye_that_the_disk_has_not_taken_is_not_confirmed() -> None:
+def test_unsaved_tombstone_is_not_confirmed() -> None:
+    """A tombstone that the disk has not taken is not confirmed."""
     roster = Roster({"barge2": record(2, seq=5)}, {"barge3": Tombstone(7, "key")})
     assert Report(roster).applied == {"barge2": 5, "barge3": 7}
     assert Report(roster, failures=(Failure(Area.DISK, MeshdError("full"), "hosts"),)).applied == {"barge2": 5}
 
 
 @pytest.mark.parametrize(("hosts", "seconds"), [(0, 10), (3, 10), (200, 10), (1000, 50), (1500, 60), (10000, 60)])
-def test_looking_in_vain_comes_more_rarely_the_more_hosts_there_are(hosts: int, seconds: float) -> None:
+def test_interval_grows_with_hosts(hosts: int, seconds: float) -> None:
+    """The interval between reconciles without a hint grows with the number of hosts."""
     assert daemon._interval(hosts) == seconds

@@ -65,23 +65,27 @@ def text(resources: tuple[Resource, ...]) -> str:
 
 
 @pytest.mark.parametrize("name", [*ENGINES, "no-docker"])
-def test_all_that_should_be_on_a_host(name: str, golden: Callable[[str, str], None]) -> None:
+def test_desired_resources_by_docker_version(name: str, golden: Callable[[str, str], None]) -> None:
+    """The desired resources are those of the golden file for each version of Docker."""
     of = local(ENGINES[name]) if name in ENGINES else local(None, None)
     golden(f"{name}.txt", text(tuple(change.resource for change in plan.diff(wanted(2, 3, of=of), (), now=NOW))))
 
 
-def test_the_same_input_in_any_order_gives_the_same_output() -> None:
+def test_diff_does_not_depend_on_order() -> None:
+    """The order of the input does not change the result."""
     assert plan.diff(wanted(2, 3, 4), (), now=NOW) == plan.diff(wanted(4, 2, 3), (), now=NOW)
     observed = wanted(3, 4, 5)
     forward = plan.diff(wanted(2, 3), observed, now=NOW)
     assert forward == plan.diff(reversed(wanted(3, 2)), reversed(observed), now=NOW)
 
 
-def test_what_is_as_it_should_be_needs_no_change() -> None:
+def test_diff_of_equal_sets_is_empty() -> None:
+    """What is as desired needs no change."""
     assert plan.diff(wanted(2, 3), wanted(2, 3), now=NOW) == ()
 
 
-def test_changes_are_made_so_that_nothing_leaves_in_clear_and_removed_in_reverse() -> None:
+def test_changes_are_ordered_so_that_nothing_leaks() -> None:
+    """Changes are ordered so that nothing leaves in clear, and removals in reverse."""
     changes = plan.diff(wanted(2), (), now=NOW)
     places = [plan.ORDER.index(c.resource.kind) for c in changes if c.resource.kind != "sysctl"]
     assert places == sorted(places)
@@ -95,14 +99,16 @@ def test_changes_are_made_so_that_nothing_leaves_in_clear_and_removed_in_reverse
     ]
 
 
-def test_sysctls_are_set_never_removed() -> None:
+def test_sysctls_are_set_but_never_removed() -> None:
+    """Sysctls are set and never removed."""
     sysctl = Sysctl(plan.IP_FORWARD, "0")
     assert plan.diff((), [sysctl], now=NOW) == ()
     (change,) = plan.diff([replace(sysctl, value="1")], [sysctl], now=NOW)
     assert (change.action, change.old) == (Action.SET, sysctl)
 
 
-def test_kinds_that_were_not_read_are_left_alone() -> None:
+def test_unread_kinds_are_left_alone() -> None:
+    """Kinds of resources that were not read are left alone."""
     changes = plan.diff(wanted(2), [], now=NOW, kinds={"peer"})
     assert [c.resource.kind for c in changes] == ["peer"]
     assert plan.diff([], wanted(2), now=NOW, kinds=set()) == ()
@@ -116,15 +122,15 @@ ELSEWHERE = Endpoint(IPv4Address("192.0.2.9"), 40000)
     [(10.0, (), True), (179.0, (), True), (181.0, (), False), (-5.0, (), False), (10.0, ("barge2",), False)],
     ids=["fresh", "just fresh", "stale", "from the future", "published anew"],
 )
-def test_an_endpoint_that_wireguard_learned_stays_while_its_handshake_is_fresh(
-    age: float, moved: tuple[str, ...], kept: bool
-) -> None:
+def test_learned_endpoint_stays_while_handshake_is_fresh(age: float, moved: tuple[str, ...], kept: bool) -> None:
+    """An endpoint that WireGuard has learned stays while its handshake is fresh."""
     roamed = tuple(replace(r, endpoint=ELSEWHERE, handshake=NOW - age) if isinstance(r, Peer) else r for r in wanted(2))
     changes = plan.diff(wanted(2), roamed, now=NOW, moved={public_key(name) for name in moved})
     assert [c.action for c in changes] == ([] if kept else [Action.SET])
 
 
-def test_other_differences_of_a_roaming_peer_are_set_without_touching_its_endpoint() -> None:
+def test_roaming_peer_is_set_without_its_endpoint() -> None:
+    """Other differences of a roaming peer are set without its endpoint."""
     roamed = tuple(
         replace(r, endpoint=ELSEWHERE, handshake=NOW - 1, keepalive=0) if isinstance(r, Peer) else r for r in wanted(2)
     )
@@ -133,7 +139,8 @@ def test_other_differences_of_a_roaming_peer_are_set_without_touching_its_endpoi
     assert (change.resource.endpoint, change.resource.keepalive) == (ELSEWHERE, 25)
 
 
-def test_a_key_in_another_hosts_hands_is_a_new_peer_and_the_old_one_goes() -> None:
+def test_new_key_is_new_peer() -> None:
+    """A new key is a new peer, and the old one is removed."""
     renewed = replace(host(2), record=record(2, seq=2, key="another"))
     changes = plan.diff(plan.desired(local(), [renewed]), wanted(2), now=NOW)
     assert [(c.action, c.resource.key) for c in changes] == [
@@ -142,7 +149,8 @@ def test_a_key_in_another_hosts_hands_is_a_new_peer_and_the_old_one_goes() -> No
     ]
 
 
-def test_who_is_spoken_to_first_keeps_quiet_until_there_is_a_handshake_or_no_more_patience() -> None:
+def test_responder_is_quiet_until_handshake_or_timeout() -> None:
+    """The responder keeps quiet until there is a handshake or its patience ends."""
     patient, rest = {public_key("barge2")}, {public_key("barge3")}
     changes = plan.diff(wanted(2, 3), (), now=NOW, patient=patient)
     added = {c.resource.key: c.resource.keepalive for c in changes if isinstance(c.resource, Peer)}
@@ -170,34 +178,37 @@ def guarded(left: int, observed: int, departed: set[str]) -> tuple[tuple[Change,
     return plan.guard(changes, there, departed)
 
 
-def test_removing_up_to_half_of_the_peers_passes() -> None:
+def test_guard_passes_half_of_peers() -> None:
+    """The removal of up to half of the peers passes the guard."""
     made, withheld = guarded(left=2, observed=4, departed=set())
     assert len(made) == 4  # two peers, two routes
     assert withheld == ()
 
 
-def test_removing_more_than_half_of_the_peers_without_evidence_is_withheld_with_their_routes() -> None:
+def test_guard_withholds_more_than_half_of_peers() -> None:
+    """The removal of more than half of the peers without evidence is withheld, with their routes."""
     made, withheld = guarded(left=1, observed=4, departed=set())
     assert made == ()
     assert sorted(c.resource.kind for c in withheld) == ["peer"] * 3 + ["route"] * 3
 
 
-def test_with_goodbyes_all_may_go() -> None:
+def test_guard_passes_departed_peers() -> None:
+    """All peers may be removed if their hosts have left."""
     made, withheld = guarded(left=0, observed=4, departed={public_key(f"barge{n}") for n in range(2, 6)})
     assert len(made) == 8
     assert withheld == ()
 
 
-def test_only_the_doubtful_are_withheld() -> None:
+def test_guard_withholds_only_doubtful_peers() -> None:
+    """Only the removals without evidence are withheld."""
     made, withheld = guarded(left=0, observed=4, departed={public_key("barge2")})
     assert {c.resource.key for c in made} == {public_key("barge2"), "172.20.102.0/24 metric 0"}
     assert len(withheld) == 6
 
 
 @given(st.sets(st.integers(2, 40)), st.sets(st.integers(2, 40)), st.sets(st.integers(2, 40)))
-def test_applying_what_the_guard_lets_through_loses_at_most_half_of_the_peers(
-    want: set[int], have: set[int], departed: set[int]
-) -> None:
+def test_guard_loses_at_most_half_of_peers(want: set[int], have: set[int], departed: set[int]) -> None:
+    """What the guard passes loses at most half of the peers without evidence."""
     there = wanted(*have)
     keys = {public_key(f"barge{n}") for n in departed}
     made, withheld = plan.guard(plan.diff(wanted(*want), there, now=NOW), there, keys)
@@ -210,11 +221,13 @@ def test_applying_what_the_guard_lets_through_loses_at_most_half_of_the_peers(
     assert not any(c.action is not Action.REMOVE for c in withheld)
 
 
-def test_the_originals_come_back_as_they_were() -> None:
+def test_restored_returns_original_sysctls() -> None:
+    """The original values of sysctls are restored."""
     assert plan.restored({"net/b": "1", "net/a": "0"}) == (Sysctl("net/a", "0"), Sysctl("net/b", "1"))
 
 
-def test_a_host_without_docker_has_no_bridge_and_still_never_speaks_in_clear() -> None:
+def test_desired_without_docker_has_guards_and_no_bridge() -> None:
+    """A host without Docker has no bridge, and the table and the unreachable route all the same."""
     resources = wanted(2, of=local(None, None))
     kinds = {r.kind for r in resources}
     assert kinds == {"table", "device", "link", "address", "peer", "route", "tags"}
@@ -223,7 +236,8 @@ def test_a_host_without_docker_has_no_bridge_and_still_never_speaks_in_clear() -
     assert [r.name for r in resources if isinstance(r, Link)] == ["wg0"]
 
 
-def test_each_version_of_ip_that_the_kernel_has_gets_a_table() -> None:
+def test_desired_has_table_per_ip_version() -> None:
+    """Each version of IP that the kernel has gets a table."""
     for of in (local(), local(None, None)):
         for ipv6, families in ((True, ["ip", "ip6"]), (False, ["ip"])):
             resources = wanted(2, of=replace(of, ipv6=ipv6))
@@ -231,7 +245,7 @@ def test_each_version_of_ip_that_the_kernel_has_gets_a_table() -> None:
             assert not [r for r in resources if isinstance(r, Link) and r.ipv6]
 
 
-def test_the_table_of_the_version_before_is_replaced_and_not_removed() -> None:
+def test_old_table_is_replaced_in_place() -> None:
     """It has the same family and name: nft does that in one transaction."""
     (new,) = (r for r in wanted(2) if isinstance(r, Table) and r.family == "ip")
     old = replace(new, chains=new.chains[1:])
@@ -243,7 +257,8 @@ def test_the_table_of_the_version_before_is_replaced_and_not_removed() -> None:
     assert [c.action for c in plan.diff((), [old], now=NOW)] == [Action.REMOVE]
 
 
-def test_a_link_with_ipv6_is_set() -> None:
+def test_link_with_ipv6_is_set() -> None:
+    """A link that has IPv6 is set to have none."""
     observed = [replace(r, ipv6=True) if isinstance(r, Link) else r for r in wanted(2)]
     assert [str(change) for change in plan.diff(wanted(2), observed, now=NOW)] == [
         "set link ovl0 (bridge 02:42:ac:14:65:00, mtu 1420, up)",
@@ -252,7 +267,8 @@ def test_a_link_with_ipv6_is_set() -> None:
     assert str(observed[2]) == "link wg0 (wireguard, mtu 1420, up, with IPv6)"
 
 
-def test_a_container_that_lost_its_bridge_is_plugged_in_after_the_bridge_is_made() -> None:
+def test_loose_port_is_attached_after_bridge() -> None:
+    """A container that lost its bridge is attached after the bridge is made."""
     loose = Port("veth1", None)
     without_bridge = [r for r in wanted(2) if not isinstance(r, Link) or r.name != "ovl0"]
     changes = plan.diff(wanted(2, of=replace(local(), loose=("veth1",))), [*without_bridge, loose], now=NOW)
@@ -262,5 +278,6 @@ def test_a_container_that_lost_its_bridge_is_plugged_in_after_the_bridge_is_made
     ]
 
 
-def test_a_port_is_never_removed() -> None:
+def test_port_is_never_removed() -> None:
+    """The port of a container is never removed."""
     assert plan.diff((), [Port("veth1", None)], now=NOW) == ()
