@@ -140,7 +140,6 @@ def test_daemon_repairs_on_full_or_read_only_disk(
     (one, two, three), invitation = small
     before = daemon(one)
     with fault(one) as reason:
-        drift_is_repaired(one, two)
         # A change of the hosts, which the disk should know first.
         join(three, two, invitation, "--no-docker")
         rows = json.loads(three.run(["meshd", "members", "--json"]).stdout)
