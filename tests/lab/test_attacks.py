@@ -10,7 +10,7 @@ import re
 import struct
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from ipaddress import IPv4Network
@@ -99,6 +99,25 @@ class Scene:
             self.stranger.run(["pkill", "-KILL", "-f", str(path)], check=False)
             process.wait(timeout=10)
 
+    def told(self, text: str, *hosts: LabHost, count: int = 1) -> Callable[[], None]:
+        """Return a call that waits until each Serf, by default all, has logged this so many times from now on."""
+        before = {host: serf_log(host).count(text) for host in hosts or self.mesh}
+
+        def wait() -> None:
+            for host, had in before.items():
+                eventually(lambda h=host, n=had: serf_log(h).count(text) >= n + count, 20, f"{host.name}: {text}")  # type: ignore[misc]
+
+        return wait
+
+    def forge_and_wait(
+        self, *messages: tuple[str, Mapping[str, Any]], key: bytes | None = b"", targets: int = 3
+    ) -> None:
+        """Forge gossip, and return when the hosts have dealt with it: what comes after it is no gossip, and logged."""
+        wait = self.told("Decrypt packet failed: Unsupported encryption version 170", *self.mesh[:targets])
+        self.forge(*messages, key=key, targets=targets)
+        self.forge(("raw", {"hex": "aabbccdd"}), key=None, targets=targets)
+        wait()
+
     def refused(self, name: str, reason: str) -> None:
         """Require that every other host refuses a member for this reason, and says so in its log."""
         for host in (host for host in self.mesh if host.name != name):
@@ -132,6 +151,10 @@ class Scene:
             if not names <= alive or len(peers(host)) != self.others:
                 return False
         return True
+
+
+def serf_log(host: LabHost) -> str:
+    return (host.directory / "meshd" / "serf.log").read_text(errors="replace")
 
 
 def is_refused(host: LabHost, name: str, reason: str) -> bool:
@@ -174,8 +197,9 @@ def _nothing_happened(scene: Scene) -> Iterator[None]:
 
 def test_outsider_without_key_does_not_join(scene: Scene) -> None:
     """An outsider without the gossip key does not join."""
+    refused = scene.told("failed to receive: No installed keys could decrypt the message", count=2)
     with scene.agent("outsider", scene.tags("barge2"), key=os.urandom(32)):
-        time.sleep(3)
+        refused()
         for host in scene.mesh:
             assert "outsider" not in members(host)
 
@@ -184,7 +208,7 @@ def test_outsider_without_key_does_not_join(scene: Scene) -> None:
 def test_outsider_forges_gossip(scene: Scene, key: bytes | None) -> None:
     """Gossip that an outsider forges, in clear or with another key, changes nothing."""
     before = scene.listed()
-    scene.forge(
+    scene.forge_and_wait(
         ("alive", alive(scene, "outsider", {})),
         ("alive", alive(scene, "barge2", {"wg": "noise"}, incarnation=HUGE)),
         ("dead", {"name": "barge3", "incarnation": HUGE, "from": "barge1"}),
@@ -192,7 +216,6 @@ def test_outsider_forges_gossip(scene: Scene, key: bytes | None) -> None:
         *(("raw", {"hex": os.urandom(200).hex()}) for _ in range(50)),
         key=key,
     )
-    time.sleep(2)
     assert scene.listed() == before
 
 
@@ -212,9 +235,9 @@ def test_outsider_replays_gossip(scene: Scene) -> None:
         )
     packets = [("raw", {"hex": payload.hex()}) for payload in udp_payloads(heard[0])]
     assert len(packets) > 20, "there was gossip to replay"
-    scene.forge(*packets[-400:], key=None)
-    time.sleep(2)
+    scene.forge_and_wait(*packets[-400:], key=None)
     for host in scene.mesh:
+        host.run(["meshd", "sync"])
         assert members(host)["barge3"]["subnet"] == f"{overlay(mover)}/24"
 
 
@@ -260,8 +283,11 @@ def test_key_holder_copies_tags(scene: Scene) -> None:
 
 def test_key_holder_takes_name_of_alive_host(scene: Scene) -> None:
     """A holder of the gossip key under the name of a living host takes nothing from it."""
+    heard = scene.told("Conflicting address for barge2", scene.mesh[0])
     with scene.agent("barge2", {"wg": "noise"}):
-        time.sleep(3)
+        heard()
+        for host in scene.mesh:
+            host.run(["meshd", "sync"])
         scene.unharmed()
 
 
@@ -278,7 +304,7 @@ def test_key_holder_takes_name_of_failed_host(scene: Scene) -> None:
         scene.unharmed()
     with scene.agent("barge3", copied):
         eventually(lambda: scene.tags("barge3") == copied, 10, "with the tags of the host itself")
-        time.sleep(2)
+        scene.mesh[0].run(["meshd", "sync"])
         assert members(scene.mesh[0])["barge3"]["endpoint"] == f"{victim.address}:51820"
         scene.unharmed()
     revive(scene, victim)
@@ -390,8 +416,8 @@ def test_member_signs_for_another_host(scene: Scene, insider: LabHost) -> None:
     """A record that a member signs for another host is refused."""
     victim = keys(scene.mesh[1])[1]
     forged = signed(insider, replace(victim, public_key=keys(insider)[1].public_key), "barge2")
-    scene.forge(("alive", alive(scene, "barge2", forged, incarnation=1000)), targets=1)
-    time.sleep(2)
+    scene.forge_and_wait(("alive", alive(scene, "barge2", forged, incarnation=1000)), targets=1)
+    scene.mesh[0].run(["meshd", "sync"])
     assert state(scene.mesh[0]).roster().hosts["barge2"] == victim
 
 
