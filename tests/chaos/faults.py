@@ -44,7 +44,10 @@ TAKEN = r"WARNING refused .*: another host has its name and has not left"
 # Docker cannot change a network under its containers.
 HELD = r"WARNING set docker network ovl0 .*containers are attached"
 # A host that was forgotten comes back: all others refuse it, and it hears why.
+# A rule that masquerades everything changes connections on loopback, too.
+HIDDEN = r"WARNING (members|tags|contacts): the kernel lists no other end of a connection"
 FORGOTTEN = r"WARNING (refused .*: it left, or was forgotten|membership: the mesh has forgotten this host)"
+EXPLAINED = {"a rule put before": (HIDDEN,)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -380,8 +383,11 @@ FAULTS = {
     ),
     "Docker network removed": Fault(_network_made_again, docker=True, talk=True),
     "containers come and go": Fault(_churn, docker=True, cuts="no host", talk=True),
-    "a masquerade put first": Fault(_masquerade_first, docker=True, cuts="no host", talk=True),
-    **{what: Fault(_hand(what), hand.limit, hand.limit, hand.docker, talk=True) for what, hand in HANDS.items()},
+    "a masquerade put first": Fault(_masquerade_first, docker=True, cuts="no host", talk=True, says=(HIDDEN,)),
+    **{
+        what: Fault(_hand(what), hand.limit, hand.limit, hand.docker, talk=True, says=EXPLAINED.get(what, ()))
+        for what, hand in HANDS.items()
+    },
 }
 # What may happen while hosts are apart, or at the same time on another one: any host, and nobody else has part in it.
 # In one order, or the same seed would draw something else in another process.

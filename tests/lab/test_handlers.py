@@ -118,10 +118,10 @@ def test_handlers_restart_crossed_handshake(alone: Alone) -> None:
             host.run(["wg", "set", "wg0", "peer", other, "remove"])
         for host in pair:
             host.run(["meshd", "sync"])
-        eventually(lambda: min(sent()) > 148, 10, "both have sent an initiation and a response")
+        eventually(lambda: min(sent()) > 148, 30, "both have sent an initiation and a response")
         before = sent()
         alone.hosts[2].run(["serf", "tags", "-set", "hello=world"])
-        eventually(lambda: any(map(int.__gt__, before, sent())), 10, "one of them has re-created its peer")
+        eventually(lambda: any(map(int.__gt__, before, sent())), 30, "one of them has re-created its peer")
     finally:
         alone.lab.switch.run(["nft", "delete", "table", "bridge", "lose"])
     eventually(alone.full_reach, 15, "and they reach each other")

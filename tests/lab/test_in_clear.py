@@ -59,7 +59,7 @@ def test_no_overlay_packet_leaves_before_first_peer(lab: Lab) -> None:
     run_box(one)
     with nothing_in_clear(lab, one), talking(one, two):
         join(two, one, invitation, "--no-docker")
-        assert rtt(one, "box", overlay(two))
+        eventually(lambda: rtt(one, "box", overlay(two)), 15, "the container reaches the other host")
 
 
 def test_capture_detects_overlay_packet_in_clear(lab: Lab) -> None:
