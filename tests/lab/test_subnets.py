@@ -12,6 +12,7 @@ import pytest
 from meshd.lab import images
 from meshd.lab.hosts import Lab, LabHost
 from meshd.mesh import addressing
+from meshd.state.directory import State
 from tests.lab.conftest import eventually, init, join, log, members, nothing_in_clear, ping, rtt, run_box
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
@@ -85,6 +86,8 @@ def test_same_subnet_claimed_in_partition_is_resolved(lab: Lab, used: bool) -> N
         contested = {members(host)[name]["subnet"] for name, host in rivals.items()}
         assert len(contested) == 1, "each side has given it away once"
         address = contested.pop().partition("/")[0]
+        # A confirmed certificate comes before a delegated one. It must not come while the two settle who moves.
+        eventually(lambda: is_confirmed(two), 30, "the authority's side has confirmed its host")
         # Each side talks to its own, and goes on doing so.
         flows = [via.popen(["busybox", "ping", "-i", "0.05", address], stdout=subprocess.PIPE) for via in (one, three)]
         lab.heal()
@@ -131,6 +134,12 @@ def test_known_hosts_moving_to_one_subnet_are_both_told(lab: Lab) -> None:
     eventually(lambda: reach(hosts), 20, "and they reach each other")
     for host in (one, two):
         assert "which is this host's" not in host.run(["meshd", "status"]).stdout
+
+
+def is_confirmed(host: LabHost) -> bool:
+    """Return whether a host publishes a certificate by the authority itself."""
+    claim = State(host.directory / "meshd").claim()
+    return claim is not None and claim.record.certificate.delegation is None
 
 
 def _wait_for_the_loser(rivals: Mapping[str, LabHost]) -> str:
