@@ -1,5 +1,6 @@
 """The `meshd` command: a table of commands, each in a module that is imported only when it runs, and error display."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -116,4 +117,6 @@ def main(ctx: click.Context, state_dir: Path) -> None:
     'meshd COMMAND --help' shows an example, and the environment variable of
     each setting.
     """
+    # For what is logged without a handler, which is all but what the daemon logs.
+    logging.lastResort = output.Warnings(logging.WARNING)
     ctx.obj = State(state_dir)

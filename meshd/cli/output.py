@@ -1,6 +1,7 @@
 """All that commands print goes through here, where it is made printable: one argument is one line."""
 
 import json
+import logging
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -37,6 +38,13 @@ def _tell(kind: str, text: object) -> None:
     """Print a message to standard error. Its further lines are indented, since others may have written a part of it."""
     first, *more = str(text).split("\n")
     show(f"{kind}: {first}", *(f"  {line}" for line in more), error=True)
+
+
+class Warnings(logging.Handler):
+    """Prints as a warning what is logged in a command; the daemon has a log of its own (daemon.log)."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warn(record.getMessage())
 
 
 def exit_if_failed(failures: Iterable[object]) -> None:

@@ -56,8 +56,7 @@ def admit(
     claims = said.claims | _news(view, said.claims, heard or {})
     alive = {member.name for member in members if member.status is Status.ALIVE}
     lost = conflicts.settle(own, hosts, claims, alive, networks=networks, local=local)
-    refused = {name: view.mesh.misplaced(record) for name, record in known.dropped.items() if name not in hosts}
-    refused |= {name: why for name, why in ended.items() if why and name not in known.gone} | said.refused | lost
+    refused = {name: why for name, why in ended.items() if why and name not in known.gone} | said.refused | lost
     gone = {**known.gone, **_kept(known, said.departed)}
     # Of this host itself only what ends it: it goes beyond the tombstone of an earlier host of its name.
     living = {**hosts, own.name: own.record}

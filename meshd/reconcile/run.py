@@ -190,8 +190,7 @@ class _Run:
             changes, failures = self.write(seen.roster, decision)
             restarts, failed = self.restart_handshakes(decision)
             failures += failed
-            for name in before.keys() - usable.keys():
-                log.warning("dropped %s from contacts.json: no host can be at %s", name, before[name])
+            self.tell_dropped({name: before[name] for name in before.keys() - usable.keys()})
             if contacts != before:
                 failures += _tried(CONTACTS, partial(self.state.save_contacts, contacts))
         return Report(
@@ -208,6 +207,13 @@ class _Run:
             lost=membership.lost(contacts, seen.members) if seen.members else {},
             own=self.own,
         )
+
+    def tell_dropped(self, contacts: Mapping[str, Endpoint]) -> None:
+        """Log what an older version of meshd kept on disk, and this one drops."""
+        for name, record in sorted(self.known.dropped.items()):
+            log.warning("dropped %s from hosts.json: its %s", name, self.state.mesh.misplaced(record))
+        for name, endpoint in sorted(contacts.items()):
+            log.warning("dropped %s from contacts.json: no host can be at %s", name, endpoint)
 
     def look(self) -> _Seen:
         """Ask Serf who is there, and decide who of them is a host. Without an answer what was known stays."""

@@ -95,3 +95,10 @@ def test_log_has_one_safe_line_a_message(message: str, error: str) -> None:
 def test_log_examples() -> None:
     """What a member's name can hold is written in a way that can be read."""
     assert LineFormatter("%(levelname)s %(message)s").format(entry(EVIL)) == f"WARNING {SHOWN}"
+
+
+def test_logged_warning_is_printed_by_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is logged while a command runs is printed as its other warnings are."""
+    output.Warnings().handle(entry(EVIL))
+    first, second = capsys.readouterr().err.splitlines()
+    assert f"{first}\\x0a{second.strip()}" == f"Warning: {SHOWN}"
