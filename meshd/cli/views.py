@@ -60,14 +60,14 @@ def _row(name: str, own: Host | None, member: Member | None, report: Report, han
     if record is None:
         tags = member.tags if member else {}
         address = f"{member.address}:{member.port}" if member else "-"
-        gone = "left" if name in report.roster.gone else "refused"
+        has_left = name in report.roster.gone and (not reason or status == "left")
         return Row(
             name=name,
             subnet=printable(tags.get("subnet", "-"), WORD),
             endpoint=address,
-            state=gone if not reason or status == "left" else "refused",
+            state="left" if has_left else "refused",
             handshake=0.0,
-            reason="" if gone == "left" else reason,
+            reason="" if has_left else reason,
         )
     row = _admitted(name, record, status, handshakes.get(record.public_key, 0.0))
     stale = report.roster.stale.get(name, "")

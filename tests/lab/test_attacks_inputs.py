@@ -194,7 +194,7 @@ def endpoint(host: LabHost, member: Member) -> str:
 def test_own_and_broadcast_addresses_are_no_endpoints_of_others(scene: Scene) -> None:
     """A host refuses its own addresses on whatever link, and those by which it broadcasts; others cannot know them."""
     one, two, three = scene.mesh
-    two.run(["ip", "addr", "add", "192.0.2.7/32", "dev", "lo"])
+    two.run(["ip", "addr", "replace", "192.0.2.7/32", "dev", "lo"])
     rogue = Member(scene, "barge6", "172.20.106.0/24")
     for address, port, reason, hosts in (
         ("10.10.10.255", 7, "a broadcast address", scene.mesh),

@@ -10,7 +10,7 @@ from meshd.cli import views
 from meshd.endpoint import Endpoint
 from meshd.errors import MissingError
 from meshd.mesh.model import Member, Record, Status, Tombstone
-from meshd.mesh.roster import Roster
+from meshd.mesh.roster import BURIED, Roster
 from meshd.net.resources import Action, Change, Engine, Peer, Route
 from meshd.reconcile.machine import Area, Failure
 from meshd.reconcile.run import Report
@@ -72,6 +72,13 @@ def test_members_text_shows_left_host(state: State) -> None:
     goodbye = {"barge2": Tombstone(2, public_key("barge2"))}
     text = rows(state, member(1), member(2, Status.LEFT, record(2, seq=2, leaving=True)), gone=goodbye)
     assert text.splitlines()[-1].split()[3] == "left"
+
+
+def test_members_text_shows_why_returning_host_is_refused(state: State) -> None:
+    """A host that has left and is refused now that it is back has the reason in its line."""
+    gone = {"barge2": Tombstone(2, public_key("barge2"))}
+    text = rows(state, member(1), member(2), gone=gone, refused={"barge2": BURIED})
+    assert text.splitlines()[-1].split(maxsplit=5)[3:] == ["refused", "never", BURIED]
 
 
 def test_members_text_shows_unlisted_host_as_failed(state: State) -> None:
