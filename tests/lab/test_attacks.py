@@ -351,7 +351,7 @@ def test_key_holder_forges_leave_and_death(scene: Scene) -> None:
 def insider(scene: Scene) -> Iterator[LabHost]:
     """barge4 as a member, whose agents are stopped: the tests speak in its name."""
     join(scene.stranger, scene.mesh[0], invitation(scene.mesh[0]), "--no-docker")
-    # In its record, too, which the next pass makes anew.
+    # In its record, too, which the next reconcile signs again.
     eventually(lambda: keys(scene.stranger)[1].certificate.delegation is None, 20, "the authority has confirmed it")
     eventually(lambda: confirmed(scene), 45, "and all have its newest record")
     stop_agents(scene.stranger)
@@ -551,9 +551,7 @@ def test_revoked_host_is_cut_off_permanently(scene: Scene, insider: LabHost) -> 
     for host in scene.mesh:
         host.run(["meshd", "up", "--timeout", "1"])
     eventually(scene.is_whole, 60, "the three are back")
-    # It is there, so that each of them could take it in; who has not heard of it yet does not.
-    heard = "its certificate was revoked"
-    eventually(lambda: any(is_refused(host, "barge4", heard) for host in scene.mesh), 45, "it is refused")
+    scene.refused("barge4", "its certificate was revoked")
     scene.unharmed()
     insider.run(["meshd", "leave", "--force"])
 

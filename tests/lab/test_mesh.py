@@ -210,7 +210,7 @@ def test_fourth_host_joins_through_any_and_leaves(mesh: Mesh, via: int) -> None:
         before, others = snapshot(fourth), [snapshot(host) for host in mesh.hosts]
         join(fourth, mesh.hosts[via], mesh.invitation, "--no-docker")
         for host in mesh.hosts:
-            # A peer that is made anew, for its first handshake, has forgotten the packet that waited (docs/adr/0013).
+            # A peer that is re-created, for its first handshake, has forgotten the packet that waited (docs/adr/0013).
             eventually(lambda h=host: rtt(h, "serf0", overlay(fourth, 0)), 6, f"{host.name} reaches barge4")  # type: ignore[misc]
             assert ping(fourth, overlay(host, 1))
         began = time.monotonic()
