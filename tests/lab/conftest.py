@@ -282,6 +282,30 @@ def _without_empty_tables(text: str) -> str:
     return re.sub(r"^:DOCKER-USER - \n", "", kept, flags=re.MULTILINE)
 
 
+LISTEN = """
+import socket, sys
+family = socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET
+s = socket.create_server((sys.argv[1], int(sys.argv[2])), family=family)
+print("here", flush=True)
+while True: s.accept()
+"""
+
+
+@contextmanager
+def listening(host: LabHost, port: int, address: str = "0.0.0.0") -> Iterator[None]:
+    """A service of a host, such as an SSH server."""
+    command = [sys.executable, "-I", "-c", LISTEN, address, str(port)]
+    process = host.popen(command, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    with process.stdout as output:
+        assert output.readline() == "here\n"
+        try:
+            yield
+        finally:
+            host.run(["pkill", "-KILL", "-f", f"create_server.* {port}$"], check=False)
+            process.wait(timeout=10)
+
+
 def rtt(host: LabHost, container: str, target: str, count: int = 1) -> list[float]:
     """Ping from a container; give the round-trip times in milliseconds, in order."""
     done = host.run(

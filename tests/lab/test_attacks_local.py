@@ -6,13 +6,11 @@ barge1 has Docker, barge2 has not, and barge3 is a stranger beside them.
 import base64
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
 from meshd.lab.hosts import Lab, LabHost
-from tests.lab.conftest import assemble, invitation, log, overlay, run_container, serf
+from tests.lab.conftest import assemble, invitation, listening, log, overlay, run_container, serf
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
@@ -102,21 +100,6 @@ def test_no_secret_in_arguments_environment_logs_or_output(hosts: list[LabHost])
 
 
 # --- a malicious container -------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def listening(host: LabHost, port: int) -> Iterator[None]:
-    """A service on all addresses of a host, such as an SSH server."""
-    serve = f"import socket; s = socket.create_server(('0.0.0.0', {port})); print(1, flush=True)"
-    process = host.popen([sys.executable, "-I", "-c", f"{serve}\nwhile True: s.accept()"], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    with process.stdout as output:
-        assert output.readline() == "1\n"
-        try:
-            yield
-        finally:
-            host.run(["pkill", "-KILL", "-f", f"create_server.*{port}"], check=False)
-            process.wait(timeout=10)
 
 
 def connects(host: LabHost, address: str, port: int) -> bool:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from meshd.lab.hosts import Lab, LabHost
-from tests.lab.conftest import SERVER, assemble, eventually, overlay, peers, ping, run_container
+from tests.lab.conftest import SERVER, assemble, eventually, listening, overlay, peers, ping, run_container
 from tests.lab.faults import KILL_DAEMON, restart_docker
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
@@ -29,13 +29,6 @@ def hosts(lab: Lab) -> list[LabHost]:
 
 # --- by IPv6 ---------------------------------------------------------------------------------------------------------
 
-LISTEN = """
-import socket, sys
-family = socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET
-s = socket.create_server((sys.argv[1], int(sys.argv[2])), family=family)
-print("here", flush=True)
-while True: s.accept()
-"""
 CONNECT = """
 import socket, sys
 socket.create_connection((sys.argv[1], 2222), 2)
@@ -60,21 +53,6 @@ wire.send(bytes.fromhex("333300000001") + mac + bytes.fromhex("86dd") + header +
 """
 
 
-@contextmanager
-def listening(host: LabHost, address: str, port: int) -> Iterator[None]:
-    """A service of a host."""
-    command = [sys.executable, "-I", "-c", LISTEN, address, str(port)]
-    process = host.popen(command, stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    with process.stdout as output:
-        assert output.readline() == "here\n"
-        try:
-            yield
-        finally:
-            host.run(["pkill", "-KILL", "-f", f"create_server.* {port}$"], check=False)
-            process.wait(timeout=10)
-
-
 def inside(host: LabHost, container: str, script: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
     """Run a script in the network of a container."""
     pid = host.run(["docker", "inspect", "-f", "{{.State.Pid}}", container]).stdout.strip()
@@ -93,7 +71,7 @@ def six(hosts: list[LabHost]) -> Iterator[str]:
 
 
 def reaches_a_service(host: LabHost) -> bool:
-    with listening(host, "::", 2222):
+    with listening(host, 2222, "::"):
         return inside(host, "six", CONNECT, f"{SIX}%eth0").returncode == 0
 
 
@@ -217,7 +195,7 @@ def test_member_gets_by_the_tunnel_at_other_addresses_of_a_host(hosts: list[LabH
     everywhere = [f"{address}:{port}" for address in elsewhere for port in (8085, 2222)]
     (key,) = peers(two)
     targets = [*published, *everywhere, f"{web}:80", f"{own}:8085", f"{own}:2222"]
-    with listening(one, "0.0.0.0", 2222), open_to_the_overlay(one, "tcp/2222"):
+    with listening(one, 2222), open_to_the_overlay(one, "tcp/2222"):
         # Its own daemon would put this right.
         two.run(["sh", "-ec", KILL_DAEMON])
         try:
@@ -232,7 +210,7 @@ def test_member_gets_by_the_tunnel_at_other_addresses_of_a_host(hosts: list[LabH
 def test_container_gets_at_loopback(one: LabHost) -> None:
     """Without its userland proxy Docker lets the bridge route packets for 127.0.0.0/8."""
     own = f"{overlay(one)}:2223"
-    with listening(one, "127.0.0.1", 2222), listening(one, "0.0.0.0", 2223), open_to_the_overlay(one, "all"):
+    with listening(one, 2222, "127.0.0.1"), listening(one, 2223), open_to_the_overlay(one, "all"):
         done = inside(one, "box", SYN, "eth0", MAC, overlay(one, 1), "127.0.0.1:2222", "127.0.0.1:8081", own)
     assert opened(done) == [own]
 
