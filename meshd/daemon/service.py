@@ -8,8 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from meshd import detached
 from meshd.errors import MeshdError
-from meshd.gossip.serf import clean_environment
 from meshd.state.directory import DEFAULT, State
 
 UNITS = Path("/etc/systemd/system")
@@ -119,19 +119,7 @@ def start(state: State) -> None:
         _systemctl("enable", "--now", unit_name(state))
         return
     arguments = [sys.executable, "-I", "-m", "meshd", "--state-dir", str(state.directory), "agent"]
-    descriptor = os.open(state.agent_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    try:
-        process = subprocess.Popen(
-            arguments,
-            stdin=subprocess.DEVNULL,
-            stdout=descriptor,
-            stderr=descriptor,
-            start_new_session=True,
-            cwd="/",
-            env=clean_environment(),
-        )
-    finally:
-        os.close(descriptor)
+    process = detached.start(arguments, state.agent_log)
     try:
         _wait_for(state, process)
     except BaseException:

@@ -4,7 +4,6 @@ from meshd.gossip.serf.client import Access, Serf
 from meshd.gossip.serf.process import (
     agent_config,
     agents,
-    clean_environment,
     name_conflict,
     own_agents,
     running,
@@ -19,7 +18,6 @@ __all__ = [
     "Serf",
     "agent_config",
     "agents",
-    "clean_environment",
     "name_conflict",
     "own_agents",
     "running",

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -15,6 +14,7 @@ from typing import Any
 
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
+from meshd import detached
 from meshd.endpoint import Endpoint
 from meshd.errors import ConflictError, MissingError, SerfError
 from meshd.gossip.serf.client import Access, Serf
@@ -68,36 +68,19 @@ def start(config_path: Path, log_path: Path, extra: Path | None = None) -> int:
     program = shutil.which("serf")
     if program is None:
         raise MissingError("serf is not installed: apt install serf")
-    # To a file, not to a pipe: a pipe's end would take the agent along with the daemon that reads it.
+    arguments = [program, "agent", f"-config-file={config_path}", *([f"-config-dir={extra}"] if extra else [])]
     try:
-        descriptor = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        process = detached.start(arguments, log_path, flags=os.O_TRUNC)
     except OSError as error:
-        raise SerfError(f"the Serf agent did not start: opening {log_path}: {error.strerror}") from error
-    try:
-        process = subprocess.Popen(
-            [program, "agent", f"-config-file={config_path}", *([f"-config-dir={extra}"] if extra else [])],
-            stdin=subprocess.DEVNULL,
-            stdout=descriptor,
-            stderr=descriptor,
-            start_new_session=True,
-            cwd="/",
-            env=clean_environment(),
-        )
-    except OSError as error:
-        raise SerfError(f"the Serf agent did not start: {error}") from error
-    finally:
-        os.close(descriptor)
+        opening = error.filename == str(log_path)
+        reason = f"opening {log_path}: {error.strerror}" if opening else str(error)
+        raise SerfError(f"the Serf agent did not start: {reason}") from error
     # `_alive` waits for it when it has ended, and Popen must not complain that nobody has before.
     process.returncode = 0
     # Its command line is empty for a moment, and whoever looks for the agent then would start a second one.
     while running(config_path) is None and _alive(process.pid):
         time.sleep(POLL / 10)
     return process.pid
-
-
-def clean_environment() -> dict[str, str]:
-    """Return the environment for what outlives a command: without meshd's settings, which may hold an invitation."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("MESHD_")}
 
 
 def running(config_path: Path) -> int | None:

@@ -1,0 +1,32 @@
+"""Start a process that outlives the command that starts it."""
+
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def start(arguments: Sequence[str], log: Path, *, flags: int = 0) -> "subprocess.Popen[bytes]":
+    """Start a program in a session of its own, with its output appended to a log that only this user can read.
+
+    To a file, not to a pipe: a pipe's end would take the process along with who reads it. `flags` are added to those of
+    open(2). Raises OSError, whose `filename` is the log or the program.
+    """
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | flags, 0o600)
+    try:
+        return subprocess.Popen(
+            arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=descriptor,
+            stderr=descriptor,
+            start_new_session=True,
+            cwd="/",
+            env=_environment(),
+        )
+    finally:
+        os.close(descriptor)
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment without meshd's settings, which may hold an invitation."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("MESHD_")}
