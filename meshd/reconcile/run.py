@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from meshd import files
@@ -222,7 +222,7 @@ class _Run:
         failures: list[Failure] = []
         if ended := own_claim.ended(own, known, self.now):
             failures.append(Failure(Area.MEMBERSHIP, MeshdError(ended)))
-        roster, listed = known, list[Member]()
+        roster, listed = replace(known, dropped={}), list[Member]()
         try:
             listed = [] if self.options.alone else self.machine.members()
             roster = membership.admit(
@@ -334,7 +334,7 @@ def _departed(known: Roster, roster: Roster) -> set[str]:
 def _remember(state: State, known: Roster, roster: Roster, changes: Sequence[Change]) -> list[Failure]:
     """Put on disk what must be known before the changes are made: the hosts, and the sysctls to put back."""
     failures: list[Failure] = []
-    if known.dropped.keys() - roster.dropped.keys() or (roster.hosts, roster.gone) != (known.hosts, known.gone):
+    if known.dropped or (roster.hosts, roster.gone) != (known.hosts, known.gone):
         failures += _tried(HOSTS, partial(state.save_roster, roster))
     originals = state.originals()
     found = {

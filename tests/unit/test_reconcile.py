@@ -6,7 +6,7 @@ from typing import ClassVar, TypeVar
 
 import pytest
 
-from meshd.endpoint import Endpoint, Local
+from meshd.endpoint import Endpoint, LocalAddresses
 from meshd.errors import ApplyError, InputError, MeshdError, MissingError, SerfError
 from meshd.mesh import certificates, tombstones
 from meshd.mesh.model import Host, Member, Status
@@ -358,6 +358,19 @@ def test_hosts_that_older_version_took_are_dropped(host: State, caplog: pytest.L
     assert (again.changes, caplog.messages) == ((), [])
 
 
+def test_dropped_host_is_named_once_while_serf_is_silent(host: State, caplog: pytest.LogCaptureFixture) -> None:
+    """To drop it takes no word of Serf's, and it is not named again by each reconcile until Serf answers."""
+    fake = Fake()
+    fake.silent = SerfError("another agent")
+    host.save_roster(Roster({"barge2": record(2, endpoint=MAPPED), "barge3": record(3)}))
+    for _ in range(2):
+        run(host, fake)
+    assert [text for text in caplog.messages if "barge2" in text] == [
+        f"dropped barge2 from hosts.json: its endpoint {MAPPED} is an IPv4 address in IPv6 spelling"
+    ]
+    assert host.roster().hosts == {"barge3": record(3)}
+
+
 def test_own_endpoint_of_no_host_is_reported(state: State) -> None:
     """A host that an older version let advertise such an address goes on, and says why the others refuse it."""
     state.save_settings(replace(state.settings, advertise=MAPPED.address))
@@ -373,7 +386,7 @@ def test_own_endpoint_of_no_host_is_reported(state: State) -> None:
 def test_newcomer_at_own_address_is_refused(host: State) -> None:
     """The addresses of the machine are asked for, and no newcomer has one of them with this host's port."""
     fake = Fake()
-    fake.machine.local = lambda: Local(frozenset({record(2).endpoint.address}))
+    fake.machine.local = lambda: LocalAddresses(frozenset({record(2).endpoint.address}))
     assert run(host, fake).roster.refused == {"barge2": "its endpoint 10.10.10.102:51820 is this host's own"}
 
 
