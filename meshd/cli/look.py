@@ -23,7 +23,7 @@ def members(state: State, as_json: bool) -> None:
       meshd members --json | jq -r '.[] | select(.state != "alive") | .name'
     """
     report = views.gather(state)
-    rows = views.members(state, report)
+    rows = views.members(report)
     if as_json:
         output.print_json(views.members_json(rows))
     else:

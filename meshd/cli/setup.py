@@ -196,7 +196,7 @@ def _wait(state: State, timeout: float, *, strict: bool, is_new: bool) -> None:
     if terminal:
         output.show_progress("")
     output.show(f"{len(readiness.ready) + 1}/{total} hosts ready", error=True)
-    output.show(*views.members_lines(views.members(state, views.gather(state))))
+    output.show(*views.members_lines(views.members(views.gather(state))))
     _warn_of_firewalls(state)
     if readiness.missing:
         output.warn(

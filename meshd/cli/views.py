@@ -8,7 +8,7 @@ from typing import Any
 from meshd.audit import openings
 from meshd.errors import MeshdError
 from meshd.mesh import conflicts
-from meshd.mesh.model import Host, Member, Record, Status
+from meshd.mesh.model import Member, Record, Status
 from meshd.mesh.roster import View
 from meshd.net import firewall, underlay
 from meshd.net.resources import Change
@@ -16,7 +16,7 @@ from meshd.printable import printable
 from meshd.reconcile import plan
 from meshd.reconcile.machine import Area, wireguard
 from meshd.reconcile.run import Options, Report, sync
-from meshd.state.directory import Claim, State
+from meshd.state.directory import State
 
 # The longest name that a host can have has 63 characters.
 WORD = 64
@@ -39,21 +39,19 @@ def gather(state: State) -> Report:
     return sync(state, Options(dry=True, kinds=frozenset({"device", "peer", "route"})))
 
 
-def members(state: State, report: Report) -> list[Row]:
+def members(report: Report) -> list[Row]:
     """Return a row for each host, each that has left, and each member that is there and refused, sorted by name."""
-    claim = state.claim()
-    own = Host(state.settings.name, claim.record) if claim else None
     listed = {member.name: member for member in report.members}
     handshakes = {peer.public_key: peer.handshake for peer in report.peers}
     roster = report.roster
     names = roster.hosts.keys() | roster.refused.keys() | (listed.keys() & roster.gone.keys())
-    names |= {own.name} if own else set()
-    return [_row(name, own, listed.get(name), report, handshakes) for name in sorted(names)]
+    names |= {report.own.name} if report.own else set()
+    return [_row(name, listed.get(name), report, handshakes) for name in sorted(names)]
 
 
-def _row(name: str, own: Host | None, member: Member | None, report: Report, handshakes: Mapping[str, float]) -> Row:
-    if own is not None and name == own.name:
-        return _admitted(name, own.record, Status.ALIVE.value if member else "offline", None)
+def _row(name: str, member: Member | None, report: Report, handshakes: Mapping[str, float]) -> Row:
+    if report.own is not None and name == report.own.name:
+        return _admitted(name, report.own.record, Status.ALIVE.value if member else "offline", None)
     record = report.roster.hosts.get(name)
     reason = report.roster.refused.get(name, "")
     status = member.status.value if member else Status.FAILED.value
@@ -172,8 +170,8 @@ def status(state: State) -> Facts:
 
 def facts(state: State, report: Report, backend: str, blocked: Sequence[str], now: float) -> Facts:
     """Return what a report says of this host; `backend` is its WireGuard, `blocked` what its firewall blocks."""
-    settings, claim, engine = state.settings, state.claim(), report.engine
-    record = claim.record if claim else None
+    settings, engine = state.settings, report.engine
+    record = report.own.record if report.own else None
     present = [member for member in report.members if member.status is not Status.LEFT]
     unread = [str(f.error) for f in report.failures if f.area is Area.DOCKER or f.subject == "network"]
     return Facts(
@@ -200,7 +198,7 @@ def facts(state: State, report: Report, backend: str, blocked: Sequence[str], no
         peers_with_recent_handshake=sum(now - peer.handshake < plan.FRESH for peer in report.peers),
         pending=[str(change) for change in report.changes],
         refused=dict(sorted(report.roster.refused.items())),
-        problems=[*map(str, report.failures), *_contested(state, claim, report, now), *blocked],
+        problems=[*map(str, report.failures), *_contested(state, report, now), *blocked],
     )
 
 
@@ -245,13 +243,13 @@ def _aligned(lines: Mapping[str, object]) -> list[str]:
     return text
 
 
-def _contested(state: State, claim: Claim | None, report: Report, now: float) -> list[str]:
-    if claim is None:
+def _contested(state: State, report: Report, now: float) -> list[str]:
+    if report.own is None:
         return []
-    view = View(Host(state.settings.name, claim.record), state.mesh, report.roster, now)
-    rivals = conflicts.contested(view, report.members)
+    subnet = report.own.record.subnet
+    rivals = conflicts.contested(View(report.own, state.mesh, report.roster, now), report.members)
     return [
-        f"subnet: {name} has moved to {claim.record.subnet}, which is this host's: 'meshd renumber' on one of the two"
+        f"subnet: {name} has moved to {subnet}, which is this host's: 'meshd renumber' on one of the two"
         for name in rivals
     ]
 

@@ -9,38 +9,36 @@ import pytest
 from meshd.cli import views
 from meshd.endpoint import Endpoint
 from meshd.errors import MissingError
-from meshd.mesh.model import Member, Record, Status, Tombstone
+from meshd.mesh.model import Host, Member, Record, Status, Tombstone
 from meshd.mesh.roster import BURIED, Roster
 from meshd.net.resources import Action, Change, Engine, Peer, Route
 from meshd.reconcile.machine import Area, Failure
 from meshd.reconcile.run import Report
-from meshd.state.directory import Claim, State
+from meshd.state.directory import State
 from tests.conftest import member, public_key, record
 
 NOW = 1_000_000.0
+OWN = Host("barge1", record(1))
 
 
 def rows(
-    state: State,
     *members: Member,
     hosts: Mapping[str, Record] | None = None,
     gone: Mapping[str, Tombstone] | None = None,
     refused: Mapping[str, str] | None = None,
     peers: tuple[Peer, ...] = (),
 ) -> str:
-    state.save_claim(Claim(record(1), settled=True))
-    roster = Roster(hosts or {}, gone or {}, refused or {})
-    return "\n".join(views.members_lines(views.members(state, Report(roster, members, peers=peers)), NOW))
+    report = Report(Roster(hosts or {}, gone or {}, refused or {}), members, peers=peers, own=OWN)
+    return "\n".join(views.members_lines(views.members(report), NOW))
 
 
 def peer(number: int, handshake: float) -> Peer:
     return Peer(public_key(f"barge{number}"), None, (), 25, handshake)
 
 
-def test_members_text_has_one_sorted_line_per_member(state: State) -> None:
+def test_members_text_has_one_sorted_line_per_member() -> None:
     """The members are shown in aligned lines, sorted by name."""
     text = rows(
-        state,
         member(10),
         member(2, Status.FAILED),
         member(1),
@@ -54,47 +52,47 @@ def test_members_text_has_one_sorted_line_per_member(state: State) -> None:
     ]
 
 
-def test_members_text_shows_reason_of_refusal(state: State) -> None:
+def test_members_text_shows_reason_of_refusal() -> None:
     """A refused member is shown with the reason."""
     stranger = Member("mallory", IPv4Address("10.10.10.66"), 7946, Status.ALIVE, {})
-    last = rows(state, member(1), stranger, refused={"mallory": "no record"}).splitlines()[-1]
+    last = rows(member(1), stranger, refused={"mallory": "no record"}).splitlines()[-1]
     assert last.split(maxsplit=5) == ["mallory", "-", "10.10.10.66:7946", "refused", "never", "no record"]
 
 
-def test_members_text_shows_refused_record_of_known_host(state: State) -> None:
+def test_members_text_shows_refused_record_of_known_host() -> None:
     """A known host whose newest record is refused keeps its line and shows the reason."""
-    text = rows(state, member(1), member(2), hosts={"barge2": record(2)}, refused={"barge2": "older than 7"})
+    text = rows(member(1), member(2), hosts={"barge2": record(2)}, refused={"barge2": "older than 7"})
     assert text.splitlines()[-1].split(maxsplit=5)[3:] == ["refused", "never", "older than 7"]
 
 
-def test_members_text_shows_left_host(state: State) -> None:
+def test_members_text_shows_left_host() -> None:
     """A host that has left is shown as `left`."""
     goodbye = {"barge2": Tombstone(2, public_key("barge2"))}
-    text = rows(state, member(1), member(2, Status.LEFT, record(2, seq=2, leaving=True)), gone=goodbye)
+    text = rows(member(1), member(2, Status.LEFT, record(2, seq=2, leaving=True)), gone=goodbye)
     assert text.splitlines()[-1].split()[3] == "left"
 
 
-def test_members_text_shows_why_returning_host_is_refused(state: State) -> None:
+def test_members_text_shows_why_returning_host_is_refused() -> None:
     """A host that has left and is refused now that it is back has the reason in its line."""
     gone = {"barge2": Tombstone(2, public_key("barge2"))}
-    text = rows(state, member(1), member(2), gone=gone, refused={"barge2": BURIED})
+    text = rows(member(1), member(2), gone=gone, refused={"barge2": BURIED})
     assert text.splitlines()[-1].split(maxsplit=5)[3:] == ["refused", "never", BURIED]
 
 
-def test_members_text_shows_unlisted_host_as_failed(state: State) -> None:
+def test_members_text_shows_unlisted_host_as_failed() -> None:
     """A known host that Serf does not list is shown as `failed`."""
-    assert rows(state, member(1), hosts={"barge2": record(2)}).splitlines()[-1].split()[3] == "failed"
+    assert rows(member(1), hosts={"barge2": record(2)}).splitlines()[-1].split()[3] == "failed"
 
 
-def test_members_text_without_serf_shows_offline(state: State) -> None:
+def test_members_text_without_serf_shows_offline() -> None:
     """Without Serf, this host is shown as `offline`."""
-    assert rows(state).split()[3] == "offline"
+    assert rows().split()[3] == "offline"
 
 
-def test_members_text_escapes_control_characters(state: State) -> None:
+def test_members_text_escapes_control_characters() -> None:
     """Control characters in names and tags do not reach the terminal."""
     evil = Member("a\x1b[2Jb\n", IPv4Address("10.10.10.66"), 7946, Status.ALIVE, {"subnet": "\x1b]0;x\x07 y"})
-    text = rows(state, evil, refused={evil.name: "no record"})
+    text = rows(evil, refused={evil.name: "no record"})
     assert len(text.splitlines()) == 2
     assert all(c.isprintable() or c == "\n" for c in text)
 
@@ -103,9 +101,9 @@ def test_members_text_escapes_control_characters(state: State) -> None:
     ("age", "shown"),
     [(0, "0s-ago"), (119, "119s-ago"), (120, "2m-ago"), (7200, "2h-ago"), (200_000, "2d-ago"), (-3, "0s-ago")],
 )
-def test_members_text_shortens_ages(age: int, shown: str, state: State) -> None:
+def test_members_text_shortens_ages(age: int, shown: str) -> None:
     """Ages of handshakes are shown in one unit."""
-    text = rows(state, member(2), hosts={"barge2": record(2)}, peers=(peer(2, NOW - age),))
+    text = rows(member(2), hosts={"barge2": record(2)}, peers=(peer(2, NOW - age),))
     assert text.splitlines()[-1].split()[-1] == shown
 
 
@@ -124,8 +122,7 @@ def test_changes_text_and_json() -> None:
 
 
 def facts(state: State, report: Report, *blocked: str) -> views.Facts:
-    state.save_claim(Claim(record(1), settled=True))
-    return views.facts(state, report, "userspace", blocked, NOW)
+    return views.facts(state, replace(report, own=OWN), "userspace", blocked, NOW)
 
 
 def test_status_json_has_values(state: State) -> None:
