@@ -5,7 +5,7 @@
 
 With a daemon it is a hint: one datagram to the daemon's socket, standard library only, fire and forget (Serf runs
 handlers one after the other and without a time-out, so a slow one holds up everything). Without a daemon it becomes
-`python3 -m meshd.daemon.handler`, which makes a pass by itself. The state directory is its argument, $MESHD_STATE_DIR,
+`python3 -m meshd.daemon.handler`, which reconciles by itself. The state directory is its argument, $MESHD_STATE_DIR,
 or /var/lib/meshd.
 """
 

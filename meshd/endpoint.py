@@ -54,7 +54,7 @@ _parsed = lru_cache(32768)(Endpoint._parse)
 
 
 @dataclass(frozen=True, slots=True)
-class Local:
+class LocalAddresses:
     """Addresses that one host takes for its own, and those by which it reaches everybody on one of its links."""
 
     addresses: frozenset[IPAddress] = frozenset()
@@ -78,7 +78,7 @@ def unusable(address: IPAddress, overlay: IPv4Network) -> str:
     """
     if isinstance(address, IPv6Address):
         return _unusable_ipv6(address, overlay)
-    # A pass asks this of every host, and ipaddress takes a microsecond for each property.
+    # A reconcile asks this of every host, and ipaddress takes a microsecond for each property.
     first = int(address) >> 24
     if first in _NO_HOSTS or address == _BROADCAST:
         return "no address of a host"

@@ -45,6 +45,6 @@ def save_key(path: Path, raw: bytes) -> None:
 
 def public_key(private: bytes) -> str:
     """Return the WireGuard public key (base64) of a private key (32 bytes): X25519 with the base point (RFC 7748)."""
-    from nacl.bindings import crypto_scalarmult_base  # noqa: PLC0415  as above
+    from nacl.bindings import crypto_scalarmult_base  # noqa: PLC0415  libsodium takes 30 ms to load
 
     return base64.b64encode(crypto_scalarmult_base(private)).decode()

@@ -1,4 +1,4 @@
-"""Whether a host's packet filters, other people's too, drop a packet. Pure; `firewall.py` asks for the rules.
+"""Whether a host's packet filters, those of other programs too, surely drop a packet. Pure; net.firewall reads them.
 
 They are said to drop it only where the rules leave no doubt. What cannot be read (named sets and maps, addresses,
 marks, limits, the extensions of iptables) may admit a packet and never drops it: a wrong alarm is worse than none.

@@ -26,7 +26,6 @@ from meshd.daemon.keeper import Keeper
 from meshd.daemon.log import configure as configure_log
 from meshd.errors import InputError, MeshdError
 from meshd.gossip import calls, serf, serf_agent
-from meshd.gossip.serf_agent import stop
 from meshd.net import docker, firewall, links, routes, rules, underlay
 from meshd.net.resources import Engine
 from meshd.reconcile import plan
@@ -382,5 +381,5 @@ def follow_underlay(state: State) -> bool:
     bind = underlay.source_address(contact.address if contact else None)
     settings.check_underlay(bind)
     state.save_found_bind(bind)
-    stop(state)
+    serf_agent.stop(state)
     return True

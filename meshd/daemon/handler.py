@@ -1,4 +1,4 @@
-"""A Serf event without a daemon: reconcile here and now, or answer the query whether that has been done.
+"""Handles one Serf event on a host that runs no daemon: reconciles at once, and answers the other hosts' queries.
 
 Started by handlers/meshd_event.py under anyone's plain `serf agent`, for a host that was set up with `--no-daemon`.
 """

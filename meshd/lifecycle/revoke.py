@@ -1,4 +1,4 @@
-"""What the authority's host ends: a dead host, a host's membership, an invitation."""
+"""`meshd forget` and `revoke`, on the host with the authority: remove a dead host, cut one off, end an invitation."""
 
 from contextlib import suppress
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cache
 from ipaddress import IPv4Network
 
-from meshd.endpoint import Local, destination
+from meshd.endpoint import LocalAddresses, destination
 from meshd.mesh.model import Host, Member, Record, Status
 from meshd.mesh.roster import View
 
@@ -19,7 +19,7 @@ def settle(
     alive: Collection[str],
     *,
     networks: Callable[[], Collection[IPv4Network]],
-    local: Callable[[], Local],
+    local: Callable[[], LocalAddresses],
 ) -> dict[str, str]:
     """Put the claims into `hosts` one by one, incumbents first; return the reasons for those that lose."""
     refused: dict[str, str] = {}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Network
 
-from meshd.endpoint import Endpoint, Local, unusable
+from meshd.endpoint import Endpoint, LocalAddresses, unusable
 from meshd.mesh import conflicts, tombstones
 from meshd.mesh.certificates import CredentialError
 from meshd.mesh.model import Host, Member, Record, Status, Tombstone
@@ -40,7 +40,7 @@ def admit(
     *,
     heard: Mapping[str, Record] | None = None,
     networks: Callable[[], Collection[IPv4Network]] = tuple,
-    local: Callable[[], Local] = Local,
+    local: Callable[[], LocalAddresses] = LocalAddresses,
     left_is_goodbye: bool = False,
 ) -> Roster:
     """Decide who is a host, from Serf's members and what this host knew before.

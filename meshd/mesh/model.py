@@ -1,8 +1,6 @@
-"""The nouns of meshd, as frozen dataclasses.
+"""The nouns of a mesh, as frozen dataclasses: `Member` (Serf's view), `Record` (what a host publishes), and more.
 
-Two groups. What the mesh says: `Member` (Serf's view), `Record` (what a host publishes), `Host` (an admitted
-member). What a machine has: the resources (`Link`, `Route`, `Peer`, …), each with a `key` that names it; the
-difference between the resources that should be and those that are is a list of `Change`.
+Those of a machine (`Link`, `Route`, `Peer`, …) are in meshd.net.resources.
 """
 
 import re
@@ -157,6 +155,3 @@ class Revocation:
     serial: int
     name: str
     signature: bytes
-
-
-# --- what a machine has --------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What a host knows of the others, and how it judges by that what a member says. Pure."""
+"""What a host knows of the others (Roster), and how it checks a member's record against that (View). Pure."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
-from threading import Event
+from threading import Event, Thread
 from typing import Any, ClassVar
 
 from meshd.errors import ApplyError, ConflictError, MeshdError, MissingError
@@ -22,7 +22,6 @@ TIMEOUT = 20
 ASK_TIMEOUT = 3
 PAUSE = 1.0
 LOOK = 2.0
-# How the hints begin after which the engine may be another one.
 _BRIDGE_NAME = "com.docker.network.bridge.name"
 _MTU = "com.docker.network.driver.mtu"
 _ADVICE = "start it (systemctl start docker), install it (apt install docker.io), or pass --no-docker"
@@ -230,8 +229,6 @@ def _follow(client: Any, name: str, hint: Callable[[str], None], stop: Event) ->
 
 @contextmanager
 def _ended_by(stop: Event, end: Callable[[], None]) -> Iterator[None]:
-    from threading import Thread  # noqa: PLC0415
-
     over = Event()
 
     def wait() -> None:

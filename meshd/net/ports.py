@@ -1,4 +1,4 @@
-"""The containers' links on the bridge, by rtnetlink.
+"""Containers' links that have lost the bridge: found, and plugged in again, by rtnetlink.
 
 Deleting the bridge detaches all of them, and Docker does not attach them again while the containers run. Such a
 link is one end of a veth pair without a master, and the other end, in another namespace, has an address of the overlay.

@@ -8,7 +8,7 @@ from typing import Any
 
 from pyroute2.netlink.exceptions import NetlinkError
 
-from meshd.endpoint import IPAddress, Local
+from meshd.endpoint import IPAddress, LocalAddresses
 from meshd.errors import InputError
 from meshd.net.netlink import (
     RT_TABLE_LOCAL,
@@ -97,7 +97,7 @@ def networks(overlay: IPv4Network, ignore_links: Collection[str]) -> list[IPv4Ne
     return sorted(found)
 
 
-def local() -> Local:
+def local() -> LocalAddresses:
     """Return the addresses that the kernel takes for this host's own, and those that broadcast. Raises ApplyError."""
     lengths: dict[int, int] = {socket.AF_INET: 4, socket.AF_INET6: 16}
     found: dict[int, set[IPAddress]] = {RTN_LOCAL: set(), RTN_BROADCAST: set()}
@@ -106,7 +106,7 @@ def local() -> Local:
         destination, length = attributes(row, RTMSG_LENGTH).get(RTA_DST, b""), lengths.get(row[0], 0)
         if row[7] in found and length and row[1] == 8 * length == 8 * len(destination):
             found[row[7]].add(ip_address(destination))
-    return Local(frozenset(found[RTN_LOCAL]), frozenset(found[RTN_BROADCAST]))
+    return LocalAddresses(frozenset(found[RTN_LOCAL]), frozenset(found[RTN_BROADCAST]))
 
 
 def _holder(ipr: Any, address: IPAddress) -> Any | None:

@@ -7,7 +7,7 @@ from functools import cache, partial
 from ipaddress import IPv4Network
 from typing import ClassVar
 
-from meshd.endpoint import Local
+from meshd.endpoint import LocalAddresses
 from meshd.errors import ApplyError, MeshdError
 from meshd.gossip.serf_agent import access, members
 from meshd.mesh.model import Member
@@ -67,7 +67,7 @@ class Machine:
         engine: Callable[[], Engine | None],
         mtu: Callable[[], int],
         networks: Callable[[], Collection[IPv4Network]],
-        local: Callable[[], Local] = Local,
+        local: Callable[[], LocalAddresses] = LocalAddresses,
         ipv6: bool = True,
     ) -> None:
         self.adapters = tuple(adapters)

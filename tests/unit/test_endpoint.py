@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshd.endpoint import Endpoint, IPAddress, Local, destination, unusable
+from meshd.endpoint import Endpoint, IPAddress, LocalAddresses, destination, unusable
 from tests.conftest import OVERLAY
 
 
@@ -86,7 +86,7 @@ def test_endpoint_behind_translator_is_that_of_its_ipv4_address() -> None:
 
 def test_own_address_is_occupied_by_own_port() -> None:
     """Another host is not at this host's own WireGuard, and at no broadcast address; other ports may be forwarded."""
-    local = Local(frozenset({ip_address("10.10.10.101")}), frozenset({ip_address("10.10.10.255")}))
+    local = LocalAddresses(frozenset({ip_address("10.10.10.101")}), frozenset({ip_address("10.10.10.255")}))
     occupied = {
         ("10.10.10.101", 51820): "this host's own",
         ("10.10.10.101", 51821): "",

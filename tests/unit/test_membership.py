@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshd.endpoint import Endpoint, Local
+from meshd.endpoint import Endpoint, LocalAddresses
 from meshd.mesh import certificates, conflicts, membership, tombstones
 from meshd.mesh.membership import MAX_STRANGERS, admit, contacts
 from meshd.mesh.model import Certificate, Host, Member, Record, Status, Tombstone
@@ -366,7 +366,7 @@ def test_leaving_record_counts_whatever_its_endpoint(address: str) -> None:
 
 def test_own_and_broadcast_addresses_are_refused_to_others() -> None:
     """No other host has this host's address with its WireGuard port, or a broadcast address; a known one stays."""
-    local = Local(frozenset({ip_address("192.0.2.7")}), frozenset({ip_address("10.10.10.255")}))
+    local = LocalAddresses(frozenset({ip_address("192.0.2.7")}), frozenset({ip_address("10.10.10.255")}))
     for endpoint, reason in (
         (at("192.0.2.7"), "its endpoint 192.0.2.7:51820 is this host's own"),
         (at("64:ff9b::192.0.2.7"), "its endpoint [64:ff9b::c000:207]:51820 is this host's own"),
@@ -382,7 +382,7 @@ def test_own_and_broadcast_addresses_are_refused_to_others() -> None:
 
 def test_own_address_with_another_port_is_admitted() -> None:
     """Another port of an own address may be forwarded to another host, and hosts behind one NAT share an address."""
-    local = Local(frozenset({OWN.record.endpoint.address}))
+    local = LocalAddresses(frozenset({OWN.record.endpoint.address}))
     one, two = (member(n, of=record(n, endpoint=Endpoint(OWN.record.endpoint.address, 51820 + n))) for n in (2, 3))
     assert sorted(admit(View(OWN, MESH, Roster(), NOW), [one, two], local=lambda: local).hosts) == ["barge2", "barge3"]
 

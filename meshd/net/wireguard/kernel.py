@@ -56,7 +56,7 @@ def delete_link(name: str, kinds: Sequence[str]) -> None:
 
 
 class Kernel:
-    """The adapter of a kernel device; see `meshd.wireguard.WireGuard`."""
+    """The adapter of a kernel device; see `contract.WireGuard`."""
 
     kinds: ClassVar[frozenset[str]] = frozenset({"device", "peer"})
     backend = "kernel"

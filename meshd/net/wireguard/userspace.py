@@ -33,7 +33,7 @@ def is_running(name: str) -> bool:
 
 
 class Userspace:
-    """The adapter of a wireguard-go device; see `meshd.wireguard.WireGuard`."""
+    """The adapter of a wireguard-go device; see `contract.WireGuard`."""
 
     kinds: ClassVar[frozenset[str]] = frozenset({"device", "peer"})
     backend = "userspace"
