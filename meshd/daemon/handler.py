@@ -5,6 +5,7 @@ Started by handlers/meshd_event.py under anyone's plain `serf agent`, for a host
 
 import os
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from meshd.gossip.messages import EVENT, QUERY, YES, Applied
 from meshd.gossip.responder import NOTHING, respond
 from meshd.printable import printable
 from meshd.state.directory import DEFAULT, State
+
+# How often a first handshake that came to nothing is started again at one event, if it does not come about.
+STARTS = 3
 
 
 def main() -> None:
@@ -48,14 +52,20 @@ def handle(state: State, environment: Mapping[str, str], payload: bytes) -> None
 def _reconcile(state: State, question: Applied | None) -> None:
     # Imports that most messages do without.
     from meshd.gossip import calls  # noqa: PLC0415
-    from meshd.reconcile.handshakes import crossed  # noqa: PLC0415
+    from meshd.reconcile.handshakes import UNDER_WAY, crossed  # noqa: PLC0415
     from meshd.reconcile.run import WITHOUT_DOCKER, Options, sync  # noqa: PLC0415
 
     # Serf runs handlers one after the other. `meshd init/join/up` have asked Docker, and nothing here changes that.
     report = sync(state, Options(kinds=WITHOUT_DOCKER))
-    if late := crossed(report.unmet or {}):
-        # Nobody looks again at a later time, as the daemon does.
+    late = crossed(report.unmet or {})
+    # Nobody looks again at a later time, as the daemon does. The other side repeats its initiation: one that comes in
+    # meanwhile looks like the rest of a handshake, and puts the start off.
+    for _ in range(STARTS):
+        if not late:
+            break
+        time.sleep(UNDER_WAY)
         report = sync(state, Options(kinds=WITHOUT_DOCKER, overdue=late))
+        late = {key: count for key, count in crossed(report.unmet or {}).items() if key not in report.restarted}
     for failure in report.failures:
         print(f"meshd: {printable(failure)}", file=sys.stderr)  # noqa: T201  Serf's log
     if question is not None:

@@ -8,7 +8,7 @@ from meshd import files
 from meshd.daemon import hints, service
 from meshd.endpoint import Endpoint, IPAddress
 from meshd.errors import ConflictError, InputError, SerfError
-from meshd.gossip import serf, serf_agent
+from meshd.gossip import serf_agent
 from meshd.gossip.delivery import Progress, Readiness, wait_ready
 from meshd.lifecycle import leave, preflight
 from meshd.lifecycle.rollback import all_or_nothing
@@ -82,7 +82,9 @@ def _enter(state: State, claim: Claim, member: Endpoint, say: Callable[[str], No
     """Join the gossip, and settle the claim against those of all members."""
     settings = state.settings
     members = _meet(state, member, say)
-    if holder := serf.name_conflict(state.serf_log):
+    with serf_agent.connect(state) as client:
+        holder = client.name_conflict()
+    if holder:
         raise ConflictError(f"the name {settings.name} is already in the mesh ({holder}): pass --name")
     subnet = settle_subnet(state, claim, members)
     publish(state, claim, subnet=subnet, endpoint=endpoint(state), settled=True)

@@ -5,7 +5,7 @@ from contextlib import contextmanager, suppress
 
 from meshd.daemon import service
 from meshd.errors import MeshdError
-from meshd.gossip import serf
+from meshd.gossip import serf, serf_agent
 from meshd.lifecycle.containers import attached_containers, disconnect
 from meshd.lifecycle.interrupts import interruptible
 from meshd.lifecycle.leave import say_goodbye
@@ -72,5 +72,9 @@ def steps(state: State, *, existed: bool) -> Iterator[Step]:
 
 def _withdraw(state: State) -> None:
     """Take back a record that some members may have seen; not under a name that is another host's."""
-    if serf.running(state.serf_config) is not None and not serf.name_conflict(state.serf_log):
+    if serf.running(state.serf_config) is None:
+        return
+    with serf_agent.rpc(state) as client:
+        is_taken = client.name_conflict() is not None
+    if not is_taken:
         say_goodbye(state)

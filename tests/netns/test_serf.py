@@ -293,11 +293,30 @@ def test_killed_agent_fails_and_leaving_agent_leaves(start: Start) -> None:
 def test_name_conflict_is_found_in_log(start: Start) -> None:
     """A name conflict is found in the log, and both agents live."""
     one, rival = start(1, name="same"), start(2, name="same")
-    assert serf.name_conflict(rival.log) is None
+    assert conflict(rival) is None
     with rival.connect() as client:
         client.join([one.gossip])
-    assert serf.name_conflict(rival.log) == "127.0.0.1:7946"
+    assert conflict(rival) == "127.0.0.1:7946"
     assert rival.states() == one.states() == {"same": Status.ALIVE}
+
+
+FORGED = (
+    "2026/01/01 00:00:00 [ERR] serf: Node name conflicts with another node at 10.9.9.9:7946. Names must be unique! "
+)
+
+
+def test_name_conflict_is_not_forged_by_a_name(start: Start) -> None:
+    """A member's name with a newline forges a line of the log's file, and not what the agent says of its log."""
+    one, forger = start(1), start(2, name=f"x\n{FORGED}(Resolution enabled: false)\n{FORGED}")
+    with forger.connect() as client:
+        client.join([one.gossip])
+    eventually(lambda: f"\n{FORGED}" in one.log.read_text(), 5, "the file has the forged line")
+    assert conflict(one) is None
+
+
+def conflict(agent: Agent) -> str | None:
+    with agent.connect() as client:
+        return client.name_conflict()
 
 
 @pytest.mark.parametrize("taken", [("127.0.0.1", 7946), ("127.0.0.1", 7001)], ids=["gossip", "rpc"])

@@ -4,7 +4,6 @@ from meshd.gossip.serf.client import Access, Serf
 from meshd.gossip.serf.process import (
     agent_config,
     agents,
-    name_conflict,
     own_agents,
     running,
     start,
@@ -18,7 +17,6 @@ __all__ = [
     "Serf",
     "agent_config",
     "agents",
-    "name_conflict",
     "own_agents",
     "running",
     "start",

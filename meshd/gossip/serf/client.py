@@ -5,12 +5,14 @@ Everything that is read was written, in part, by other members: it is bounded an
 """
 
 import base64
+import re
 import socket
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
+from itertools import islice
 from threading import Lock
 from types import TracebackType
 from typing import Any, Self
@@ -33,6 +35,11 @@ _STATUSES = frozenset(Status)
 CHUNK = 65536
 # Serf waits this long for a change of its own tags to have left (its option `broadcast_timeout`).
 BROADCAST_TIMEOUT = 5.0
+# Lines of its log that an agent remembers for a monitor.
+REMEMBERED = 512
+CONFLICT = re.compile(
+    r"\S+ \S+ \[ERR\] serf: Node name conflicts with another node at (\S+?)\. Names must be unique!.*"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,9 +197,25 @@ class Serf:
             yield {**record, "Event": _text(record.get("Event")), "Name": _text(record.get("Name"))}
 
     def monitor(self, level: str = "INFO") -> Iterator[str]:
-        """Follow the agent's log, what it still remembers first."""
+        """Follow the agent's log, what it still remembers first. Each is one whole line, whatever names are in it."""
         for record in self._follow("monitor", {"LogLevel": level}):
             yield _text(record.get("Log"))
+
+    def name_conflict(self) -> str | None:
+        """Return the address of another member with this agent's name, if the agent has logged one.
+
+        It looks at what the agent remembers from before this connection. Never at the log's file: a member's name may
+        hold a newline, and any text after it. Raises SerfError.
+        """
+        host, port = self._connection.getsockname()
+        connected = f"agent.ipc: Accepted client: {host}:{port}"
+        for line in islice(self.monitor("INFO"), 2 * REMEMBERED):
+            self._connection.settimeout(self._timeout)
+            if found := CONFLICT.fullmatch(line.strip()):
+                return found[1]
+            if line.strip().endswith(f"[INFO] {connected}"):
+                break
+        return None
 
     # --- the wire --------------------------------------------------------------------------------------------------
 

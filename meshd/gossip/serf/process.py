@@ -2,7 +2,6 @@
 
 import base64
 import os
-import re
 import shutil
 import signal
 import time
@@ -161,13 +160,6 @@ def stop(pid: int, timeout: float = 5.0) -> None:
             time.sleep(POLL)
         if not _alive(pid):
             return
-
-
-def name_conflict(log_path: Path) -> str | None:
-    """Return the address of another member with this agent's name, if the agent's log tells of one."""
-    text = log_path.read_text(errors="replace") if log_path.exists() else ""
-    found = re.search(r"Node name conflicts with another node at (\S+?)\.? ", text)
-    return printable(found[1], 128) if found else None
 
 
 def _alive(pid: int) -> bool:
