@@ -16,7 +16,7 @@ from meshd.gossip.responder import NOTHING, respond
 from meshd.printable import printable
 from meshd.state.directory import DEFAULT, State
 
-# How often a first handshake that came to nothing is started again at one event, if it does not come about.
+# How often one event tries to start a first handshake again, while messages of the other side keep putting that off.
 STARTS = 3
 
 

@@ -112,6 +112,12 @@ def connect(state: State, timeout: float = 10.0) -> serf.Serf:
     return Retrying(stop=stop_after_delay(timeout), wait=wait_fixed(0.02), reraise=True)(find)
 
 
+def name_conflict(state: State) -> str | None:
+    """Return the address of another member with this host's name, if the agent has met one. Raises SerfError."""
+    with connect(state) as client:
+        return client.name_conflict()
+
+
 def stop(state: State) -> None:
     """End the Serf agent without a goodbye: the others keep this host's peer."""
     pid = serf.running(state.serf_config)

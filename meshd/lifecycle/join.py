@@ -82,9 +82,7 @@ def _enter(state: State, claim: Claim, member: Endpoint, say: Callable[[str], No
     """Join the gossip, and settle the claim against those of all members."""
     settings = state.settings
     members = _meet(state, member, say)
-    with serf_agent.connect(state) as client:
-        holder = client.name_conflict()
-    if holder:
+    if holder := serf_agent.name_conflict(state):
         raise ConflictError(f"the name {settings.name} is already in the mesh ({holder}): pass --name")
     subnet = settle_subnet(state, claim, members)
     publish(state, claim, subnet=subnet, endpoint=endpoint(state), settled=True)

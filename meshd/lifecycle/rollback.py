@@ -72,9 +72,5 @@ def steps(state: State, *, existed: bool) -> Iterator[Step]:
 
 def _withdraw(state: State) -> None:
     """Take back a record that some members may have seen; not under a name that is another host's."""
-    if serf.running(state.serf_config) is None:
-        return
-    with serf_agent.rpc(state) as client:
-        is_taken = client.name_conflict() is not None
-    if not is_taken:
+    if serf.running(state.serf_config) is not None and not serf_agent.name_conflict(state):
         say_goodbye(state)

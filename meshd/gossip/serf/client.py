@@ -37,9 +37,7 @@ CHUNK = 65536
 BROADCAST_TIMEOUT = 5.0
 # Lines of its log that an agent remembers for a monitor.
 REMEMBERED = 512
-CONFLICT = re.compile(
-    r"\S+ \S+ \[ERR\] serf: Node name conflicts with another node at (\S+?)\. Names must be unique!.*"
-)
+CONFLICT = re.compile(r"\[ERR\] serf: Node name conflicts with another node at (\S+?)\. Names must be unique!.*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,12 +206,13 @@ class Serf:
         hold a newline, and any text after it. Raises SerfError.
         """
         host, port = self._connection.getsockname()
-        connected = f"agent.ipc: Accepted client: {host}:{port}"
-        for line in islice(self.monitor("INFO"), 2 * REMEMBERED):
-            self._connection.settimeout(self._timeout)
-            if found := CONFLICT.fullmatch(line.strip()):
+        last = f"[INFO] agent.ipc: Accepted client: {host}:{port}"
+        for record in islice(self._follow("monitor", {"LogLevel": "INFO"}, self._timeout), 2 * REMEMBERED):
+            _date, _, rest = _text(record.get("Log")).strip().partition(" ")
+            _time, _, line = rest.partition(" ")
+            if found := CONFLICT.fullmatch(line):
                 return found[1]
-            if line.strip().endswith(f"[INFO] {connected}"):
+            if line == last:
                 break
         return None
 
@@ -228,10 +227,12 @@ class Serf:
             raise SerfError(f"{command}: {error}")
         return answer
 
-    def _follow(self, command: str, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    def _follow(
+        self, command: str, request: Mapping[str, Any], timeout: float | None = None
+    ) -> Iterator[dict[str, Any]]:
         seq = self._send(command, request)
         self._header(seq)
-        self._connection.settimeout(None)
+        self._connection.settimeout(timeout)
         while True:
             header = self._read()
             # The answer to `respond` comes in between: it has a header alone.
