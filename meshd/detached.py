@@ -2,8 +2,10 @@
 
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from meshd.interrupts import uninterrupted
 
 
 def start(arguments: Sequence[str], log: Path, *, flags: int = 0) -> "subprocess.Popen[bytes]":
@@ -25,6 +27,24 @@ def start(arguments: Sequence[str], log: Path, *, flags: int = 0) -> "subprocess
         )
     finally:
         os.close(descriptor)
+
+
+def start_until(
+    ready: Callable[["subprocess.Popen[bytes]"], None], arguments: Sequence[str], log: Path
+) -> "subprocess.Popen[bytes]":
+    """Start a program, and wait for `ready`, which is given its process; end it if that fails or is interrupted."""
+    process = None
+    try:
+        with uninterrupted():
+            process = start(arguments, log)
+        ready(process)
+    except BaseException:
+        with uninterrupted():
+            if process is not None:
+                process.kill()
+                process.wait()
+        raise
+    return process
 
 
 def _environment() -> dict[str, str]:

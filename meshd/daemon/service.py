@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from meshd import detached
@@ -119,14 +120,8 @@ def start(state: State) -> None:
         _systemctl("enable", "--now", unit_name(state))
         return
     arguments = [sys.executable, "-I", "-m", "meshd", "--state-dir", str(state.directory), "agent"]
-    process = detached.start(arguments, state.agent_log)
-    try:
-        _wait_for(state, process)
-    except BaseException:
-        # Until it holds its lock nobody else knows of it.
-        process.kill()
-        process.wait()
-        raise
+    # Until it holds its lock nobody else knows of it.
+    detached.start_until(partial(_wait_for, state), arguments, state.agent_log)
 
 
 def _wait_for(state: State, process: "subprocess.Popen[bytes]") -> None:

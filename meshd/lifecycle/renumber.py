@@ -6,8 +6,8 @@ from ipaddress import IPv4Network
 
 from meshd.daemon import hints
 from meshd.errors import InputError, MeshdError
+from meshd.interrupts import interruptible
 from meshd.lifecycle.containers import attach, attached_containers, disconnect
-from meshd.lifecycle.interrupts import interruptible
 from meshd.mesh.addressing import is_allowed
 from meshd.net.docker import DockerNetwork
 from meshd.reconcile.renumber import renumber as move

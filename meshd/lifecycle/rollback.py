@@ -6,8 +6,8 @@ from contextlib import contextmanager, suppress
 from meshd.daemon import service
 from meshd.errors import MeshdError
 from meshd.gossip import serf, serf_agent
+from meshd.interrupts import interruptible
 from meshd.lifecycle.containers import attached_containers, disconnect
-from meshd.lifecycle.interrupts import interruptible
 from meshd.lifecycle.leave import say_goodbye
 from meshd.lifecycle.up import stop_serf
 from meshd.reconcile.run import Report, dismantle

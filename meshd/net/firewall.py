@@ -11,6 +11,7 @@ from threading import Event
 from typing import Any, ClassVar
 
 from meshd.errors import ApplyError, MissingError
+from meshd.interrupts import uninterrupted
 from meshd.net.netlink import notifications, subscribe
 from meshd.net.resources import Action, Chain, Change, IptablesRule, Resource, Rule, Table
 
@@ -27,9 +28,10 @@ def run(argv: Sequence[str], text: str = "") -> "subprocess.CompletedProcess[str
     Comments hold any bytes; what is no text in them is replaced, since nothing of meshd's is in need of it.
     """
     try:
-        return subprocess.run(
-            argv, input=text, capture_output=True, encoding="utf-8", errors="replace", check=False, timeout=TIMEOUT
-        )
+        with uninterrupted():
+            return subprocess.run(
+                argv, input=text, capture_output=True, encoding="utf-8", errors="replace", check=False, timeout=TIMEOUT
+            )
     except FileNotFoundError:
         raise MissingError(f"{argv[0]} is not installed: apt install {PACKAGES[argv[0]]}") from None
     except subprocess.TimeoutExpired:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from meshd.errors import ApplyError, MissingError
+from meshd.interrupts import uninterrupted
 from meshd.keys import public_key
 from meshd.net.resources import Action, Change, Device, Peer, Resource
 from meshd.net.wireguard.contract import PROGRAM, check_key, peer_update
@@ -146,20 +147,21 @@ def _start(name: str) -> None:
     if program is None:
         raise MissingError(f"starting {PROGRAM} for {name}: it is not installed: apt install {PROGRAM}")
     try:
-        done = subprocess.run(
-            [program, name],
-            stdin=subprocess.DEVNULL,
-            # What it says until it is in the background; from then on its output goes to /dev/null.
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            # Nothing of meshd's environment (which may hold secrets) stays readable in a long-lived process. The last
-            # one is for old versions, which refuse to run where the kernel has WireGuard.
-            env={"PATH": os.environ.get("PATH", os.defpath), "WG_I_PREFER_BUGGY_USERSPACE_TO_POLISHED_KMOD": "1"},
-            cwd="/",
-            start_new_session=True,
-            timeout=TIMEOUT,
-            check=False,
-        )
+        with uninterrupted():
+            done = subprocess.run(
+                [program, name],
+                stdin=subprocess.DEVNULL,
+                # What it says until it is in the background; from then on its output goes to /dev/null.
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                # Nothing of meshd's environment (which may hold secrets) stays readable in a long-lived process. The
+                # last one is for old versions, which refuse to run where the kernel has WireGuard.
+                env={"PATH": os.environ.get("PATH", os.defpath), "WG_I_PREFER_BUGGY_USERSPACE_TO_POLISHED_KMOD": "1"},
+                cwd="/",
+                start_new_session=True,
+                timeout=TIMEOUT,
+                check=False,
+            )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ApplyError(f"starting {PROGRAM}: {error}") from error
     if done.returncode or not _wait(lambda: is_running(name), TIMEOUT):
