@@ -95,24 +95,29 @@ def forget(state: State, name: str) -> None:
 
 @click.command()
 @click.argument("name")
+@click.option("--with-hosts", is_flag=True, help="Exclude the hosts that joined with the invitation as well.")
 @click.pass_obj
 @as_root
-def revoke(state: State, name: str) -> None:
+def revoke(state: State, name: str, *, with_hosts: bool) -> None:
     """Exclude a host, or end an invitation.
 
     All others cut off the host NAME permanently. A reusable invitation with which NAME joined ends too; hosts that
-    joined with it, and that the authority has not met since, have to join again. NAME keeps the gossip key: it can
-    still see who is in the mesh, but nobody talks to it.
+    joined with it, and that the authority has not met since, have to join again. The others are listed; --with-hosts
+    excludes them as well. NAME keeps the gossip key: it can still see who is in the mesh, but nobody talks to it.
 
     \b
     Example:
       meshd revoke web3
-      meshd revoke invitation-1f2e3d4c5b6a7988
+      meshd revoke invitation-1f2e3d4c5b6a7988 --with-hosts
     """
-    names, heard = lifecycle.revoke(state, name)
-    for revoked in names:
+    done = lifecycle.revoke(state, name, with_hosts=with_hosts)
+    for revoked in done.names:
         output.show(f"{revoked} is revoked.")
-    _print_who_has_heard(heard)
+    if done.stay:
+        names = ", ".join(done.stay)
+        output.show(f"Joined with the invitation and keep their certificates: {names}.")
+        output.show("To exclude one of these, run 'meshd revoke HOST'.")
+    _print_who_has_heard(done.heard)
 
 
 def _print_who_has_heard(heard: Readiness) -> None:

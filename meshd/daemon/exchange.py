@@ -26,6 +26,7 @@ from meshd.errors import MeshdError, SerfError
 from meshd.gossip import calls, messages, serf_agent
 from meshd.gossip.messages import EVENT, GONE, QUERY, RECORD, YES, Applied, AskTombstones
 from meshd.gossip.responder import Reply, merge_tombstones, respond
+from meshd.mesh.membership import is_news
 from meshd.mesh.model import Record
 from meshd.mesh.roster import Roster
 from meshd.mesh.tombstones import Tombstones
@@ -153,7 +154,7 @@ class Exchange:
         """Keep a record that its owner has signed for the next reconcile, unless the tags have brought it already."""
         with self._sharing:
             known = self.heard.get(name)
-            if (known is not None and record.seq <= known.seq) or not self._is_news(name, record):
+            if (known is not None and not record.replaces(known)) or not self._is_news(name, record):
                 return
             if known is None and len(self.heard) >= MAX_HEARD:
                 return  # the tags bring it as well
@@ -162,13 +163,13 @@ class Exchange:
 
     def _is_news(self, name: str, record: Record) -> bool:
         """Return whether a reconcile may use a record. One that never counts must not keep out others."""
-        if name == self.state.settings.name or record.leaving or record.seq <= self._applied.get(name, 0):
+        if name == self.state.settings.name or record.leaving:
             return False
-        return not self._roster.ended(name, record, time.time())
+        last = self._roster.hosts.get(name) if name in self._applied else None
+        return is_news(record, last) and not self._roster.ended(name, record, time.time())
 
     def _hint_at(self, tombstones: Tombstones) -> None:
-        names = [*tombstones.gone, *(r.name for r in tombstones.revoked.values())]
-        self.hint(Hint(Source.MESH, "tombstone of " + ", ".join(sorted(set(names)))[:80]))
+        self.hint(Hint(Source.MESH, "tombstone of " + ", ".join(sorted(tombstones.names))[:80]))
 
     def _wait_for(self, question: Applied, answer: Respond) -> None:
         if question.name == self.state.settings.name:

@@ -127,14 +127,15 @@ def announce(state: State, record: Record) -> None:
 
 
 def look_up_record(state: State, name: str, of: Collection[str]) -> Record | None:
-    """Ask members, MOST_ASKED of them at random, for the newest record of a host. Raises SerfError."""
-    found = []
+    """Ask members, MOST_ASKED of them at random, for a host's record; return that which counts. Raises SerfError."""
+    found: Record | None = None
     for _, raw in _ask(state, RECORD, name.encode(), _some(of)):
         with suppress(RecordError, CredentialError):
             record = from_wire(raw, state.mesh.overlay, state.mesh.subnet_length)
             state.mesh.check(name, record)
-            found.append(record)
-    return max(found, key=lambda record: record.seq, default=None)
+            if found is None or record.replaces(found):
+                found = record
+    return found
 
 
 def request_confirmation(state: State) -> bool:

@@ -1,7 +1,6 @@
 """What is done with another host's message, by the daemon and by a handler without one."""
 
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from meshd.gossip.messages import (
     YES,
@@ -94,14 +93,12 @@ def merge_tombstones(state: State, tombstones: Tombstones) -> bool:
     """Keep tombstones from other hosts for the next reconcile to act on; return whether one of them is news."""
     with state.lock():
         known, claim = state.roster(), state.claim()
-        own = state.settings.name
-        # What ended an earlier host of this name is over, and what this host signs as it leaves is no news to itself;
-        # but it must learn that it has been forgotten (see claim.ENDED).
-        staying = claim.record if claim is not None and not claim.record.leaving else None
-        current = {n: t for n, t in tombstones.gone.items() if n != own or (staying is not None and t.voids(staying))}
-        host = Host(own, claim.record) if claim is not None else None
-        news = Tombstones(current, tombstones.revoked)
-        roster = membership.merge_tombstones(known, state.mesh, news, host, time.time())
+        host = Host(state.settings.name, claim.record) if claim is not None else None
+        if host is not None and host.record.leaving:
+            # What this host signs as it leaves is no news to itself.
+            others = {name: ones for name, ones in tombstones.gone.items() if name != host.name}
+            tombstones = replace(tombstones, gone=others)
+        roster = membership.merge_tombstones(known, state.mesh, tombstones, host)
         if roster.all_tombstones == known.all_tombstones:
             return False
         state.save_roster(roster)

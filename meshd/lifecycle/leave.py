@@ -98,7 +98,9 @@ def _tell_in_person(state: State, record: Record, missing: Collection[str]) -> i
     As an event, too, which they go on telling each other when this host is no longer there.
     """
     try:
-        calls.broadcast_tombstones(state, Tombstones({state.settings.name: tombstones.of_leaving(record)}))
+        calls.broadcast_tombstones(
+            state, Tombstones(tombstones.grave(state.settings.name, tombstones.of_leaving(record)))
+        )
         return calls.sync_with(state, missing, MEETING)
     except MeshdError:
         return 0

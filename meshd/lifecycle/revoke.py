@@ -1,6 +1,7 @@
 """`meshd forget` and `revoke`, on the host with the authority: remove a dead host, cut one off, end an invitation."""
 
 from contextlib import suppress
+from dataclasses import dataclass
 
 from meshd.daemon import hints
 from meshd.errors import ConflictError, InputError, SerfError
@@ -8,7 +9,7 @@ from meshd.gossip import calls, serf_agent
 from meshd.gossip.delivery import Readiness, tell_tombstones
 from meshd.gossip.responder import merge_tombstones
 from meshd.mesh.model import Status
-from meshd.mesh.tombstones import Tombstones
+from meshd.mesh.tombstones import Tombstones, grave
 from meshd.reconcile.run import sync
 from meshd.state import authority
 from meshd.state.directory import State
@@ -31,19 +32,29 @@ def forget(state: State, name: str) -> Readiness:
         member = next((m for m in client.members() if m.name == name), None)
         if member is not None and member.status is Status.ALIVE:
             raise ConflictError(f"{name} is alive: run 'meshd leave' there, or stop it first")
-    return _end(state, name, Tombstones({name: goodbye}))
+    return _end(state, name, Tombstones(grave(name, goodbye)))
 
 
-def revoke(state: State, name: str) -> tuple[list[str], Readiness]:
-    """Cut a host off everywhere, or end a reusable invitation.
+@dataclass(frozen=True, slots=True)
+class Revoked:
+    """What `revoke` did: the names of all that is revoked, the hosts that stay, and who has heard of it.
 
-    Give the names of all that is revoked with it, and who has heard of it.
+    `stay` came by an invitation that is revoked, and the authority has confirmed them before.
     """
+
+    names: list[str]
+    stay: list[str]
+    heard: Readiness
+
+
+def revoke(state: State, name: str, *, with_hosts: bool = False) -> Revoked:
+    """Cut a host off everywhere, or end a reusable invitation; `with_hosts` also those that came by it."""
     if name == state.settings.name:
         raise InputError(f"{name} is this host: bring the authority to another one and revoke it from there")
-    revoked = authority.revoke(state, name)
-    told = _end(state, name, Tombstones(revoked=revoked))
-    return sorted({revocation.name for revocation in revoked.values()}), told
+    revoked = authority.revoke(state, name, with_hosts=with_hosts)
+    heard = _end(state, name, Tombstones(revoked=revoked))
+    names = sorted({revocation.name for revocation in revoked.values()})
+    return Revoked(names, authority.confirmed_by(state, names), heard)
 
 
 def _end(state: State, name: str, ended: Tombstones) -> Readiness:

@@ -8,19 +8,20 @@ plane.
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from ipaddress import IPv4Network
 
 from meshd.endpoint import Endpoint, LocalAddresses, unusable
 from meshd.mesh import conflicts, tombstones
 from meshd.mesh.certificates import CredentialError
-from meshd.mesh.model import Host, Member, Record, Status, Tombstone
+from meshd.mesh.model import Certificate, Graves, Host, Member, Record, Status, Tombstone
 from meshd.mesh.records import RecordError
-from meshd.mesh.roster import REVOKED, Roster, StaleError, View
+from meshd.mesh.roster import REVOKED, SUPERSEDED, Roster, StaleError, View
 from meshd.mesh.terms import Mesh
 from meshd.mesh.tombstones import Tombstones
 
-# Upper bound of the tombstones by reusable invitations that are kept for names that this host has never met. Anyone
-# who ever had such an invitation can sign any number of them.
+# Upper bound of the tombstones by reusable invitations that are kept of identities that were no hosts. Anyone who ever
+# had such an invitation can sign any number of them.
 MAX_STRANGERS = 256
 
 
@@ -56,12 +57,51 @@ def admit(
     claims = said.claims | _news(view, said.claims, heard or {})
     alive = {member.name for member in members if member.status is Status.ALIVE}
     lost = conflicts.settle(own, hosts, claims, alive, networks=networks, local=local)
-    refused = {name: why for name, why in ended.items() if why and name not in known.gone} | said.refused | lost
-    gone = {**known.gone, **_kept(known, said.departed)}
-    # Of this host itself only what ends it: it goes beyond the tombstone of an earlier host of its name.
-    living = {**hosts, own.name: own.record}
-    gone = {n: t for n, t in gone.items() if n not in living or (n == own.name and t.voids(own.record))}
-    return Roster(hosts, gone, refused, known.revoked, said.stale)
+    refused = (
+        {n: why for n, why in ended.items() if why and not known.is_buried(n, known.hosts[n])} | said.refused | lost
+    )
+    departed = {name: {tombstone.identity: tombstone} for name, tombstone in said.departed.items()}
+    gone = tombstones.joined(known.gone, _kept(known, departed))
+    owners = _owners(replace(known, gone=gone), hosts, refused)
+    gone = tombstones.where(gone, partial(_counts, {**hosts, own.name: own.record}, owners))
+    return Roster(hosts, gone, refused, known.revoked, said.stale, owners=owners)
+
+
+def _owners(known: Roster, hosts: Mapping[str, Record], refused: Mapping[str, str]) -> dict[str, Certificate]:
+    """Return the owners of all names that the authority has given to more than one identity, as far as is known.
+
+    The earlier identity has its certificate still. Without its owner a host that has never met the later one, or no
+    longer knows it, would take the earlier one back.
+    """
+    owners = dict(known.owners)
+    told = {name for name, why in refused.items() if why == SUPERSEDED}
+    for name in told | {name for name in hosts if _had_another(known, name, hosts[name])}:
+        given = [known.owner(name), hosts[name].certificate if name in hosts else None]
+        owner = tombstones.latest(certificate for certificate in given if certificate is not None)
+        if owner is not None:
+            owners[name] = owner
+    return owners
+
+
+def _had_another(known: Roster, name: str, record: Record) -> bool:
+    """Return whether the authority has given the name to another identity than that of the host that has it."""
+    before = known.hosts.get(name)
+    earlier = [before.certificate] if before is not None and before is not record else []
+    earlier += [t.by for t in known.gone.get(name, {}).values() if t.by is not None]
+    return any(c.delegation is None and c.identity != record.certificate.identity for c in earlier)
+
+
+def _counts(
+    living: Mapping[str, Record], owners: Mapping[str, Certificate], name: str, _: bytes, tombstone: Tombstone
+) -> bool:
+    """Return whether a tombstone is to be kept: not one that its host has gone beyond by joining again."""
+    if tombstone.by is not None and name in owners and owners[name].supersedes(tombstone.by):
+        return False
+    record = living.get(name)
+    if record is None or tombstone.is_about(record.certificate.identity):
+        return record is None or tombstone.voids(record)
+    # The host that has the name now needs the end of the one before, unless the authority itself has given it the name.
+    return record.certificate.delegation is not None or not tombstone.is_delegated
 
 
 def _sort(view: View, members: Iterable[Member], *, left_is_goodbye: bool) -> _Heard:
@@ -90,25 +130,26 @@ def _sort(view: View, members: Iterable[Member], *, left_is_goodbye: bool) -> _H
     return said
 
 
-def _kept(known: Roster, departed: Mapping[str, Tombstone]) -> dict[str, Tombstone]:
-    """Drop tombstones signed through a reusable invitation for names that are not hosts.
+def _kept(known: Roster, departed: Graves) -> Graves:
+    """Drop, beyond MAX_STRANGERS, tombstones of identities by reusable invitations that were no hosts."""
 
-    They never replace the authority's tombstone, and at most MAX_STRANGERS are kept for unknown names.
-    """
-    doubtful = {name for name, t in departed.items() if name not in known.hosts and t.is_delegated}
-    strangers = sorted(doubtful - known.gone.keys())
-    room = MAX_STRANGERS - sum(t.is_delegated for t in known.gone.values()) if strangers else 0
-    excess = set(strangers[max(room, 0) :])
-    excess |= {n for n in doubtful & known.gone.keys() if known.gone[n].has_proof and not known.gone[n].is_delegated}
-    return {name: tombstone for name, tombstone in departed.items() if name not in excess}
+    def is_strange(name: str, identity: bytes, tombstone: Tombstone) -> bool:
+        is_host = name in known.hosts and tombstone.is_about(known.hosts[name].certificate.identity)
+        return tombstone.is_delegated and not is_host and identity not in known.gone.get(name, {})
+
+    strange = [(name, identity) for name, identity, t in tombstones.each(departed) if is_strange(name, identity, t)]
+    room = MAX_STRANGERS - sum(t.is_delegated for _, _, t in tombstones.each(known.gone)) if strange else 0
+    excess = set(strange[max(room, 0) :])
+    return tombstones.where(departed, lambda name, identity, _: (name, identity) not in excess)
 
 
 def _news(view: View, claims: Mapping[str, Record], heard: Mapping[str, Record]) -> dict[str, Record]:
     """Return those of the heard records that are newer than what tags say and what is known."""
     news, known = {}, view.known
     for name, record in heard.items():
-        last = max((r.seq for r in (known.hosts.get(name), claims.get(name)) if r is not None), default=0)
-        if name == view.own.name or record.seq <= last or record.leaving or known.ended(name, record, view.now):
+        if name == view.own.name or record.leaving or known.ended(name, record, view.now):
+            continue
+        if not is_news(record, known.hosts.get(name)) or (name in claims and not record.replaces(claims[name])):
             continue
         try:
             view.mesh.check(name, record)
@@ -116,6 +157,11 @@ def _news(view: View, claims: Mapping[str, Record], heard: Mapping[str, Record])
             continue
         news[name] = record
     return news
+
+
+def is_news(record: Record, last: Record | None) -> bool:
+    """Return whether a record that counts is newer than the last one. Each identity has numbers of its own."""
+    return last is None or last.certificate.identity != record.certificate.identity or record.seq > last.seq
 
 
 def usable_contacts(contacts: Mapping[str, Endpoint], overlay: IPv4Network) -> dict[str, Endpoint]:
@@ -150,37 +196,14 @@ def lost(contacts: Mapping[str, Endpoint], members: Iterable[Member]) -> dict[st
     return {name: endpoint for name, endpoint in sorted(contacts.items()) if name not in alive}
 
 
-def merge_tombstones(known: Roster, mesh: Mesh, news: Tombstones, own: Host | None, now: float) -> Roster:
+def merge_tombstones(known: Roster, mesh: Mesh, news: Tombstones, own: Host | None) -> Roster:
     """Return the roster with the proved tombstones that other hosts told of; the next `admit` acts on them.
 
     Tombstones older than the current record are ignored. `own` is this host with what it has published.
     """
     living = {**known.hosts, own.name: own.record} if own is not None else known.hosts
-    gone = {
-        name: tombstone
-        for name, tombstone in news.gone.items()
-        if (name not in living or tombstone.voids(living[name]))
-        and (name not in known.gone or tombstone.seq > known.gone[name].seq)
-        and tombstones.is_proved(mesh, name, tombstone)
-        and (name not in living or _may_end(living[name], tombstone, known, now, is_own=name not in known.hosts))
-    }
-    gone = _kept(known, gone)
-    revoked = {s: r for s, r in news.revoked.items() if s not in known.revoked and mesh.trust.is_revocation(r)}
-    return replace(known, gone={**known.gone, **gone}, revoked={**known.revoked, **revoked})
-
-
-def _may_end(record: Record, tombstone: Tombstone, known: Roster, now: float, *, is_own: bool) -> bool:
-    """Return whether a proved tombstone is the word of someone who can end a host.
-
-    That is the host itself, whatever has become of its certificate; an identity that the authority itself certified
-    for its name; or the authority.
-    """
-    by = tombstone.by
-    if by is None or by.identity == record.certificate.identity:
-        return True
-    if is_own and tombstone.public_key != record.public_key:
-        # An earlier host of the own name, which this one has to go beyond (claim.refresh) if the others heed it.
-        return not tombstone.is_outranked(record.certificate)
-    if by.delegation is not None:
-        return False
-    return not known.lapsed(by, now)
+    news = news.without(known.all_tombstones).proved(mesh)
+    gone = tombstones.where(news.gone, partial(_counts, living, {**known.owners, **news.owners}))
+    more = Tombstones(_kept(known, gone), news.revoked, news.owners)
+    merged = known.all_tombstones.merged(more)
+    return replace(known, gone=merged.gone, revoked=merged.revoked, owners=merged.owners)

@@ -82,6 +82,14 @@ class Certificate:
         """Its place when two hosts claim one subnet: the lower one wins. Nobody chooses the authority's serials."""
         return self.delegation is not None, self.serial
 
+    def supersedes(self, other: "Certificate") -> bool:
+        """Return whether the authority has given a name to this identity after it gave it to that of `other`.
+
+        Of two identities that the authority itself certified for one name, the one with the later certificate counts.
+        """
+        both = self.delegation is None and other.delegation is None
+        return both and self.identity != other.identity and self.serial > other.serial
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -100,6 +108,16 @@ class Record:
         """The host's own overlay address: the first of its subnet, as Docker gives it to the bridge."""
         return self.subnet.network_address
 
+    def replaces(self, other: "Record") -> bool:
+        """Return whether this one counts of two valid records of one name, as far as these two tell.
+
+        Of one identity the newer one does. Of two, that to which the authority itself has given the name, or the later.
+        """
+        mine, others = self.certificate, other.certificate
+        if mine.identity == others.identity:
+            return self.seq > other.seq
+        return mine.supersedes(others) or (mine.delegation is None and others.delegation is not None)
+
 
 @dataclass(frozen=True, slots=True)
 class Host:
@@ -114,13 +132,15 @@ class Tombstone:
     """The end of a host's membership. A host that joins again does so with a new key and a newer record.
 
     Its proof for others is `record`, the host's own last one, which says that it leaves, or `forgotten`, the
-    authority's signature. Without a proof it counts on this host alone.
+    authority's signature. Without a proof it counts on this host alone. `identity` is whose membership it ends; empty,
+    it ends that of any identity, as the authority may.
     """
 
     seq: int
     public_key: str
     record: Record | None = None
     forgotten: bytes = b""
+    identity: bytes = b""
 
     @property
     def by(self) -> Certificate | None:
@@ -136,16 +156,18 @@ class Tombstone:
     def has_proof(self) -> bool:
         return self.record is not None or bool(self.forgotten)
 
+    def is_about(self, identity: bytes) -> bool:
+        """Return whether it can end the membership of this identity: nobody says goodbye for another one."""
+        return self.identity in (b"", identity)
+
     def voids(self, record: Record) -> bool:
-        """Return whether a record of this name is of the life that has ended."""
-        return record.seq <= self.seq or record.public_key == self.public_key
+        """Return whether a record of this name is of the membership that has ended."""
+        is_old = record.seq <= self.seq or record.public_key == self.public_key
+        return is_old and self.is_about(record.certificate.identity)
 
-    def is_outranked(self, by: Certificate) -> bool:
-        """Return whether `by`, certified by the authority itself, overrides what another, delegated identity signed.
 
-        Anyone who has, or had, a reusable invitation can sign a tombstone for any name, with the greatest number.
-        """
-        return self.is_delegated and by.delegation is None and self.by is not None and self.by.identity != by.identity
+Graves = Mapping[str, Mapping[bytes, Tombstone]]
+"""Tombstones by the name of the host, and by the identity whose membership has ended."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,13 +4,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from meshd.mesh.certificates import CredentialError, check_time
-from meshd.mesh.model import Certificate, Host, Member, Record, Revocation, Status, Tombstone
+from meshd.mesh.model import Certificate, Graves, Host, Member, Record, Revocation, Status
 from meshd.mesh.records import RecordError, decode
 from meshd.mesh.terms import Mesh
-from meshd.mesh.tombstones import Tombstones
+from meshd.mesh.tombstones import Tombstones, latest
 
 REVOKED = "its certificate was revoked"
 BURIED = "it left, or was forgotten: it has to leave and to join again"
+SUPERSEDED = "the authority has given its name to another host since"
 TAKEN = (
     "another host has its name and has not left: it needs an invitation for that name ('meshd invite NAME'), or that "
     "one has to be forgotten before it joins ('meshd forget NAME')"
@@ -25,25 +26,27 @@ class StaleError(RecordError):
 class Roster:
     """What is known of all members but oneself: `hosts` are in force, `refused` gives a reason for each name.
 
-    `revoked` are the authority's revocations by serial, `gone` the tombstones by name. `stale` are hosts whose tags
-    hold an older record than the one in force: Serf is slower than an announcement, or someone replays it. `dropped`
-    are the records of hosts that an older version of meshd took, and that no host can have by this one.
+    `revoked` are the authority's revocations by serial, `gone` the tombstones by name and identity. `owners` are the
+    certificates by which the authority has given a name to another host than before, by name. `stale` are hosts whose
+    tags hold an older record than the one in force: Serf is slower than an announcement, or someone replays it.
+    `dropped` are the records of hosts that an older version of meshd took, and that no host can have by this one.
     """
 
     hosts: Mapping[str, Record] = field(default_factory=dict)
-    gone: Mapping[str, Tombstone] = field(default_factory=dict)
+    gone: Graves = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     revoked: Mapping[int, Revocation] = field(default_factory=dict)
     stale: Mapping[str, str] = field(default_factory=dict)
     dropped: Mapping[str, Record] = field(default_factory=dict)
+    owners: Mapping[str, Certificate] = field(default_factory=dict)
 
     def sorted_hosts(self) -> tuple[Host, ...]:
         return tuple(Host(name, record) for name, record in sorted(self.hosts.items()))
 
     @property
     def all_tombstones(self) -> Tombstones:
-        """The tombstones and revocations, as other hosts are told of them."""
-        return Tombstones(self.gone, self.revoked)
+        """What has ended, as other hosts are told of it."""
+        return Tombstones(self.gone, self.revoked, self.owners)
 
     def ended(self, name: str, record: Record, now: float) -> str:
         """Return why a record, the one in force or another one of that name, makes no host; else the empty string.
@@ -52,13 +55,27 @@ class Roster:
         """
         if lapsed := self.lapsed(record.certificate, now):
             return lapsed
-        tombstone = self.gone.get(name)
-        if tombstone is not None and tombstone.voids(record):
-            return "" if tombstone.is_outranked(record.certificate) else BURIED
+        owner, certificate = self.owner(name), record.certificate
+        if owner is not None and owner.supersedes(certificate):
+            return SUPERSEDED
+        if self.is_buried(name, record):
+            return BURIED
         last = self.hosts.get(name)
-        if last is None or record.certificate.delegation is None:
+        if last is None or last.certificate.identity == certificate.identity or not self.has(name, now):
             return ""
-        return TAKEN if record.certificate.identity != last.certificate.identity and self.has(name, now) else ""
+        # An identity that has said goodbye comes back to a name that is free, not to another host's.
+        may_take = certificate.delegation is None and certificate.identity not in self.gone.get(name, {})
+        return "" if may_take or certificate.supersedes(last.certificate) else TAKEN
+
+    def owner(self, name: str) -> Certificate | None:
+        """Return the last certificate of the authority itself for a name that this host has heard of."""
+        known = [self.owners[name]] if name in self.owners else []
+        known += [self.hosts[name].certificate] if name in self.hosts else []
+        return latest([*known, *(t.by for t in self.gone.get(name, {}).values() if t.by is not None)])
+
+    def is_buried(self, name: str, record: Record) -> bool:
+        """Return whether a record is of a membership that has ended."""
+        return any(tombstone.voids(record) for tombstone in self.gone.get(name, {}).values())
 
     def lapsed(self, certificate: Certificate, now: float) -> str:
         """Return why a certificate no longer counts, revoked or expired; the empty string while it does."""
@@ -92,12 +109,14 @@ class View:
         last = self.known.hosts.get(member.name)
         record = self.mesh.read(member) if last is None else self._read_again(member, last)
         if why := self.known.ended(member.name, record, self.now):
-            if member.name in self.known.gone and (member.status is not Status.ALIVE or record.leaving):
+            if self.known.is_buried(member.name, record) and (member.status is not Status.ALIVE or record.leaving):
                 return None
             raise RecordError(why)
-        if last is not None and record.seq < last.seq:
+        if last is None or last.certificate.identity != record.certificate.identity:
+            return record  # each identity counts for itself
+        if record.seq < last.seq:
             raise StaleError(f"its record {record.seq} is older than {last.seq}, which stays in force")
-        if last is not None and record.seq == last.seq and record != last:
+        if record.seq == last.seq and record != last:
             raise RecordError(f"two different records with the sequence number {record.seq}; the first stays in force")
         return record
 

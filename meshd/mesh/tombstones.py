@@ -1,19 +1,29 @@
-"""Tombstones and revocations on their way between hosts: what proves them, and their bytes. Pure.
+"""What has ended, on its way between hosts: what proves it, and its bytes. Pure.
 
-A tombstone is proved by the host's own last record, a forgotten host and a revocation by the authority's signature. A
+A tombstone is proved by the host's own last record, a forgotten host and a revocation by the authority's signature, the
+end of a name's earlier owner by the certificate of the later one. Nobody ends another identity's membership. A
 tombstone without a proof (Serf's own leave, where no daemon runs) counts on the host that saw it and is told to nobody.
 """
 
 import base64
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 
 import msgpack
 
 from meshd.mesh.certificates import CredentialError
-from meshd.mesh.model import Record, Revocation, Tombstone, is_name
-from meshd.mesh.records import MAX_SEQ, RecordError, from_wire, is_public_key, to_wire
+from meshd.mesh.model import Certificate, Graves, Record, Revocation, Tombstone, is_name
+from meshd.mesh.records import (
+    MAX_SEQ,
+    RecordError,
+    from_wire,
+    is_public_key,
+    pack_certificate,
+    read_certificate,
+    to_wire,
+)
 from meshd.mesh.terms import Mesh
 
 _LEFT, _FORGOTTEN = b"g", b"f"
@@ -21,16 +31,16 @@ _LEFT, _FORGOTTEN = b"g", b"f"
 
 def of_leaving(record: Record) -> Tombstone:
     """Return the tombstone that a host's last record is."""
-    return Tombstone(record.seq, record.public_key, record)
+    return Tombstone(record.seq, record.public_key, record, identity=record.certificate.identity)
 
 
 def unproved(record: Record) -> Tombstone:
     """Return the tombstone of a host whose Serf agent left, for this host alone."""
-    return Tombstone(record.seq, record.public_key)
+    return Tombstone(record.seq, record.public_key, identity=record.certificate.identity)
 
 
 def forgotten(record: Record, signature: bytes) -> Tombstone:
-    """Return the tombstone of a dead host, from the authority's signature."""
+    """Return the tombstone of a dead host, from the authority's signature. It is of all identities of the name."""
     return Tombstone(record.seq, record.public_key, forgotten=signature)
 
 
@@ -45,7 +55,7 @@ def is_proved(mesh: Mesh, name: str, tombstone: Tombstone) -> bool:
         mesh.trust.check(name, record)
     except CredentialError:
         return False
-    return (record.seq, record.public_key) == (tombstone.seq, tombstone.public_key)
+    return of_leaving(record) == tombstone
 
 
 def proof(tombstone: Tombstone) -> bytes:
@@ -59,41 +69,103 @@ def read_proof(seq: int, public_key: str, raw: bytes, mesh: Mesh) -> Tombstone:
     """Return the tombstone that these bytes prove; they are not checked. Raises RecordError for what is none."""
     kind, body = raw[:1], raw[1:]
     if kind == _LEFT:
-        return Tombstone(seq, public_key, from_wire(body, mesh.overlay, mesh.subnet_length))
+        record = from_wire(body, mesh.overlay, mesh.subnet_length)
+        return Tombstone(seq, public_key, record, identity=record.certificate.identity)
     if kind == _FORGOTTEN and body:
         return Tombstone(seq, public_key, forgotten=body)
     raise RecordError("the tombstone has no proof that this version of meshd knows")
 
 
+def joined(graves: Graves, more: Graves) -> dict[str, dict[bytes, Tombstone]]:
+    """Return the tombstones of both; of two of one identity the later one."""
+    both = {name: dict(ones) for name, ones in graves.items()}
+    for name, identity, tombstone in each(newer(more, graves)):
+        both.setdefault(name, {})[identity] = tombstone
+    return both
+
+
+def newer(graves: Graves, than: Graves) -> dict[str, dict[bytes, Tombstone]]:
+    """Return the tombstones that say more than those known already."""
+
+    def is_news(name: str, identity: bytes, tombstone: Tombstone) -> bool:
+        known = than.get(name, {}).get(identity)
+        return known is None or tombstone.seq > known.seq
+
+    return where(graves, is_news)
+
+
+def where(graves: Graves, keep: Callable[[str, bytes, Tombstone], bool]) -> dict[str, dict[bytes, Tombstone]]:
+    """Return those tombstones of which `keep(name, identity, tombstone)` holds; no name without one is left."""
+    kept = {n: {i: t for i, t in ones.items() if keep(n, i, t)} for n, ones in graves.items()}
+    return {name: ones for name, ones in kept.items() if ones}
+
+
+def each(graves: Graves) -> Iterator[tuple[str, bytes, Tombstone]]:
+    """Yield every tombstone with its name and identity, in order."""
+    for name, ones in sorted(graves.items()):
+        for identity, tombstone in sorted(ones.items()):
+            yield name, identity, tombstone
+
+
+def grave(name: str, tombstone: Tombstone) -> dict[str, dict[bytes, Tombstone]]:
+    """Return one tombstone in its place among all."""
+    return {name: {tombstone.identity: tombstone}}
+
+
+def latest(certificates: Iterable[Certificate]) -> Certificate | None:
+    """Return the last certificate that the authority itself gave out, of those for one name; None if there is none."""
+    return max((c for c in certificates if c.delegation is None), key=lambda c: c.serial, default=None)
+
+
 @dataclass(frozen=True, slots=True)
 class Tombstones:
-    """Tombstones by host name, and revocations by serial."""
+    """What has ended: memberships (tombstones), certificates by serial (revocations), and earlier owners of a name.
 
-    gone: Mapping[str, Tombstone] = field(default_factory=dict)
+    `owners` are the certificates, by name, after which the authority's earlier ones for that name no longer count.
+    """
+
+    gone: Graves = field(default_factory=dict)
     revoked: Mapping[int, Revocation] = field(default_factory=dict)
+    owners: Mapping[str, Certificate] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.gone or self.revoked)
+        return bool(self.gone or self.revoked or self.owners)
+
+    @property
+    def names(self) -> set[str]:
+        """The names of the hosts that it is about."""
+        return {*self.gone, *self.owners, *(r.name for r in self.revoked.values())}
 
     def without(self, other: "Tombstones") -> "Tombstones":
         """Return those that say more than what the other has."""
-        gone = {n: t for n, t in self.gone.items() if n not in other.gone or t.seq > other.gone[n].seq}
-        return Tombstones(gone, {serial: r for serial, r in self.revoked.items() if serial not in other.revoked})
+        return Tombstones(
+            newer(self.gone, other.gone),
+            {serial: r for serial, r in self.revoked.items() if serial not in other.revoked},
+            {n: c for n, c in self.owners.items() if n not in other.owners or c.serial > other.owners[n].serial},
+        )
 
     def merged(self, other: "Tombstones") -> "Tombstones":
-        """Return both; of two tombstones of one name the later one."""
-        return Tombstones({**self.gone, **other.without(self).gone}, {**other.revoked, **self.revoked})
+        """Return both; of two of the same the later one."""
+        more = other.without(self)
+        return Tombstones(
+            joined(self.gone, more.gone), {**self.revoked, **more.revoked}, {**self.owners, **more.owners}
+        )
 
     def proved(self, mesh: Mesh) -> "Tombstones":
         """Return those that are signed by their own host or by the authority."""
-        gone = {n: t for n, t in self.gone.items() if is_proved(mesh, n, t)}
-        return Tombstones(gone, {serial: r for serial, r in self.revoked.items() if mesh.trust.is_revocation(r)})
+        return Tombstones(
+            where(self.gone, lambda name, _, tombstone: is_proved(mesh, name, tombstone)),
+            {serial: r for serial, r in self.revoked.items() if mesh.trust.is_revocation(r)},
+            {name: c for name, c in self.owners.items() if is_owner(mesh, name, c)},
+        )
 
     @property
     def digest(self) -> str:
         """16 hexadecimal digits by which two hosts see that they know the same ones."""
-        text = "".join(f"{name} {t.seq} {t.public_key}\n" for name, t in sorted(self.gone.items()))
-        return sha256((text + "".join(f"{serial}\n" for serial in sorted(self.revoked))).encode()).hexdigest()[:16]
+        lines = [f"{name} {t.seq} {t.public_key}\n" for name, _, t in each(self.gone)]
+        lines += [f"{serial}\n" for serial in sorted(self.revoked)]
+        lines += [f"{name} {c.serial}\n" for name, c in sorted(self.owners.items())]
+        return sha256("".join(lines).encode()).hexdigest()[:16]
 
     def pages(self, limit: int, after: str = "") -> Iterator[bytes]:
         """Yield those that can be proved, in order and after `after`, in messages of at most `limit` bytes."""
@@ -113,33 +185,46 @@ class Tombstones:
         """The place of the last one in the order of `pages`."""
         return max((place for place, _ in self._entries()), default="")
 
-    def _entries(self) -> Iterator[tuple[str, tuple[str, int, bytes, bytes]]]:
-        for name, tombstone in self.gone.items():
+    def _entries(self) -> Iterator[tuple[str, tuple[object, ...]]]:
+        for name, identity, tombstone in each(self.gone):
             if tombstone.has_proof:
                 key = base64.b64decode(tombstone.public_key)
-                yield f"g{name}", (name, tombstone.seq, key, proof(tombstone))
+                yield f"g{name}:{identity.hex()}", (name, tombstone.seq, key, proof(tombstone))
+        for name, certificate in self.owners.items():
+            yield f"o{name}", (name, pack_certificate(certificate))
         for serial, revocation in self.revoked.items():
             yield f"r{serial:016x}", (revocation.name, serial, b"", revocation.signature)
 
     @classmethod
     def read(cls, payload: bytes, mesh: Mesh) -> "Tombstones":
         """Read a message of tombstones. Malformed entries are left out; signatures are not checked."""
-        gone, revoked = {}, {}
+        found = cls()
         for entry in unpack_list(payload):
-            match entry:
-                case [str(name), int(number), b"", bytes(signature)] if is_name(name) and _is_within(number, 2**63):
-                    revoked[number] = Revocation(number, name, signature)
-                case [str(name), int(number), bytes(raw), bytes(proof)] if is_name(name) and _is_within(
-                    number, MAX_SEQ
-                ):
-                    key = base64.b64encode(raw).decode()
-                    try:
-                        tombstone = read_proof(number, key, proof, mesh)
-                    except RecordError:
-                        continue
-                    if is_public_key(key):
-                        gone[name] = tombstone
-        return cls(gone, revoked)
+            with suppress(RecordError):
+                found = found.merged(cls._read(entry, mesh))
+        return found
+
+    @classmethod
+    def _read(cls, entry: object, mesh: Mesh) -> "Tombstones":
+        match entry:
+            case [str(name), bytes(raw)] if is_name(name):
+                return cls(owners={name: read_certificate(raw, is_delegated=False)})
+            case [str(name), int(number), b"", bytes(signature)] if is_name(name) and _is_within(number, 2**63):
+                return cls(revoked={number: Revocation(number, name, signature)})
+            case [str(name), int(number), bytes(raw), bytes(proof)] if is_name(name) and _is_within(number, MAX_SEQ):
+                key = base64.b64encode(raw).decode()
+                if is_public_key(key):
+                    return cls(grave(name, read_proof(number, key, proof, mesh)))
+        raise RecordError("no tombstone that this version of meshd knows")
+
+
+def is_owner(mesh: Mesh, name: str, certificate: Certificate) -> bool:
+    """Return whether the authority itself has given a name to a certificate's identity."""
+    try:
+        mesh.trust.check_certificate(name, certificate)
+    except CredentialError:
+        return False
+    return certificate.delegation is None
 
 
 def _is_within(number: int, limit: int) -> bool:

@@ -9,7 +9,7 @@ from functools import partial
 from meshd import files
 from meshd.endpoint import Endpoint
 from meshd.errors import ApplyError, ConflictError, InputError, MeshdError, SerfError
-from meshd.mesh import conflicts, membership
+from meshd.mesh import conflicts, membership, tombstones
 from meshd.mesh.model import Host, Member, Record
 from meshd.mesh.roster import Roster, View
 from meshd.net.netlink import one_socket
@@ -18,6 +18,7 @@ from meshd.reconcile import handshakes, plan
 from meshd.reconcile.handshakes import Unmet
 from meshd.reconcile.machine import Area, Failure, Machine, this_machine
 from meshd.state import claim as own_claim
+from meshd.state.claim import NumbersError
 from meshd.state.directory import State
 from meshd.state.settings import Settings
 
@@ -101,7 +102,10 @@ class Report:
         hosts = {n: r.seq for n, r in self.roster.hosts.items() if r.public_key not in broken}
         if any(failure.subject == HOSTS for failure in self.failed(Area.DISK)):
             return hosts  # the removal of hosts that left waits for the disk (see _needs_memory)
-        return hosts | {n: g.seq for n, g in self.roster.gone.items() if g.public_key not in broken}
+        graves = {
+            n: [g.seq for g in ones.values() if g.public_key not in broken] for n, ones in self.roster.gone.items()
+        }
+        return {name: max(numbers) for name, numbers in graves.items() if numbers} | hosts
 
 
 # What is written in a reconcile, as the subjects of Area.DISK.
@@ -239,6 +243,8 @@ class _Run:
         if rival is not None and not ended:
             text = MUST_MOVE.format(subnet=own.record.subnet, rival=rival)
             failures.append(Failure(Area.SUBNET, ConflictError(text)))
+        if own.record.seq >= own_claim.LAST:
+            failures.append(Failure(Area.MEMBERSHIP, NumbersError(own_claim.USED_UP)))
         if problem := self.state.mesh.misplaced(own.record):
             failures.append(Failure(Area.UNDERLAY, InputError(MISPLACED.format(problem=problem))))
         return _Seen(tuple(listed), roster, rival, tuple(failures))
@@ -328,13 +334,13 @@ def _departed(known: Roster, roster: Roster) -> set[str]:
     # `admit` drops and replaces nobody without evidence.
     over = {r.public_key for n, r in known.hosts.items() if r != roster.hosts.get(n)}
     over |= {r.public_key for r in known.dropped.values()}
-    return over | {goodbye.public_key for goodbye in roster.gone.values()}
+    return over | {goodbye.public_key for _, _, goodbye in tombstones.each(roster.gone)}
 
 
 def _remember(state: State, known: Roster, roster: Roster, changes: Sequence[Change]) -> list[Failure]:
     """Put on disk what must be known before the changes are made: the hosts, and the sysctls to put back."""
     failures: list[Failure] = []
-    if known.dropped or (roster.hosts, roster.gone) != (known.hosts, known.gone):
+    if known.dropped or (roster.hosts, roster.all_tombstones) != (known.hosts, known.all_tombstones):
         failures += _tried(HOSTS, partial(state.save_roster, roster))
     originals = state.originals()
     found = {

@@ -5,7 +5,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Network
 from typing import Any
@@ -21,6 +21,8 @@ from meshd.state.directory import State
 
 EXPORT = "meshd-authority 1"
 _FOREVER = 0
+# Numbers of records begin with Unix time and grow by one: no clock ever gives this one.
+RUNAWAY = 2**40
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ def found(state: State, mesh: str, name: str) -> None:
     seed, own = certificates.new_seed(), certificates.new_seed()
     state.save_authority_key(seed)
     state.save_authority(certificates.public(seed))
-    certificate = Certificate(certificates.new_serial(time.time()), _FOREVER, certificates.public(own))
+    certificate = Certificate(_new_serial(state), _FOREVER, certificates.public(own))
     state.save_certificate(certificates.certify(seed, mesh, name, certificate), own)
     _note(state, certificate.serial, name, _FOREVER, certificate.identity)
 
@@ -58,9 +60,7 @@ def invite(state: State, name: str, terms: Terms) -> Invitation:
     if not is_name(name):
         raise InputError(f"the host name {name!r} is not 1 to 63 letters, digits, dots and dashes")
     _check(state, terms)
-    certificate = Certificate(
-        certificates.new_serial(time.time()), terms.expires, certificates.public(own), terms.subnets
-    )
+    certificate = Certificate(_new_serial(state), terms.expires, certificates.public(own), terms.subnets)
     certificate = certificates.certify(seed, state.settings.mesh, name, certificate)
     _note(state, certificate.serial, name, terms.expires, certificate.identity)
     return _invitation(state, own, name=name, certificate=certificate)
@@ -74,7 +74,7 @@ def invite_many(state: State, prefix: str, terms: Terms) -> Invitation:
     if not terms.expires:
         raise InputError("a reusable invitation must expire: pass --ttl")
     _check(state, terms)
-    serial = certificates.new_serial(time.time())
+    serial = _new_serial(state)
     delegation = Delegation(serial, terms.expires, certificates.public(own), prefix, terms.subnets)
     delegation = certificates.delegate(seed, state.settings.mesh, delegation)
     _note(state, serial, label(serial), terms.expires, None)
@@ -120,6 +120,11 @@ def _invitation(
     )
 
 
+def _new_serial(state: State) -> int:
+    """Return a serial beyond all earlier ones, whatever the clock says: of two for one name the later counts."""
+    return max(certificates.new_serial(time.time()), *(int(serial) + 1 for serial in state.issued()), 1)
+
+
 def _note(state: State, serial: int, name: str, expires: int, identity: bytes | None, *, by: str | None = None) -> None:
     entry = {"name": name, "expires": expires, "identity": identity.hex() if identity else None, "by": by}
     with state.lock():
@@ -137,21 +142,27 @@ def confirm(state: State, name: str, record: Record) -> Certificate | None:
     known = {entry.get("identity"): int(serial) for serial, entry in state.issued().items() if entry["name"] == name}
     serial = known.get(identity.hex())
     if serial is None:
-        serial = certificates.new_serial(time.time())
+        serial = _new_serial(state)
         _note(state, serial, name, _FOREVER, identity, by=label(delegation.serial))
     certificate = Certificate(serial, _FOREVER, identity, delegation.subnets)
     return certificates.certify(seed, state.settings.mesh, name, certificate)
 
 
 def forget(state: State, name: str, record: Record) -> Tombstone:
-    """Sign that a host is dead."""
+    """Sign that a host is dead. Raises InputError for one whose number no later host of its name could exceed."""
+    if record.seq >= RUNAWAY:
+        raise InputError(
+            f"{name} has given its record the number {record.seq}, which would keep out every later host of that name: "
+            f"run 'meshd revoke {name}' instead"
+        )
     return forgotten(record, certificates.forget(key(state), state.settings.mesh, name, record.seq, record.public_key))
 
 
-def revoke(state: State, name: str) -> dict[int, Revocation]:
+def revoke(state: State, name: str, *, with_hosts: bool = False) -> dict[int, Revocation]:
     """Sign the revocation of all that was signed for a name, or of a reusable invitation. Raises InputError.
 
-    A reusable invitation by which the host came goes with it: who holds it can come again under any other name.
+    A reusable invitation by which the host came goes with it: who holds it can come again under any other name. The
+    hosts that the authority has confirmed after they came by it go `with_hosts` only.
     """
     seed, mesh, roster, issued = key(state), state.settings.mesh, state.roster(), state.issued()
     wanted: dict[int, str] = {}
@@ -166,11 +177,24 @@ def revoke(state: State, name: str) -> dict[int, Revocation]:
         wanted |= dict.fromkeys(certificate.serials, name)
         if certificate.delegation is not None:
             wanted |= _came_by(issued, label(certificate.delegation.serial))
+    if with_hosts:
+        hosts = _confirmed_by(issued, set(wanted.values()))
+        wanted |= {serial: whose for serial, whose in hosts.items() if whose != state.settings.name}
     wanted = {serial: whose for serial, whose in wanted.items() if serial not in roster.revoked}
     if not wanted:
         known = sorted({entry["name"] for entry in issued.values()} | roster.hosts.keys())
         raise InputError(f"nothing to revoke for {name!r}; known: {', '.join(known)}")
     return {serial: certificates.revoke(seed, mesh, serial, whose) for serial, whose in sorted(wanted.items())}
+
+
+def confirmed_by(state: State, names: Collection[str]) -> list[str]:
+    """Return the hosts, not revoked, that came by these reusable invitations and that the authority has confirmed."""
+    found = _confirmed_by(state.issued(), names)
+    return sorted({name for serial, name in found.items() if serial not in state.roster().revoked})
+
+
+def _confirmed_by(issued: Mapping[str, Mapping[str, Any]], names: Collection[str]) -> dict[int, str]:
+    return {int(serial): entry["name"] for serial, entry in issued.items() if entry.get("by") in names}
 
 
 def _came_by(issued: Mapping[str, Mapping[str, Any]], invitation: str | None) -> dict[int, str]:

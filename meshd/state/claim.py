@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import replace
 from ipaddress import IPv4Network
 
@@ -9,16 +10,30 @@ from meshd import keys
 from meshd.endpoint import Endpoint
 from meshd.errors import ConflictError, InputError
 from meshd.mesh import addressing, certificates, conflicts
-from meshd.mesh.model import Host, Member, Record
+from meshd.mesh.model import Host, Member, Record, Tombstone
 from meshd.mesh.records import MAX_SEQ
-from meshd.mesh.roster import BURIED, REVOKED, Roster, View
+from meshd.mesh.roster import BURIED, REVOKED, SUPERSEDED, Roster, View
 from meshd.state.directory import Claim, State
 
 ENDED = {
     REVOKED: "the authority has revoked this host, or the invitation by which it came",
+    SUPERSEDED: "the authority has given this host's name to another one: run 'meshd leave --force' here, then "
+    "'meshd join' with an invitation of its own",
     BURIED: "the mesh has forgotten this host: run 'meshd leave --force' here, then 'meshd join' again",
 }
 EXPIRED = "this host is no longer a member, {reason}. To renew it, run 'meshd join' with a new invitation for its name"
+
+
+USED_UP = (
+    "the numbers of this host's records are used up: run 'meshd leave --force' here, then 'meshd join' with a new "
+    "invitation"
+)
+# The greatest number of a record, but for the goodbye.
+LAST = MAX_SEQ - 2
+
+
+class NumbersError(InputError):
+    """This host's record cannot change any more."""
 
 
 class UnfinishedError(InputError):
@@ -59,18 +74,21 @@ def publish(
 ) -> Claim:
     """Return the own record to publish, signed and kept on disk. Its number grows exactly when the record changes.
 
-    `last` is the own record so far. `beyond` is the number of a tombstone of this name: an earlier host may have
-    signed it by a clock that was wrong. A number never goes back: it survives reboots in the file. Where the file was
+    `last` is the own record so far. `beyond` is the number of a tombstone of this identity, or of the authority's: it
+    may be of a clock that was wrong. A number never goes back: it survives reboots in the file. Where the file was
     lost, the number restarts at Unix time, which is higher than any that one record a second reaches.
+
+    Raises NumbersError when there is no greater number. The greatest is for a goodbye.
     """
     seq = last.record.seq if last else 0
     record = Record(keys.public_key(state.wireguard_key), subnet, endpoint, seq, state.certificate, leaving)
-    beyond = min(beyond, MAX_SEQ - 2)  # the greatest number cannot be exceeded
     if last is not None and record == replace(last.record, signature=b"") and seq > beyond:
         claim = Claim(last.record, settled)
     else:
         start = int(time.time() if now is None else now)
         record = replace(record, seq=max(seq + 1, beyond + 1, start))
+        if record.seq > LAST + leaving:
+            raise NumbersError(USED_UP)
         settings = state.settings
         claim = Claim(certificates.sign(state.identity_key, settings.mesh, settings.name, record), settled)
     if claim != last:
@@ -79,19 +97,30 @@ def publish(
 
 
 def refresh(state: State, claim: Claim, known: Roster, now: float | None = None) -> Claim:
-    """Return the own record with today's key, certificate and endpoint; one that changed has been numbered and kept."""
-    tombstone = known.gone.get(state.settings.name)
-    # With another key it is the tombstone of an earlier host of this name.
-    beyond = tombstone.seq if tombstone is not None and tombstone.public_key != claim.record.public_key else 0
-    return publish(
-        state,
-        claim,
-        subnet=claim.record.subnet,
-        endpoint=endpoint(state),
-        settled=claim.settled,
-        beyond=beyond,
-        now=now,
-    )
+    """Return the own record with today's key, certificate and endpoint; one that changed has been numbered and kept.
+
+    Where the numbers are used up it stays as it is.
+    """
+    record = claim.record
+    earlier = _earlier(Host(state.settings.name, record), known)
+    beyond = max((tombstone.seq for tombstone in earlier), default=0)
+    with suppress(NumbersError):
+        return publish(
+            state,
+            claim,
+            subnet=record.subnet,
+            endpoint=endpoint(state),
+            settled=claim.settled,
+            beyond=beyond,
+            now=now,
+        )
+    return claim
+
+
+def _earlier(own: Host, known: Roster) -> list[Tombstone]:
+    """Return the tombstones of earlier hosts of this name, with other keys, that this one has to go beyond."""
+    graves = known.gone.get(own.name, {}).values()
+    return [t for t in graves if t.voids(own.record) and t.public_key != own.record.public_key]
 
 
 def endpoint(state: State) -> Endpoint:
@@ -133,8 +162,11 @@ def settle_subnet(state: State, claim: Claim, listed: Collection[Member]) -> IPv
 def ended(own: Host, known: Roster, now: float) -> str:
     """Return why this host is no longer a member, and what to do; the empty string while it is one."""
     reason = known.ended(own.name, own.record, now)
-    if reason == BURIED and known.gone[own.name].public_key != own.record.public_key:
-        return ""  # it ended an earlier host of this name, and this one goes beyond it: see `refresh`
+    if reason == BURIED:
+        earlier = _earlier(own, known)
+        if all(t in earlier for t in known.gone[own.name].values() if t.voids(own.record)):
+            # They ended earlier hosts of this name, and this one goes beyond them (see `refresh`), if it can.
+            return USED_UP if any(t.seq >= LAST for t in earlier) else ""
     return ENDED.get(reason, EXPIRED.format(reason=reason)) if reason else ""
 
 

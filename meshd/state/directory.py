@@ -217,15 +217,16 @@ class State:
         dropped = {name: record for name, record in saved.items() if self.mesh.misplaced(record)}
         return Roster(
             {name: record for name, record in saved.items() if name not in dropped},
-            {
-                str(name): self._tombstone(int(g["seq"]), str(g["public_key"]), _bytes(g["proof"]))
-                for name, g in values["gone"].items()
-            },
+            {str(name): self._graves(entry) for name, entry in values["gone"].items()},
             revoked={
                 int(serial): Revocation(int(serial), str(r["name"]), _bytes(r["signature"]))
                 for serial, r in values["revoked"].items()
             },
             dropped=dropped,
+            owners={
+                str(name): read_certificate(_bytes(text), is_delegated=False)
+                for name, text in values.get("owners", {}).items()
+            },
         )
 
     def _hosts(self, values: Mapping[Any, Any]) -> dict[str, Record]:
@@ -236,11 +237,18 @@ class State:
                 hosts[str(name)] = self._record(text)
         return hosts
 
-    def _tombstone(self, seq: int, public_key: str, raw: bytes) -> Tombstone:
+    def _graves(self, entry: Any) -> dict[bytes, Tombstone]:
+        # Up to 0.9 there was one tombstone for a name.
+        found = [self._tombstone(g) for g in (entry if isinstance(entry, list) else [entry])]
+        return {tombstone.identity: tombstone for tombstone in found}
+
+    def _tombstone(self, values: Mapping[str, Any]) -> Tombstone:
+        seq, public_key, raw = int(values["seq"]), str(values["public_key"]), _bytes(values["proof"])
         try:
             return read_proof(seq, public_key, raw, self.mesh)
         except RecordError:
-            return Tombstone(seq, public_key)  # it counts here all the same
+            # It counts here all the same.
+            return Tombstone(seq, public_key, identity=_bytes(values.get("identity", "")))
 
     def _record(self, text: str) -> Record:
         return from_wire(_bytes(text), self.settings.overlay, self.settings.subnet_length)
@@ -251,9 +259,18 @@ class State:
             {
                 "hosts": {n: _text(to_wire(record)) for n, record in {**roster.dropped, **roster.hosts}.items()},
                 "gone": {
-                    name: {"seq": g.seq, "public_key": g.public_key, "proof": _text(proof(g))}
-                    for name, g in roster.gone.items()
+                    name: [
+                        {
+                            "seq": g.seq,
+                            "public_key": g.public_key,
+                            "proof": _text(proof(g)),
+                            "identity": _text(g.identity),
+                        }
+                        for g in ones.values()
+                    ]
+                    for name, ones in roster.gone.items()
                 },
+                "owners": {name: _text(pack_certificate(c)) for name, c in roster.owners.items()},
                 "revoked": {
                     str(serial): {"name": r.name, "signature": _text(r.signature)}
                     for serial, r in roster.revoked.items()

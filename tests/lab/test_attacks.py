@@ -25,7 +25,7 @@ from meshd.lab.hosts import Lab, LabHost
 from meshd.mesh import certificates, tombstones
 from meshd.mesh.model import Certificate, Delegation, Record
 from meshd.mesh.records import encode, to_wire
-from meshd.mesh.tombstones import Tombstones
+from meshd.mesh.tombstones import Tombstones, grave
 from meshd.state.directory import State
 from tests.lab.conftest import (
     PCAP_HEADER,
@@ -160,6 +160,10 @@ def serf_log(host: LabHost) -> str:
 def is_refused(host: LabHost, name: str, reason: str) -> bool:
     row = members(host).get(name, {"state": "", "reason": ""})
     return row["state"] == "refused" and reason in row["reason"]
+
+
+def is_at(row: Mapping[str, Any], address: str) -> bool:
+    return row["status"] == "alive" and str(row["addr"]).startswith(f"{address}:")
 
 
 def state(host: LabHost) -> State:
@@ -503,8 +507,8 @@ def test_delegation_speaks_for_foreign_host(scene: Scene, ttl: int) -> None:
     stolen = replace(victim, certificate=made, seq=2**48 - 2, endpoint=elsewhere)
     stolen = certificates.sign(own, "meshd", "barge2", stolen)
     goodbye = certificates.sign(own, "meshd", "barge2", replace(stolen, leaving=True))
-    (grave,) = Tombstones({"barge2": tombstones.of_leaving(goodbye)}).pages(EVENT_LIMIT)
-    events = [(GONE, grave.hex()), (RECORD, TellRecord("barge2", to_wire(stolen)).payload().hex())]
+    (page,) = Tombstones(grave("barge2", tombstones.of_leaving(goodbye))).pages(EVENT_LIMIT)
+    events = [(GONE, page.hex()), (RECORD, TellRecord("barge2", to_wire(stolen)).payload().hex())]
     script = (
         "import json, sys; from meshd.gossip import calls; from meshd.state.directory import State\n"
         "with calls.rpc(State()) as serf:\n"

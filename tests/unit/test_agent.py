@@ -14,6 +14,7 @@ from meshd.errors import MeshdError
 from meshd.gossip.messages import APPLIED, QUERY, YES, Applied
 from meshd.mesh.model import Tombstone
 from meshd.mesh.roster import Roster
+from meshd.mesh.tombstones import grave
 from meshd.net import links
 from meshd.net.resources import Action, Change, Route
 from meshd.reconcile.handshakes import Schedule, Unmet
@@ -84,7 +85,7 @@ def test_a_signal_at_any_moment_ends_the_daemon_and_never_hangs_it(state: State)
 
 def test_unsaved_tombstone_is_not_confirmed() -> None:
     """A tombstone that the disk has not taken is not confirmed."""
-    roster = Roster({"barge2": record(2, seq=5)}, {"barge3": Tombstone(7, "key")})
+    roster = Roster({"barge2": record(2, seq=5)}, grave("barge3", Tombstone(7, "key")))
     assert Report(roster).applied == {"barge2": 5, "barge3": 7}
     assert Report(roster, failures=(Failure(Area.DISK, MeshdError("full"), "hosts"),)).applied == {"barge2": 5}
 

@@ -19,7 +19,7 @@ from meshd.errors import InputError
 from meshd.gossip import messages, responder
 from meshd.gossip.messages import APPLIED, BURY, CONFIRM, EVENT, GONE, QUERY, RECORD, TellRecord
 from meshd.mesh.records import to_wire
-from meshd.mesh.tombstones import Tombstones, of_leaving
+from meshd.mesh.tombstones import Tombstones, grave, of_leaving
 from meshd.state import authority
 from meshd.state.directory import Claim, State
 from tests.conftest import AUTHORITY, record
@@ -32,7 +32,7 @@ payloads = st.one_of(
     st.builds(lambda at, raw: raw[:at] + b"\xff" + raw[at + 1 :], st.integers(0, 250), st.just(to_wire(record(2)))).map(
         lambda wire: TellRecord("barge2", wire).payload()
     ),
-    st.just(next(Tombstones({"barge2": of_leaving(record(2))}).pages(500))),
+    st.just(next(Tombstones(grave("barge2", of_leaving(record(2)))).pages(500))),
     st.sampled_from([b"barge1", b"barge1 5", b"barge2 0000000000000000 ", b"barge1 0000000000000000 x"]),
 )
 values = st.recursive(
@@ -89,7 +89,7 @@ FILES: dict[str, Callable[[State], object]] = {
     "settings.json": lambda s: s.settings,
 }
 SHAPES = {
-    "hosts.json": st.fixed_dictionaries({"hosts": values, "gone": values, "revoked": values}),
+    "hosts.json": st.fixed_dictionaries({"hosts": values, "gone": values, "revoked": values, "owners": values}),
     "claim.json": st.fixed_dictionaries({"record": values, "settled": values}),
     "certificate.json": st.fixed_dictionaries({"certificate": values, "delegated": values}),
 }

@@ -12,9 +12,9 @@ from meshd.endpoint import Endpoint, LocalAddresses
 from meshd.mesh import certificates, conflicts, membership, tombstones
 from meshd.mesh.membership import MAX_STRANGERS, admit, contacts
 from meshd.mesh.model import Certificate, Host, Member, Record, Status, Tombstone
-from meshd.mesh.roster import BURIED, REVOKED, TAKEN, Roster, View
+from meshd.mesh.roster import BURIED, REVOKED, SUPERSEDED, TAKEN, Roster, View
 from meshd.mesh.terms import Mesh
-from meshd.mesh.tombstones import Tombstones
+from meshd.mesh.tombstones import Tombstones, grave
 from tests.conftest import (
     AUTHORITY,
     MESH,
@@ -37,7 +37,7 @@ def admitted(members: Sequence[Member], known: Roster | None = None, *, left_is_
 
 
 def merge_tombstones(known: Roster, mesh: Mesh, graves: Tombstones, own: Host | None = OWN) -> Roster:
-    return membership.merge_tombstones(known, mesh, graves, own, NOW)
+    return membership.merge_tombstones(known, mesh, graves, own)
 
 
 def test_admit_valid_members() -> None:
@@ -65,12 +65,12 @@ def test_leaving_record_removes_host() -> None:
     known = admitted([member(2)])
     roster = admitted([member(2, of=record(2, seq=2, leaving=True))], known)
     assert roster.hosts == {}
-    assert roster.gone == {"barge2": tombstones.of_leaving(record(2, seq=2, leaving=True))}
+    assert roster.gone == grave("barge2", tombstones.of_leaving(record(2, seq=2, leaving=True)))
 
 
 def test_older_record_does_not_revive_departed_host() -> None:
     """A record that is not newer than the tombstone does not bring a departed host back."""
-    gone = Roster(gone={"barge2": Tombstone(2, public_key("barge2"))})
+    gone = Roster(gone=grave("barge2", Tombstone(2, public_key("barge2"))))
     roster = admitted([member(2, of=record(2, seq=2))], gone)
     assert roster.hosts == {}
     assert "left, or was forgotten" in roster.refused["barge2"]
@@ -79,7 +79,7 @@ def test_older_record_does_not_revive_departed_host() -> None:
 
 def test_newer_record_with_new_key_revives_departed_host() -> None:
     """A newer record with a new key brings a departed host back and ends its tombstone."""
-    gone = Roster(gone={"barge2": Tombstone(2, public_key("barge2"))})
+    gone = Roster(gone=grave("barge2", Tombstone(2, public_key("barge2"))))
     assert admitted([member(2, of=record(2, seq=3))], gone).hosts == {}, "the same key: it has not joined again"
     roster = admitted([member(2, of=record(2, seq=3, key="new"))], gone)
     assert roster.hosts["barge2"].seq == 3
@@ -279,7 +279,9 @@ def test_revocation_and_forget_require_authority() -> None:
     word = certificates.revoke(seed("identity of barge3"), "meshd", certificate("barge2").serial, "barge2")
     assert merge_tombstones(known, MESH, Tombstones(revoked={word.serial: word})) == known
     signature = certificates.forget(seed("identity of barge3"), "meshd", "barge2", 1, public_key("barge2"))
-    assert merge_tombstones(known, MESH, Tombstones({"barge2": tombstones.forgotten(record(2), signature)})) == known
+    assert (
+        merge_tombstones(known, MESH, Tombstones(grave("barge2", tombstones.forgotten(record(2), signature)))) == known
+    )
 
 
 # --- records that came besides the tags ------------------------------------------------------------------------------
@@ -429,10 +431,10 @@ def goodbye(number: int, seq: int) -> Tombstone:
 def test_tombstone_from_others_removes_host() -> None:
     """A tombstone that other hosts pass on removes its host, and an older one changes nothing."""
     known = Roster({"barge2": record(2, seq=5), "barge3": record(3)})
-    roster = admitted([], merge_tombstones(known, MESH, Tombstones({"barge2": goodbye(2, 5)})))
+    roster = admitted([], merge_tombstones(known, MESH, Tombstones(grave("barge2", goodbye(2, 5)))))
     assert sorted(roster.hosts) == ["barge3"]
-    assert roster.gone == {"barge2": goodbye(2, 5)}
-    assert merge_tombstones(roster, MESH, Tombstones({"barge2": goodbye(2, 4)})) == roster, "older news is no news"
+    assert roster.gone == grave("barge2", goodbye(2, 5))
+    assert merge_tombstones(roster, MESH, Tombstones(grave("barge2", goodbye(2, 4)))) == roster, "older news is no news"
 
 
 @pytest.mark.parametrize("proof", ["none", "another's", "not leaving", "noise", "another number"])
@@ -447,21 +449,21 @@ def test_tombstone_without_proof_is_ignored(proof: str) -> None:
         "noise": replace(real, record=None, forgotten=bytes(300)),
         "another number": replace(real, seq=6),
     }
-    assert merge_tombstones(known, MESH, Tombstones({"barge2": bad[proof]})) == known
+    assert merge_tombstones(known, MESH, Tombstones(grave("barge2", bad[proof]))) == known
 
 
 def test_authority_can_forget_host() -> None:
     """The authority can end the membership of a host."""
     known = admitted([member(2)])
     signature = certificates.forget(AUTHORITY, "meshd", "barge2", 1, public_key("barge2"))
-    roster = merge_tombstones(known, MESH, Tombstones({"barge2": tombstones.forgotten(record(2), signature)}))
+    roster = merge_tombstones(known, MESH, Tombstones(grave("barge2", tombstones.forgotten(record(2), signature))))
     assert admitted([], roster).hosts == {}
 
 
 def test_old_tombstone_spares_host_that_joined_again() -> None:
     """The tombstone of an earlier membership does not end the host that has joined again."""
     known = Roster({"barge2": record(2, seq=9, key="new")})
-    assert merge_tombstones(known, MESH, Tombstones({"barge2": goodbye(2, 5)})) == known
+    assert merge_tombstones(known, MESH, Tombstones(grave("barge2", goodbye(2, 5)))) == known
 
 
 # --- a name is that of one identity, whatever a reusable invitation signs ---------------------------------------------
@@ -492,7 +494,9 @@ def test_delegated_tombstone_ends_no_other_host(by: str, expires: int) -> None:
     known = admitted([member(2, of=mine)])
     for key in ("thief", "barge2"):
         word = tombstones.of_leaving(by_thief(2, leaving=True, key=key, expires=expires))
-        assert merge_tombstones(known, MESH, Tombstones({"barge2": word})) == known
+        told = merge_tombstones(known, MESH, Tombstones(grave("barge2", word)))
+        assert by == "invitation" or told == known
+        assert admitted([], told).hosts == known.hosts
     said = admitted([member(2, of=by_thief(2, leaving=True, expires=expires))], known)
     assert (said.hosts, said.gone) == (known.hosts, {})
 
@@ -501,7 +505,7 @@ def test_delegated_tombstone_does_not_end_own_host() -> None:
     """The holder of a delegation cannot end this host itself."""
     for key in ("thief", "barge1"):
         word = tombstones.of_leaving(by_thief(1, leaving=True, key=key))
-        assert merge_tombstones(Roster(), MESH, Tombstones({"barge1": word})) == Roster()
+        assert merge_tombstones(Roster(), MESH, Tombstones(grave("barge1", word))) == Roster()
 
 
 def test_delegated_certificate_does_not_take_name() -> None:
@@ -525,9 +529,9 @@ def test_authority_certificate_takes_name() -> None:
 
 
 def test_name_is_free_after_leave_or_expiry() -> None:
-    """The name of a host that has left, or whose certificate has expired, is free."""
-    buried = merge_tombstones(admitted([member(2)]), MESH, Tombstones({"barge2": goodbye(2, 5)}))
-    assert admitted([member(2, of=by_thief(2, seq=6))], buried).hosts["barge2"].seq == 6, "in the same pass"
+    """The name of a host that has left, or whose certificate has expired, is free, under whatever number."""
+    buried = merge_tombstones(admitted([member(2)]), MESH, Tombstones(grave("barge2", goodbye(2, 5))))
+    assert admitted([member(2, of=by_thief(2, seq=3))], buried).hosts["barge2"].seq == 3, "in the same pass"
     soon = Roster({"barge2": record(2, by=certificate("barge2", expires=int(NOW) - 1))})
     assert admitted([member(2, of=by_thief(2, seq=6))], soon).hosts["barge2"].seq == 6
 
@@ -537,56 +541,129 @@ def test_own_tombstone_counts_after_expiry() -> None:
     brief = certificate("barge2", expires=int(NOW) - 1)
     known = Roster({"barge2": record(2, by=brief)})
     word = tombstones.of_leaving(record(2, seq=2, leaving=True, by=brief))
-    assert merge_tombstones(known, MESH, Tombstones({"barge2": word})).gone == {"barge2": word}
+    assert merge_tombstones(known, MESH, Tombstones(grave("barge2", word))).gone == grave("barge2", word)
 
 
-@pytest.mark.parametrize("why", ["valid", "revoked", "ended"])
-def test_earlier_identity_ends_host_only_while_certified(why: str) -> None:
-    """An earlier identity of a host ends it only while its own certificate is valid."""
-    ends = int(NOW) - 1 if why == "ended" else 0
-    first = certificates.certify(AUTHORITY, "meshd", "barge2", Certificate(5, ends, certificates.public(THIEF)))
-    word = tombstones.of_leaving(
-        certificates.sign(THIEF, "meshd", "barge2", replace(by_thief(2, leaving=True), certificate=first))
-    )
-    revoked = {5: certificates.revoke(AUTHORITY, "meshd", 5, "barge2")} if why == "revoked" else {}
-    known = Roster({"barge2": record(2)}, revoked=revoked)
-    assert ("barge2" in merge_tombstones(known, MESH, Tombstones({"barge2": word})).gone) == (why == "valid")
+def by_another(number: int, serial: int, *, seq: int = 2**47, leaving: bool = False, key: str = "thief") -> Record:
+    """What another host publishes that the authority has once given the name to, with the certificate `serial`."""
+    name = f"barge{number}"
+    given = certificates.certify(AUTHORITY, "meshd", name, Certificate(serial, 0, certificates.public(THIEF)))
+    made = replace(record(number, seq=seq, leaving=leaving, key=key), certificate=given, signature=b"")
+    return certificates.sign(THIEF, "meshd", name, made)
 
 
-def test_authority_unblocks_name_ended_by_delegation() -> None:
-    """A name that the holder of a delegation has ended can be given again by the authority."""
-    blocked = merge_tombstones(
-        Roster(), MESH, Tombstones({"barge2": tombstones.of_leaving(by_thief(2, leaving=True, key="barge2"))})
-    )
-    assert admitted([member(2, of=record(2, by=delegated("barge2", delegation())))], blocked).hosts == {}
-    roster = admitted([member(2)], blocked)
-    assert (roster.hosts, roster.gone) == ({"barge2": record(2)}, {})
+BEFORE, AFTER = certificate("barge2").serial - 1, certificate("barge2").serial + 1
+
+
+@pytest.mark.parametrize("leaving", [False, True], ids=["record", "goodbye"])
+@pytest.mark.parametrize("way", ["tags", "heard", "told"])
+def test_earlier_owner_of_name_counts_no_more(way: str, leaving: bool) -> None:
+    """Of two certificates of the authority for one name the later alone counts, whatever the earlier one's number."""
+    known = admitted([member(2)])
+    earlier = by_another(2, BEFORE, leaving=leaving)
+    if way == "told":
+        word = replace(tombstones.of_leaving(earlier), record=earlier)
+        found = admitted([], merge_tombstones(known, MESH, Tombstones(grave("barge2", word))))
+    elif way == "heard":
+        found = admit(View(OWN, MESH, known, NOW), [member(2)], heard={"barge2": earlier})
+    else:
+        found = admitted([member(2, of=earlier)], known)
+        assert found.refused == {"barge2": SUPERSEDED}
+        assert found.owners == {"barge2": certificate("barge2")}, "others have to hear of it"
+    assert (found.hosts, found.gone) == (known.hosts, {})
+
+
+def test_later_owner_takes_name_with_any_number() -> None:
+    """Who has the authority's later certificate takes the name, with a number of its own."""
+    known = admitted([member(2, of=by_another(2, BEFORE))])
+    for roster in (admitted([member(2)], known), admit(View(OWN, MESH, known, NOW), [], heard={"barge2": record(2)})):
+        assert roster.hosts == {"barge2": record(2)}
+        assert roster.owners == {"barge2": certificate("barge2")}
+        assert roster.refused == {}
+
+
+def test_owner_outlives_its_own_membership() -> None:
+    """An earlier owner of a name does not come back when the later one has left, is dead, or is not known."""
+    known = admitted([member(2)], admitted([member(2, of=by_another(2, BEFORE))]))
+    left = admitted([member(2, of=record(2, seq=2, leaving=True))], known)
+    newcomer = merge_tombstones(Roster(), MESH, left.all_tombstones)
+    ended = Roster(gone=grave("barge2", goodbye(2, 2)))
+    for roster in (known, left, newcomer, ended):
+        again = admitted([member(2, of=by_another(2, BEFORE, seq=2**47 + 1, key="new"))], roster)
+        assert again.refused == {"barge2": SUPERSEDED}
+        assert "barge2" not in again.hosts or again.hosts["barge2"] == record(2)
+
+
+def test_host_that_was_away_hears_of_later_owner() -> None:
+    """A host that still has the earlier owner drops it when it is told of the later one."""
+    away = admitted([member(2, of=by_another(2, BEFORE))])
+    told = merge_tombstones(away, MESH, Tombstones(owners={"barge2": certificate("barge2")}))
+    roster = admitted([member(2, of=by_another(2, BEFORE))], told)
+    assert (roster.hosts, roster.refused) == ({}, {"barge2": SUPERSEDED})
+    assert admitted([member(2)], roster).hosts == {"barge2": record(2)}
+
+
+@pytest.mark.parametrize("why", ["another's", "delegated", "earlier"])
+def test_owner_is_the_authoritys_last_word(why: str) -> None:
+    """Only the authority's own certificate, and only a later one, makes an owner."""
+    later = by_another(2, AFTER).certificate
+    wrong = {
+        "another's": certificates.certify(seed("other"), "meshd", "barge2", later),
+        "delegated": thiefs("barge2"),
+        "earlier": by_another(2, BEFORE).certificate,
+    }
+    known = replace(admitted([member(2)]), owners={"barge2": certificate("barge2")})
+    assert merge_tombstones(known, MESH, Tombstones(owners={"barge2": wrong[why]})) == known
+    assert merge_tombstones(known, MESH, Tombstones(owners={"barge2": later})).owners == {"barge2": later}
+
+
+def test_identity_that_left_takes_no_name_of_another_host() -> None:
+    """A host that has said goodbye comes back under its name only while nobody else has it."""
+    left = Roster(gone=grave("barge2", goodbye(2, 5)))
+    again = record(2, seq=6, key="new")
+    assert admitted([member(2, of=again)], left).hosts == {"barge2": again}
+    heir = replace(left, hosts={"barge2": by_thief(2, seq=1)})
+    assert admitted([member(2, of=again)], heir).refused == {"barge2": TAKEN}
+
+
+def test_name_ended_by_delegation_is_free() -> None:
+    """What the holder of a delegation says of a name keeps nobody out of it, and moves nobody's number."""
+    word = tombstones.of_leaving(by_thief(2, leaving=True, key="barge2"))
+    told = merge_tombstones(Roster(), MESH, Tombstones(grave("barge2", word)))
+    assert told.gone == grave("barge2", word)
+    for mine in (record(2), record(2, by=delegated("barge2", delegation()))):
+        assert admitted([member(2, of=mine)], told).hosts == {"barge2": mine}
 
 
 def test_delegated_tombstone_does_not_replace_own_one() -> None:
     """A tombstone by a delegation does not replace that of the host that the authority admitted."""
-    known = Roster(gone={"barge2": goodbye(2, 5)})
+    known = Roster(gone=grave("barge2", goodbye(2, 5)))
     word = tombstones.of_leaving(by_thief(2, leaving=True))
-    assert merge_tombstones(known, MESH, Tombstones({"barge2": word})) == known
-    assert admitted([member(2, of=by_thief(2, leaving=True))], known).gone == known.gone
-    assert admitted([member(2, of=record(2, seq=4))], known).hosts == {}
+    for roster in (
+        merge_tombstones(known, MESH, Tombstones(grave("barge2", word))),
+        admitted([member(2, of=by_thief(2, leaving=True))], known),
+    ):
+        assert set(roster.gone["barge2"].values()) == {goodbye(2, 5), word}
+        assert admitted([member(2, of=record(2, seq=4))], roster).hosts == {}
 
 
 def test_tombstones_of_unknown_names_are_bounded() -> None:
     """The number of tombstones for unknown names is bounded, and those of hosts are always kept."""
-    noise = {f"barge{n}": tombstones.of_leaving(by_noise(n)) for n in range(3, MAX_STRANGERS + 9)}
+    noise: dict[str, dict[bytes, Tombstone]] = {}
+    for number in range(3, MAX_STRANGERS + 9):
+        noise |= grave(f"barge{number}", tombstones.of_leaving(by_noise(number)))
     known = merge_tombstones(
         admitted([member(2, of=record(2, by=delegated("barge2", delegation())))]), MESH, Tombstones(noise)
     )
     assert len(known.gone) == MAX_STRANGERS
     assert (
-        len(merge_tombstones(known, MESH, Tombstones({"barge999": tombstones.of_leaving(by_noise(999))})).gone)
+        len(merge_tombstones(known, MESH, Tombstones(grave("barge999", tombstones.of_leaving(by_noise(999))))).gone)
         == MAX_STRANGERS
     )
     assert len(admitted([replace(member(3, of=by_noise(999)), name="barge999")], known).gone) == MAX_STRANGERS
     mine = tombstones.of_leaving(record(2, seq=2, leaving=True, by=delegated("barge2", delegation())))
     others = tombstones.of_leaving(record(1, leaving=True))
-    more = merge_tombstones(known, MESH, Tombstones({"barge2": mine, "barge1": others}), own=None)
+    more = merge_tombstones(known, MESH, Tombstones(grave("barge2", mine) | grave("barge1", others)), own=None)
     assert len(more.gone) == MAX_STRANGERS + 2, "a host's own, and one by the authority's certificate"
 
 
@@ -596,21 +673,15 @@ def by_noise(number: int) -> Record:
     return certificates.sign(THIEF, "meshd", f"barge{number}", replace(spelled, certificate=certificate))
 
 
-@pytest.mark.parametrize("by", ["authority", "ended", "invitation"])
-def test_tombstone_of_own_name_is_kept_until_outdone(by: str) -> None:
-    """The tombstone of an earlier host of this name is kept until this host's sequence number exceeds it."""
-    joined = by_invitation = delegated("barge1", delegation(expires=int(NOW) + 99))
-    earlier = by_thief(1, seq=2**40, key="earlier", leaving=True)
-    if by != "invitation":
-        ends = int(NOW) - 1 if by == "ended" else 0
-        issued = certificates.certify(AUTHORITY, "meshd", "barge1", Certificate(5, ends, certificates.public(THIEF)))
-        earlier, joined = replace(earlier, certificate=issued), certificate("barge1")
-    word = tombstones.of_leaving(certificates.sign(THIEF, "meshd", "barge1", earlier))
-    own = Host("barge1", record(1, by=joined))
-    known = merge_tombstones(Roster(), MESH, Tombstones({"barge1": word}), own)
-    assert admit(View(own, MESH, known, NOW), []).gone == {"barge1": word}
-    beyond = Host("barge1", record(1, seq=2**40 + 1, by=by_invitation))
+def test_tombstone_of_own_name_is_kept_until_outdone() -> None:
+    """A tombstone of this host's own identity is kept until its number exceeds it; that of another never counts."""
+    word = tombstones.of_leaving(record(1, seq=2**40, key="earlier", leaving=True))
+    known = merge_tombstones(Roster(), MESH, Tombstones(grave("barge1", word)))
+    assert admit(View(OWN, MESH, known, NOW), []).gone == grave("barge1", word)
+    beyond = Host("barge1", record(1, seq=2**40 + 1))
     assert admit(View(beyond, MESH, known, NOW), []).gone == {}
+    other = tombstones.of_leaving(by_thief(1, leaving=True))
+    assert merge_tombstones(Roster(), MESH, Tombstones(grave("barge1", other))) == Roster()
 
 
 def test_contacts_drop_revoked_hosts() -> None:
@@ -629,8 +700,8 @@ def test_own_membership_ends_by_tombstone() -> None:
     """This host's membership has ended if a tombstone for its key is known."""
     own = OWN.record
     assert Roster().ended("barge1", own, NOW) == ""
-    assert Roster(gone={"barge1": Tombstone(1, public_key("barge1"))}).ended("barge1", own, NOW) == BURIED
-    assert Roster(gone={"barge1": Tombstone(0, public_key("earlier"))}).ended("barge1", own, NOW) == ""
+    assert Roster(gone=grave("barge1", Tombstone(1, public_key("barge1")))).ended("barge1", own, NOW) == BURIED
+    assert Roster(gone=grave("barge1", Tombstone(0, public_key("earlier")))).ended("barge1", own, NOW) == ""
 
 
 def rival_record(serial: int) -> Record:
@@ -657,7 +728,11 @@ def test_two_claimants_agree_on_loser(seq: int) -> None:
 def test_known_host_supersedes_nobody(why: str) -> None:
     """A host that was known before cannot take the subnet of this host."""
     winning = rival_record(1)
-    known = Roster({"barge2": record(2)}) if why != "gone" else Roster(gone={"barge2": Tombstone(1, public_key("old"))})
+    known = (
+        Roster({"barge2": record(2)})
+        if why != "gone"
+        else Roster(gone=grave("barge2", Tombstone(1, public_key("old"))))
+    )
     claim = record(2, seq=9, subnet=OWN.record.subnet, by=winning.certificate)
     assert superseded(OWN, member(2, of=claim)) == "barge2", "a stranger would"
     assert superseded(OWN, member(2, of=claim), known=known) is None
@@ -680,7 +755,7 @@ def test_absent_or_invalid_rival_supersedes_nobody(why: str) -> None:
         "elsewhere": record(2, by=low),
         "unsigned": replace(winning, signature=bytes(64)),
     }
-    gone = {"barge2": Tombstone(1, winning.public_key)} if why == "departed" else {}
+    gone = grave("barge2", Tombstone(1, winning.public_key)) if why == "departed" else {}
     found = member(2, Status.FAILED if why == "dead" else Status.ALIVE, claim.get(why, winning))
     assert superseded(OWN, found, known=Roster(gone=gone)) is None
 
@@ -696,3 +771,37 @@ def test_known_rivals_are_contested_and_neither_moves() -> None:
             "and a stranger is told otherwise"
         )
         assert superseded(own, listed[0], known=known) is None
+
+
+# --- whatever is heard in whatever order ----------------------------------------------------------------------------
+
+SAID = st.permutations(
+    [
+        by_another(2, BEFORE),
+        by_another(2, BEFORE, seq=2**47 + 1, leaving=True),
+        record(2),
+        record(2, seq=2, leaving=True),
+        by_thief(2),
+        by_thief(2, leaving=True),
+    ]
+)
+
+
+@given(SAID, SAID, st.integers(1, 6))
+def test_hosts_agree_on_owner_whatever_they_heard(first: list[Record], second: list[Record], count: int) -> None:
+    """Two hosts that have heard the same in any order, or told each other, agree on who a name's owner was."""
+
+    def heard(records: Sequence[Record]) -> Roster:
+        roster = Roster()
+        for one in records:
+            roster = admitted([member(2, of=one)], roster)
+        return roster
+
+    one, two = heard(first), heard(second[:count])
+    told = admitted([], merge_tombstones(two, MESH, one.all_tombstones))
+    # The later owner has said goodbye, and both have heard that or the other's word of it.
+    assert one.owner("barge2") == told.owner("barge2") == certificate("barge2")
+    for roster in (one, told):
+        for earlier in (by_another(2, BEFORE, seq=2**47 + 9, key="new"), record(2, key="old")):
+            assert "barge2" not in roster.hosts or roster.hosts["barge2"].certificate.delegation is not None
+            assert roster.ended("barge2", earlier, NOW)

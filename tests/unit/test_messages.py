@@ -60,7 +60,8 @@ def test_applied_is_answered_by_that_record_or_a_newer_one() -> None:
 def test_tombstones_asked_page_by_page_are_all(known: Tombstones) -> None:
     found = Tombstones()
     after = ""
-    for _ in range(len(known.gone) + len(known.revoked) + 1):
+    entries = sum(map(len, known.gone.values())) + len(known.revoked) + len(known.owners)
+    for _ in range(entries + 1):
         question = AskTombstones("asker", "0" * 16, after)
         assert messages.read(QUERY, GONE, question.payload(), MESH) == question
         page = Tombstones.read(question.page(known), MESH)

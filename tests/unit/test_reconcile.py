@@ -11,6 +11,7 @@ from meshd.errors import ApplyError, InputError, MeshdError, MissingError, SerfE
 from meshd.mesh import certificates, tombstones
 from meshd.mesh.model import Host, Member, Status
 from meshd.mesh.roster import Roster
+from meshd.mesh.tombstones import grave
 from meshd.net.links import Links
 from meshd.net.resources import Action, Change, Engine, Link, Network, Peer, Resource, Route, Sysctl, Table, Tags
 from meshd.reconcile import plan
@@ -168,7 +169,7 @@ def test_a_host_that_leaves_goes_with_its_route(host: State) -> None:
     assert [str(change).split()[:2] for change in report.changes] == [["remove", "route"], ["remove", "peer"]]
     assert fake.peers == set()
     assert report.applied == {"barge2": 2}, "its tombstone is applied"
-    assert host.roster().gone == {"barge2": tombstones.of_leaving(last)}
+    assert host.roster().gone == grave("barge2", tombstones.of_leaving(last))
 
 
 def test_the_guard_withholds_what_nobody_said_and_force_does_it(host: State) -> None:

@@ -17,7 +17,7 @@ from meshd.gossip.responder import NOTHING, merge_tombstones, respond
 from meshd.mesh import certificates, tombstones
 from meshd.mesh.records import read_certificate, to_wire
 from meshd.mesh.roster import Roster
-from meshd.mesh.tombstones import Tombstones
+from meshd.mesh.tombstones import Tombstones, grave
 from meshd.state.directory import Claim, State
 from tests.conftest import AUTHORITY, MESH, delegated, delegation, record
 
@@ -85,5 +85,5 @@ def test_own_tombstone_of_a_leaving_host_does_not_end_it(state: State) -> None:
     """Serf delivers a user event to its sender as well: without a daemon, the handler hears of its own host."""
     last = record(1, seq=9, leaving=True)
     state.save_claim(Claim(last, settled=True))
-    assert not merge_tombstones(state, Tombstones({"barge1": tombstones.of_leaving(last)}))
+    assert not merge_tombstones(state, Tombstones(grave("barge1", tombstones.of_leaving(last))))
     assert state.roster().gone == {}

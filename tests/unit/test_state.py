@@ -20,8 +20,8 @@ from meshd.gossip.responder import merge_tombstones
 from meshd.mesh.model import Host, Revocation, Tombstone
 from meshd.mesh.records import MAX_SEQ
 from meshd.mesh.roster import Roster
-from meshd.mesh.tombstones import Tombstones, of_leaving
-from meshd.state.claim import ended, endpoint, publish, refresh
+from meshd.mesh.tombstones import Tombstones, forgotten, grave, of_leaving
+from meshd.state.claim import LAST, USED_UP, NumbersError, ended, endpoint, publish, refresh
 from meshd.state.directory import _OURS, Claim, State
 from meshd.state.settings import Settings
 from tests.conftest import MESH, certificate, delegated, delegation, public_key, record
@@ -31,7 +31,7 @@ def test_roster_round_trip(state: State) -> None:
     """The roster survives the way to disk and back."""
     roster = Roster(
         {"barge2": record(2, seq=7), "barge4": record(4, by=delegated("barge4", delegation()))},
-        {"barge3": Tombstone(4, public_key("barge3"), forgotten=b"proof")},
+        grave("barge3", Tombstone(4, public_key("barge3"), forgotten=b"proof")),
         revoked={9: Revocation(9, "barge5", b"signature")},
     )
     state.save_roster(roster)
@@ -81,7 +81,20 @@ def test_publish_outdoes_earlier_host_of_name(state: State) -> None:
     beyond = publish(state, state.claim(), subnet=subnet, endpoint=endpoint, settled=True, beyond=2**40)
     assert (first.record.seq < 2**40, beyond.record.seq) == (True, 2**40 + 1)
     assert publish(state, state.claim(), subnet=subnet, endpoint=endpoint, settled=True, beyond=2**40) == beyond, "once"
-    last = publish(state, state.claim(), subnet=subnet, endpoint=endpoint, settled=True, beyond=MAX_SEQ - 1)
+
+
+def test_greatest_number_is_no_exception(state: State) -> None:
+    """Where the numbers end the record stays as it is, and the host says so; it can still say goodbye."""
+    subnet = record(1).subnet
+    claim = publish(state, state.claim(), subnet=subnet, endpoint=endpoint(state), settled=True, beyond=LAST - 1)
+    assert claim.record.seq == LAST
+    with pytest.raises(NumbersError, match="meshd leave --force"):
+        publish(state, claim, subnet=record(2).subnet, endpoint=endpoint(state), settled=True)
+    (state.directory / "wireguard.key").unlink()
+    assert refresh(State(state.directory), claim, Roster()) == claim
+    beyond = forgotten(replace(claim.record, public_key=public_key("earlier")), b"f")
+    assert ended(Host("barge1", claim.record), Roster(gone=grave("barge1", beyond)), 0) == USED_UP
+    last = publish(state, claim, subnet=subnet, endpoint=endpoint(state), settled=True, leaving=True)
     assert last.record.seq == MAX_SEQ - 1
 
 
@@ -90,15 +103,15 @@ def test_renewed_outdoes_tombstone_of_earlier_host_only(state: State) -> None:
     claim = publish(state, state.claim(), subnet=record(1).subnet, endpoint=endpoint(state), settled=True)
     own, far = claim.record, 2**40
     earlier = of_leaving(record(1, seq=far, key="earlier", leaving=True))
-    assert merge_tombstones(state, Tombstones({"barge1": earlier}))
+    assert merge_tombstones(state, Tombstones(grave("barge1", earlier)))
     known = state.roster()
     assert ended(Host("barge1", own), known, time.time()) == ""
     assert refresh(state, claim, known).record.seq == far + 1
     again = state.claim()
     assert again is not None
     mine = Tombstone(far + 1, own.public_key, forgotten=b"f")
-    assert "has forgotten this host" in ended(Host("barge1", own), Roster(gone={"barge1": mine}), 0)
-    assert refresh(state, again, Roster(gone={"barge1": mine})) == again
+    assert "has forgotten this host" in ended(Host("barge1", own), Roster(gone=grave("barge1", mine)), 0)
+    assert refresh(state, again, Roster(gone=grave("barge1", mine))) == again
 
 
 def test_state_files_have_mode_0600(state: State) -> None:
@@ -242,7 +255,7 @@ def test_own_leaving_record_does_not_bury_own_host(state: State) -> None:
     subnet = record(1).subnet
     publish(state, state.claim(), subnet=subnet, endpoint=endpoint(state), settled=True)
     last = publish(state, state.claim(), subnet=subnet, endpoint=endpoint(state), settled=True, leaving=True).record
-    assert not merge_tombstones(state, Tombstones({"barge1": of_leaving(last)}))
+    assert not merge_tombstones(state, Tombstones(grave("barge1", of_leaving(last))))
     assert ended(Host("barge1", last), state.roster(), time.time()) == ""
 
 
@@ -347,6 +360,6 @@ def test_records_of_older_version_stop_no_daemon(state: State) -> None:
 def test_tombstone_with_odd_endpoint_keeps_its_proof(state: State) -> None:
     """The goodbye of a host whose endpoint counts no more is still proved, and passed on."""
     leaving = record(3, endpoint=Endpoint(ip_address("::ffff:10.10.10.103"), 51820), leaving=True)
-    told = Tombstones({"barge3": of_leaving(leaving)})
+    told = Tombstones(grave("barge3", of_leaving(leaving)))
     assert merge_tombstones(state, told)
     assert State(state.directory).roster().all_tombstones == told

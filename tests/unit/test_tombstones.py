@@ -9,26 +9,34 @@ from meshd.gossip.messages import ANSWER_LIMIT, EVENT_LIMIT
 from meshd.mesh import certificates, tombstones
 from meshd.mesh.model import Revocation, Tombstone
 from meshd.mesh.records import MAX_PREFIX, MAX_SEQ, RecordError
-from meshd.mesh.tombstones import Tombstones
-from tests.conftest import AUTHORITY, MESH, delegated, delegation, public_key, record
+from meshd.mesh.tombstones import Tombstones, grave
+from tests.conftest import AUTHORITY, MESH, certificate, delegated, delegation, public_key, record
 
 names = st.from_regex(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,61}[A-Za-z0-9])?", fullmatch=True)
 keys = st.integers().map(lambda n: public_key(str(n)))
 # A host's own last record, the longest one among them, and the authority's signature.
 LONGEST = delegated("barge1", delegation("barge1" + "x" * (MAX_PREFIX - 6), subnets=(record(1).subnet,)))
 records = st.sampled_from([record(2, leaving=True), record(1, seq=MAX_SEQ - 1, by=LONGEST, leaving=True)])
-left = st.builds(Tombstone, st.integers(1, MAX_SEQ - 1), keys, records)
+left = st.builds(
+    lambda seq, key, last: Tombstone(seq, key, last, identity=last.certificate.identity),
+    st.integers(1, MAX_SEQ - 1),
+    keys,
+    records,
+)
 forgotten = st.builds(
     lambda seq, key, signature: Tombstone(seq, key, forgotten=signature),
     st.integers(1, MAX_SEQ - 1),
     keys,
     st.binary(min_size=1, max_size=64),
 )
-by_name = st.dictionaries(names, left | forgotten, max_size=20)
+by_name = st.dictionaries(
+    names, st.lists(left | forgotten, min_size=1).map(lambda found: {t.identity: t for t in found}), max_size=20
+)
 revocations = st.dictionaries(st.integers(1, 2**63 - 1), st.tuples(names, st.binary(max_size=64)), max_size=20).map(
     lambda found: {serial: Revocation(serial, *fields) for serial, fields in found.items()}
 )
-all_tombstones = st.builds(Tombstones, by_name, revocations)
+owners = st.dictionaries(names, st.integers(1, 2**63 - 1).map(lambda n: certificate("any", serial=n)), max_size=20)
+all_tombstones = st.builds(Tombstones, by_name, revocations, owners)
 
 
 @given(all_tombstones, st.sampled_from([EVENT_LIMIT, ANSWER_LIMIT]))
@@ -44,20 +52,20 @@ def test_tombstones_round_trip_in_pages(known: Tombstones, limit: int) -> None:
 def test_longest_tombstone_fits_into_event() -> None:
     """The longest tombstone fits into a user event."""
     proof = tombstones.of_leaving(record(1, seq=MAX_SEQ - 1, by=LONGEST, leaving=True))
-    (message,) = Tombstones({"b" * 63: proof}).pages(EVENT_LIMIT)
+    (message,) = Tombstones(grave("b" * 63, proof)).pages(EVENT_LIMIT)
     assert len(message) <= EVENT_LIMIT
 
 
 def test_pages_skip_tombstones_without_proof() -> None:
     """Tombstones without a proof are not passed on."""
-    assert list(Tombstones({"barge1": Tombstone(1, public_key("barge1"))}).pages(EVENT_LIMIT)) == []
+    assert list(Tombstones(grave("barge1", Tombstone(1, public_key("barge1")))).pages(EVENT_LIMIT)) == []
 
 
 @given(st.binary(max_size=1024))
 def test_read_tombstones_from_any_bytes(payload: bytes) -> None:
     """Any bytes are read as valid tombstones or as nothing."""
     found = Tombstones.read(payload, MESH)
-    for name, goodbye in found.gone.items():
+    for name, _, goodbye in tombstones.each(found.gone):
         assert len(name) <= 63
         assert 0 < goodbye.seq < MAX_SEQ
     assert all(0 < serial < 2**63 for serial in found.revoked)
@@ -106,7 +114,9 @@ def test_forget_is_bound_to_one_membership(change: dict[str, str | int]) -> None
 
 def test_later_tombstone_wins() -> None:
     """Of two tombstones of one host the later one wins."""
-    first, second = (Tombstones({"barge1": Tombstone(seq, public_key("barge1"), forgotten=b"p")}) for seq in (1, 2))
+    first, second = (
+        Tombstones(grave("barge1", Tombstone(seq, public_key("barge1"), forgotten=b"p"))) for seq in (1, 2)
+    )
     assert second.without(first) == second
     assert not first.without(second)
     assert not second.without(second)

@@ -9,8 +9,9 @@ import pytest
 from meshd.cli import views
 from meshd.endpoint import Endpoint
 from meshd.errors import MissingError
-from meshd.mesh.model import Host, Member, Record, Status, Tombstone
+from meshd.mesh.model import Graves, Host, Member, Record, Status, Tombstone
 from meshd.mesh.roster import BURIED, Roster
+from meshd.mesh.tombstones import grave
 from meshd.net.resources import Action, Change, Engine, Peer, Route
 from meshd.reconcile.machine import Area, Failure
 from meshd.reconcile.run import Report
@@ -24,7 +25,7 @@ OWN = Host("barge1", record(1))
 def rows(
     *members: Member,
     hosts: Mapping[str, Record] | None = None,
-    gone: Mapping[str, Tombstone] | None = None,
+    gone: Graves | None = None,
     refused: Mapping[str, str] | None = None,
     peers: tuple[Peer, ...] = (),
 ) -> str:
@@ -67,14 +68,14 @@ def test_members_text_shows_refused_record_of_known_host() -> None:
 
 def test_members_text_shows_left_host() -> None:
     """A host that has left is shown as `left`."""
-    goodbye = {"barge2": Tombstone(2, public_key("barge2"))}
+    goodbye = grave("barge2", Tombstone(2, public_key("barge2")))
     text = rows(member(1), member(2, Status.LEFT, record(2, seq=2, leaving=True)), gone=goodbye)
     assert text.splitlines()[-1].split()[3] == "left"
 
 
 def test_members_text_shows_why_returning_host_is_refused() -> None:
     """A host that has left and is refused now that it is back has the reason in its line."""
-    gone = {"barge2": Tombstone(2, public_key("barge2"))}
+    gone = grave("barge2", Tombstone(2, public_key("barge2")))
     text = rows(member(1), member(2), gone=gone, refused={"barge2": BURIED})
     assert text.splitlines()[-1].split(maxsplit=5)[3:] == ["refused", "never", BURIED]
 

@@ -1,0 +1,57 @@
+"""What the authority signs: serials that never go back, revocations with all that belongs to them."""
+
+import pytest
+
+from meshd.errors import InputError
+from meshd.mesh.model import Record
+from meshd.state import authority
+from meshd.state.authority import RUNAWAY, Terms, label
+from meshd.state.directory import State
+from tests.conftest import AUTHORITY, delegated, delegation, record
+
+
+@pytest.fixture
+def holder(state: State) -> State:
+    """The state directory of a host that holds the authority."""
+    state.save_authority_key(AUTHORITY)
+    return state
+
+
+def test_serials_grow_whatever_the_clock_says(holder: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two certificates for one name the later one has the higher serial, also when the clock has gone back."""
+    first = authority.invite(holder, "barge2", Terms()).certificate
+    monkeypatch.setattr("time.time", lambda: 0.0)
+    second, third = (authority.invite(holder, "barge2", Terms()).certificate for _ in range(2))
+    assert first is not None
+    assert second is not None
+    assert third is not None
+    assert first.serial < second.serial < third.serial
+    assert second.supersedes(first)
+
+
+def test_forget_signs_no_number_that_keeps_out_later_hosts(holder: State) -> None:
+    """A number that no clock gives is not signed: it would end every later host of the name."""
+    assert authority.forget(holder, "barge2", record(2, seq=RUNAWAY - 1)).seq == RUNAWAY - 1
+    with pytest.raises(InputError, match="run 'meshd revoke barge2' instead"):
+        authority.forget(holder, "barge2", record(2, seq=RUNAWAY))
+
+
+def confirmed(holder: State, name: str) -> Record:
+    """Let the authority confirm a host that came by the reusable invitation of the tests."""
+    joined = record(int(name[-1]), by=delegated(name, delegation()))
+    assert authority.confirm(holder, name, joined) is not None
+    return joined
+
+
+def test_revoked_invitation_lists_hosts_that_it_brought(holder: State) -> None:
+    """Hosts that the authority has confirmed stay unless they are revoked as well; this host itself always stays."""
+    invitation = label(delegation().serial)
+    holder.save_issued({str(delegation().serial): {"name": invitation, "expires": 0, "identity": None, "by": None}})
+    for name in ("barge2", "barge3", "barge1"):
+        confirmed(holder, name)
+    alone = authority.revoke(holder, invitation)
+    assert {r.name for r in alone.values()} == {invitation}
+    assert authority.confirmed_by(holder, [invitation]) == ["barge1", "barge2", "barge3"]
+    both = authority.revoke(holder, invitation, with_hosts=True)
+    assert {r.name for r in both.values()} == {invitation, "barge2", "barge3"}
+    assert all(holder.mesh.trust.is_revocation(r) for r in both.values())
