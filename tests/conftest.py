@@ -14,6 +14,7 @@ import hypothesis
 import pytest
 
 from meshd.endpoint import Endpoint
+from meshd.gossip.messages import Answer, Applied
 from meshd.mesh import certificates
 from meshd.mesh.certificates import Trust
 from meshd.mesh.model import Certificate, Delegation, Host, Member, Record, Status
@@ -100,6 +101,19 @@ def host(number: int) -> Host:
 
 def member(number: int, status: Status = Status.ALIVE, of: Record | None = None) -> Member:
     return Member(f"barge{number}", IPv4Address(f"10.10.10.{100 + number}"), 7946, status, encode(of or record(number)))
+
+
+def applied(of: Record, number: int = 2) -> bytes:
+    """The question whether a host has applied a record of bargeN's."""
+    return Applied.of(Host(f"barge{number}", of), bytes(8)).payload()
+
+
+def refusal(query: str, question: bytes, answer: bytes | None, by: Host | None = None) -> str | None:
+    """What a host, by default barge1, has answered: why not, or the empty string for yes; None if that is no answer."""
+    read = Answer.read(answer or b"")
+    assert read is not None
+    by = by or host(1)
+    return read.refusal if MESH.trust.is_answer(by, query, question, read.refusal, read.signature) else None
 
 
 def eventually(condition: Callable[[], object], timeout: float, what: str) -> float:

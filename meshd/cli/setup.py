@@ -198,13 +198,15 @@ def _wait(state: State, timeout: float, *, strict: bool, is_new: bool) -> None:
     output.show(f"{len(readiness.ready) + 1}/{total} hosts ready", error=True)
     output.show(*views.members_lines(views.members(views.gather(state))))
     _warn_of_firewalls(state)
-    if readiness.missing:
+    for name, refusal in sorted(readiness.refusals.items()):
+        output.warn(f"{name} is not ready: {refusal}")
+    if silent := sorted(readiness.missing - readiness.refusals.keys()):
         output.warn(
-            f"not ready after {timeout:g} s: {', '.join(sorted(readiness.missing))}; they go on trying "
+            f"not ready after {timeout:g} s: {', '.join(silent)}; they go on trying "
             "('meshd members' there says if they refuse this host, and why)"
         )
-        if strict:
-            sys.exit(3)
+    if readiness.missing and strict:
+        sys.exit(3)
 
 
 def _warn_of_firewalls(state: State) -> None:

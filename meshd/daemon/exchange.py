@@ -9,6 +9,7 @@ import queue
 import random
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from threading import Event, Lock
 
@@ -22,10 +23,10 @@ from meshd.daemon.asking import (
     SyncWith,
 )
 from meshd.daemon.hints import READINESS, Hint, Source
-from meshd.errors import MeshdError, SerfError
+from meshd.errors import MeshdError
 from meshd.gossip import calls, messages, serf_agent
-from meshd.gossip.messages import EVENT, GONE, QUERY, RECORD, YES, Applied, AskTombstones
-from meshd.gossip.responder import Reply, merge_tombstones, respond
+from meshd.gossip.messages import APPLIED, EVENT, GONE, QUERY, RECORD, Applied, AskTombstones
+from meshd.gossip.responder import Reply, merge_tombstones, respond, signed
 from meshd.mesh.membership import is_news
 from meshd.mesh.model import Record
 from meshd.mesh.roster import Roster
@@ -39,8 +40,19 @@ log = logging.getLogger("meshd")
 PATIENCE = 5.0
 # Upper bound of the records that are kept for the next reconcile. A thousand bogus members must not fill the memory.
 MAX_HEARD = 1000
+# The same of questions that wait.
+MAX_WAITING = 1000
 
 Respond = Callable[[bytes], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A question that waits for a reconcile, until then at most."""
+
+    question: Applied
+    answer: Respond
+    until: float
 
 
 class Exchange:
@@ -52,9 +64,9 @@ class Exchange:
         self.stopping = stopping
         self.asking = Asking(state.settings.name, time.monotonic(), random.Random())  # noqa: S311  no secret
         self.heard: dict[str, Record] = {}
-        self._roster = Roster()
-        self._applied: dict[str, int] = {}
-        self._waiting: dict[Applied, tuple[Respond, float]] = {}
+        self._report = Report()
+        self._applied = Roster()
+        self._waiting: dict[bytes, _Waiting] = {}
         # Of `_waiting`; and of `heard` and `asking`, which each thread changes.
         self._answering, self._sharing = Lock(), Lock()
         self._jobs: queue.Queue[Job | None] = queue.Queue()
@@ -65,7 +77,7 @@ class Exchange:
 
     def after(self, report: Report) -> None:
         """Answer the questions that waited for this reconcile, and take up what it gives reason to ask or to tell."""
-        self._applied, self._roster = report.applied, report.roster
+        self._report, self._applied = report, report.applied
         self._answer()
         with self._sharing:
             self.heard = {n: r for n, r in self.heard.items() if self._is_news(n, r)}
@@ -135,11 +147,11 @@ class Exchange:
         if message is None or (kind, answer is None) not in {(QUERY, False), (EVENT, True)}:
             return
         if isinstance(message, Applied) and answer is not None:
-            self._wait_for(message, answer)
+            self._wait_for(message, payload, answer)
             return
         if isinstance(message, AskTombstones):
             self._ask_back(message)
-        reply = respond(self.state, message)
+        reply = respond(self.state, message, payload if kind == QUERY else None)
         if reply.answer and answer is not None:
             answer(reply.answer)
         self._take_in(reply)
@@ -165,19 +177,22 @@ class Exchange:
         """Return whether a reconcile may use a record. One that never counts must not keep out others."""
         if name == self.state.settings.name or record.leaving:
             return False
-        last = self._roster.hosts.get(name) if name in self._applied else None
-        return is_news(record, last) and not self._roster.ended(name, record, time.time())
+        return is_news(record, self._applied.hosts.get(name)) and not self._report.roster.ended(
+            name, record, time.time()
+        )
 
     def _hint_at(self, tombstones: Tombstones) -> None:
         self.hint(Hint(Source.MESH, "tombstone of " + ", ".join(sorted(tombstones.names))[:80]))
 
-    def _wait_for(self, question: Applied, answer: Respond) -> None:
+    def _wait_for(self, question: Applied, payload: bytes, answer: Respond) -> None:
         if question.name == self.state.settings.name:
             return
         with self._answering:
-            self._waiting[question] = (answer, time.monotonic() + PATIENCE)
+            if len(self._waiting) >= MAX_WAITING:
+                return  # a host asks again
+            self._waiting[payload] = _Waiting(question, answer, time.monotonic() + PATIENCE)
         self._answer()
-        if not question.is_answered_by(self._applied):
+        if self.is_asked:
             self.hint(READINESS)
 
     @property
@@ -187,23 +202,28 @@ class Exchange:
             return bool(self._waiting)
 
     def _answer(self) -> None:
-        """Say yes to those who asked for records that are applied now; the others wait for a later reconcile."""
+        """Answer those who asked for records that are applied or refused now; the others wait for a later reconcile."""
+        mesh = self.state.mesh
         with self._answering:
             now = time.monotonic()
-            waiting = {q: (answer, until) for q, (answer, until) in self._waiting.items() if until > now}
-            for question in [q for q in waiting if q.is_answered_by(self._applied)]:
-                answer, _ = waiting.pop(question)
+            waiting = {payload: asked for payload, asked in self._waiting.items() if asked.until > now}
+            for payload, asked in [*waiting.items()]:
+                is_applied = asked.question.is_answered_by(self._applied)
+                refusal = "" if is_applied else self._report.obstacle(asked.question, mesh)
+                if refusal is None:
+                    continue
+                del waiting[payload]
                 try:
-                    answer(YES)
-                except SerfError as error:
-                    log.debug("answering %s: %s", question.name, error)
+                    asked.answer(signed(self.state, APPLIED, payload, refusal))
+                except MeshdError as error:
+                    log.debug("answering %s: %s", asked.question.name, error)
             self._waiting = waiting
 
     def _ask_back(self, question: AskTombstones) -> None:
         """Ask a host that knows other tombstones than this one: it may know more."""
-        if question.asker not in self._roster.hosts:
+        if question.asker not in self._report.roster.hosts:
             return  # anyone with the gossip key can ask under any name
         digest = self.state.roster().all_tombstones.digest
         with self._sharing:
             queued, now = self._jobs.qsize(), time.monotonic()
-            self._enqueue(self.asking.asked(question, digest, self._roster.hosts, queued=queued, now=now))
+            self._enqueue(self.asking.asked(question, digest, self._report.roster.hosts, queued=queued, now=now))

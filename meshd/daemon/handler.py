@@ -11,8 +11,8 @@ from pathlib import Path
 
 from meshd.errors import MeshdError
 from meshd.gossip import messages
-from meshd.gossip.messages import EVENT, QUERY, YES, Applied
-from meshd.gossip.responder import NOTHING, respond
+from meshd.gossip.messages import APPLIED, EVENT, QUERY, Applied
+from meshd.gossip.responder import NOTHING, respond, signed
 from meshd.printable import printable
 from meshd.state.directory import DEFAULT, State
 
@@ -41,15 +41,15 @@ def handle(state: State, environment: Mapping[str, str], payload: bytes) -> None
     name = environment.get("SERF_QUERY_NAME") or environment.get("SERF_USER_EVENT") or ""
     message = messages.read(kind, name, payload, state.mesh) if kind in {QUERY, EVENT} else None
     if kind in {QUERY, EVENT}:
-        reply = respond(state, message) if message is not None else NOTHING
+        reply = respond(state, message, payload if kind == QUERY else None) if message is not None else NOTHING
         if kind == QUERY:
             _answer(reply.answer)
         if reply.tombstones is None and not isinstance(message, Applied):
             return
-    _reconcile(state, message if isinstance(message, Applied) else None)
+    _reconcile(state, message if isinstance(message, Applied) else None, payload)
 
 
-def _reconcile(state: State, question: Applied | None) -> None:
+def _reconcile(state: State, question: Applied | None, payload: bytes) -> None:
     # Imports that most messages do without.
     from meshd.gossip import calls  # noqa: PLC0415
     from meshd.reconcile.handshakes import UNDER_WAY, crossed  # noqa: PLC0415
@@ -69,7 +69,10 @@ def _reconcile(state: State, question: Applied | None) -> None:
     for failure in report.failures:
         print(f"meshd: {printable(failure)}", file=sys.stderr)  # noqa: T201  Serf's log
     if question is not None:
-        _answer(YES if question.is_answered_by(report.applied) else None)
+        is_applied = question.is_answered_by(report.applied)
+        refusal = "" if is_applied else report.obstacle(question, state.mesh)
+        if refusal is not None:
+            _answer(signed(state, APPLIED, payload, refusal))
     elif report.roster.hosts and state.certificate.delegation is not None:
         calls.request_confirmation(state)
 

@@ -8,10 +8,10 @@ from contextlib import suppress
 
 from meshd.endpoint import Endpoint
 from meshd.errors import SerfError
-from meshd.gossip.messages import BURY, CONFIRM, EVENT_LIMIT, GONE, RECORD, YES, AskTombstones, TellRecord
+from meshd.gossip.messages import BURY, CONFIRM, EVENT_LIMIT, GONE, RECORD, Answer, AskTombstones, TellRecord
 from meshd.gossip.serf_agent import rpc
 from meshd.mesh.certificates import CredentialError
-from meshd.mesh.model import Certificate, Record
+from meshd.mesh.model import Certificate, Host, Record
 from meshd.mesh.records import RecordError, encode, from_wire, read_certificate, to_wire
 from meshd.mesh.terms import Mesh
 from meshd.mesh.tombstones import Tombstones
@@ -73,13 +73,35 @@ def broadcast_tombstones(state: State, tombstones: Tombstones) -> None:
             client.event(GONE, page)
 
 
-def deliver_tombstones(state: State, tombstones: Tombstones, names: Collection[str]) -> set[str]:
-    """Send tombstones to these members; return those that confirm having all of them. Raises SerfError."""
-    having = set(names)
+def deliver_tombstones(state: State, tombstones: Tombstones, hosts: Collection[Host]) -> set[str]:
+    """Send tombstones to these hosts; return the names of those that confirm having all of them. Raises SerfError."""
+    having = {host.name for host in hosts}
     for page in tombstones.pages(EVENT_LIMIT):
         if having:
-            having &= {name for name, answer in _ask(state, BURY, page, having, TELL) if answer == YES}
+            asked = [host for host in hosts if host.name in having]
+            having &= {name for name, refusal in ask_hosts(state, BURY, page, asked, TELL) if not refusal}
     return having
+
+
+def ask_hosts(
+    state: State, query: str, payload: bytes, hosts: Collection[Host], timeout: float
+) -> Iterator[tuple[str, str]]:
+    """Ask hosts, and yield the name of each that answers: with the empty string for yes, or with why not.
+
+    What the host's own identity has not signed is no answer. End when all have answered, or time is over. Raises
+    SerfError.
+    """
+    left = {host.name: host for host in hosts}
+    with rpc(state) as client:
+        for sender, raw in client.query(query, payload, timeout=timeout, nodes=_named(left)):
+            host, answer = left.get(sender), Answer.read(raw)
+            if host is None or answer is None:
+                continue
+            if state.mesh.trust.is_answer(host, query, payload, answer.refusal, answer.signature):
+                del left[sender]
+                yield sender, answer.refusal
+            if not left:
+                return
 
 
 def pull_tombstones(state: State, names: Collection[str], known: Tombstones, begin: str = "") -> tuple[Tombstones, str]:
@@ -160,7 +182,7 @@ def _ask_confirmation(state: State) -> Certificate | None:
     return None
 
 
-def named(nodes: Collection[str]) -> list[str]:
+def _named(nodes: Collection[str]) -> list[str]:
     """Return the names to put into a query, none for a query to all: names travel in it, and only a few fit."""
     return sorted(nodes) if len(nodes) <= MOST_ASKED else []
 
@@ -175,7 +197,7 @@ def _ask(
     """Ask these members, or all if none is named; end when those that were named have answered, or time is over."""
     heard: set[str] = set()
     with rpc(state) as client:
-        for sender, answer in client.query(name, payload, timeout=timeout, nodes=named(nodes)):
+        for sender, answer in client.query(name, payload, timeout=timeout, nodes=_named(nodes)):
             yield sender, answer
             heard.add(sender)
             if nodes and heard >= set(nodes):

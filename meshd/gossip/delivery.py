@@ -1,16 +1,17 @@
 """Ask and tell the other hosts until all of them have confirmed, or time is over."""
 
 import math
+import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from meshd.errors import SerfError
-from meshd.gossip import calls, serf_agent
-from meshd.gossip.messages import APPLIED, YES, Applied
+from meshd.gossip import calls
+from meshd.gossip.messages import APPLIED, NONCE, Applied
 from meshd.gossip.serf_agent import members
-from meshd.mesh.model import Status
+from meshd.mesh.model import Host, Record, Status
 from meshd.mesh.tombstones import Tombstones
 from meshd.state.claim import has_ended
 from meshd.state.directory import State
@@ -33,10 +34,14 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """The outcome of waiting for the others: those who have done what was asked, and those who did not say so."""
+    """The outcome of waiting for the others: those who have done what was asked, and those who did not say so.
+
+    `refusals` is why not, by name, of those of the missing who said that.
+    """
 
     ready: frozenset[str]
     missing: frozenset[str]
+    refusals: Mapping[str, str] = field(default_factory=dict)
 
 
 def tell_tombstones(state: State, tombstones: Tombstones) -> Readiness:
@@ -45,52 +50,54 @@ def tell_tombstones(state: State, tombstones: Tombstones) -> Readiness:
     missing = set(state.roster().hosts)
     with suppress(SerfError):
         for telling in range(TELLINGS):
-            missing = expected_hosts(state) - having
+            asked = [host for host in expected_hosts(state) if host.name not in having]
+            missing = {host.name for host in asked}
             if not missing:
                 break
             if telling:
                 calls.sync_with(state, missing, MEETING)
-            having |= calls.deliver_tombstones(state, tombstones, missing)
+            having |= calls.deliver_tombstones(state, tombstones, asked)
             missing -= having
     return Readiness(frozenset(having), frozenset(missing))
 
 
 def wait_ready(
-    state: State, seq: int, timeout: float, progress: Progress = lambda *_: None, *, meeting: bool = True
+    state: State, record: Record, timeout: float, progress: Progress = lambda *_: None, *, meeting: bool = True
 ) -> Readiness:
-    """Ask the others until all alive, admitted hosts have applied this host's record `seq`, or time is over.
+    """Ask the others until all alive, admitted hosts have applied this host's record, or time is over.
 
     `progress` gets the number that is ready and the number of all, this host included. With `meeting` those who do not
     answer are met in person.
     """
-    settings = state.settings
-    question = Applied(settings.name, seq)
+    question = Applied.of(Host(state.settings.name, record), secrets.token_bytes(NONCE)).payload()
     ready: set[str] = set()
+    refusals: dict[str, str] = {}
     deadline = time.monotonic() + timeout
     asked = 0
 
-    def ask(expected: set[str], missing: set[str]) -> None:
+    def ask(expected: set[str], missing: list[Host]) -> None:
         if asked:
             calls.rebroadcast(state, ASK)
         if meeting and asked >= PATIENCE:
-            calls.sync_with(state, missing, ASK)
-        nodes = calls.named(missing)
+            calls.sync_with(state, {host.name for host in missing}, ASK)
         wait = min(_ask_timeout(len(expected)), max(ASK, deadline - time.monotonic()))
-        with serf_agent.rpc(state) as client:
-            for name, answer in client.query(APPLIED, question.payload(), timeout=wait, nodes=nodes):
-                if answer == YES and name in expected:
-                    ready.add(name)
-                    progress(len(ready & expected) + 1, len(expected) + 1)
-                if expected <= ready:
-                    break
+        for name, refusal in calls.ask_hosts(state, APPLIED, question, missing, wait):
+            if refusal:
+                refusals[name] = refusal
+            else:
+                ready.add(name)
+                progress(len(ready & expected) + 1, len(expected) + 1)
 
     while True:
         try:
-            expected = expected_hosts(state)
+            hosts = expected_hosts(state)
+            expected = {host.name for host in hosts}
             progress(len(ready & expected) + 1, len(expected) + 1)
-            missing = expected - ready
+            missing = [host for host in hosts if host.name not in ready]
             if not missing or time.monotonic() >= deadline or has_ended(state):
-                return Readiness(frozenset(ready & expected), frozenset(missing))
+                names = frozenset(host.name for host in missing)
+                why = {name: refusal for name, refusal in refusals.items() if name in names}
+                return Readiness(frozenset(ready & expected), names, why)
             ask(expected, missing)
         except SerfError:
             # This host's own Serf may start again at any moment (see daemon.keeper).
@@ -105,6 +112,7 @@ def _ask_timeout(hosts: int) -> float:
     return max(ASK, ASK_TENFOLD * math.log10(hosts))
 
 
-def expected_hosts(state: State) -> set[str]:
-    admitted = state.roster().hosts
-    return {m.name for m in members(state) if m.status is Status.ALIVE and m.name in admitted}
+def expected_hosts(state: State) -> list[Host]:
+    """Return the admitted hosts that Serf lists alive. Raises SerfError."""
+    alive = {member.name for member in members(state) if member.status is Status.ALIVE}
+    return [host for host in state.roster().sorted_hosts() if host.name in alive]

@@ -2,10 +2,10 @@
 
 | name          | kind  | says                                                                                        |
 |---------------|-------|---------------------------------------------------------------------------------------------|
-| meshd-applied | query | "Have you applied NAME's record SEQ?" Only a yes is ever answered.                          |
+| meshd-applied | query | "Have you applied this record of NAME's?" Yes, or no and why not: an Answer.                |
 | meshd-gone    | query | "My tombstones have this digest; which are yours?" A host that has the same ones is silent. |
 | meshd-gone    | event | "Here are tombstones."                                                                      |
-| meshd-bury    | query | "Here are tombstones." A host that has all of them, now or before, says yes.                |
+| meshd-bury    | query | "Here are tombstones." A host that has all of them, now or before, says yes: an Answer.     |
 | meshd-record  | query | "What is NAME's record?", for tags that anyone with the gossip key can spoil.               |
 | meshd-record  | event | "This is my record."                                                                        |
 | meshd-confirm | query | "Certify NAME", to the authority, in place of a certificate that a delegation signed.       |
@@ -14,16 +14,18 @@ To add a message: a class with its fields, `read` and, if it is sent, `payload`;
 meshd.gossip.responder.
 """
 
+import base64
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
 import msgpack
 
-from meshd.mesh.model import is_name
-from meshd.mesh.records import MAX_SEQ
+from meshd.mesh.model import Host, Member, is_name
+from meshd.mesh.records import MAX_SEQ, RecordError, decode
+from meshd.mesh.roster import Roster
 from meshd.mesh.terms import Mesh
-from meshd.mesh.tombstones import Tombstones, unpack_list
+from meshd.mesh.tombstones import Tombstones, is_within, unpack_list
 
 APPLIED = "meshd-applied"
 GONE = "meshd-gone"
@@ -35,28 +37,88 @@ QUERY, EVENT = "query", "user"
 # Serf drops a query's answer of more than 1024 bytes and a user event of more than 512, both with its own headers.
 ANSWER_LIMIT = 900
 EVENT_LIMIT = 470
-YES = b"yes"
+# Bytes of a public key of either kind, and of what makes a question another one.
+KEY, NONCE = 32, 8
+# A reason is for people, and travels in an answer.
+REASON_LIMIT = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a host says to a question: yes, or in `refusal` why not. Its identity has signed it, over the question.
+
+    Anyone with the gossip key can answer in the name of a host.
+    """
+
+    refusal: str
+    signature: bytes
+
+    def payload(self) -> bytes:
+        return bytes(msgpack.packb([self.refusal, self.signature]))
+
+    @classmethod
+    def read(cls, payload: bytes) -> Self | None:
+        match unpack_list(payload):
+            case [str(refusal), bytes(signature)]:
+                return cls(refusal, signature)
+            case _:
+                return None
 
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """Whether a host has in its kernel what `name` published under `seq`, its tombstone included."""
+    """Whether a host has in its kernel what an identity published for `name` under `seq`, its goodbye included.
+
+    `public_key` is the WireGuard key in that record. The `nonce` makes each question another one, so that nobody can
+    repeat an answer to an earlier one.
+    """
 
     name: str
     seq: int
+    identity: bytes
+    public_key: str
+    nonce: bytes
+
+    @classmethod
+    def of(cls, host: Host, nonce: bytes) -> Self:
+        """Return the question for a host's record."""
+        record = host.record
+        return cls(host.name, record.seq, record.certificate.identity, record.public_key, nonce)
 
     def payload(self) -> bytes:
-        return f"{self.name} {self.seq}".encode()
+        key = base64.b64decode(self.public_key)
+        return bytes(msgpack.packb([self.name, self.seq, self.identity, key, self.nonce]))
 
     @classmethod
     def read(cls, payload: bytes, _: Mesh) -> Self | None:
-        name, _space, seq = _text(payload).partition(" ")
-        if not (is_name(name) and seq.isascii() and seq.isdigit() and len(seq) <= 15 and int(seq) < MAX_SEQ):
-            return None
-        return cls(name, int(seq))
+        match unpack_list(payload):
+            case [str(name), int(seq), bytes(identity), bytes(key), bytes(nonce)] if (
+                is_name(name)
+                and is_within(seq, MAX_SEQ)
+                and len(identity) == KEY
+                and len(key) == KEY
+                and len(nonce) == NONCE
+            ):
+                return cls(name, seq, identity, base64.b64encode(key).decode(), nonce)
+            case _:
+                return None
 
-    def is_answered_by(self, applied: Mapping[str, int]) -> bool:
-        return applied.get(self.name, 0) >= self.seq
+    def is_about(self, member: Member, mesh: Mesh) -> bool:
+        """Return whether a member's tags say what is asked for."""
+        try:
+            record = decode(member.tags, mesh.overlay, mesh.subnet_length)
+        except RecordError:
+            return False
+        mine = (self.seq, self.identity, self.public_key)
+        return mine == (record.seq, record.certificate.identity, record.public_key)
+
+    def is_answered_by(self, applied: Roster) -> bool:
+        """Return whether this record, a newer one of its identity, or its end is among what a host has applied."""
+        record = applied.hosts.get(self.name)
+        if record is not None and record.certificate.identity == self.identity:
+            return record.seq > self.seq or (record.seq == self.seq and record.public_key == self.public_key)
+        graves = applied.gone.get(self.name, {}).values()
+        return any(tombstone.is_about(self.identity) and tombstone.seq >= self.seq for tombstone in graves)
 
 
 @dataclass(frozen=True, slots=True)

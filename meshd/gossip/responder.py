@@ -3,7 +3,9 @@
 from dataclasses import dataclass, replace
 
 from meshd.gossip.messages import (
-    YES,
+    BURY,
+    REASON_LIMIT,
+    Answer,
     Applied,
     AskConfirmation,
     AskRecord,
@@ -12,11 +14,12 @@ from meshd.gossip.messages import (
     TellRecord,
     TellTombstones,
 )
-from meshd.mesh import membership
+from meshd.mesh import certificates, membership
 from meshd.mesh.certificates import CredentialError
 from meshd.mesh.model import Host, Record
 from meshd.mesh.records import RecordError, from_wire, pack_certificate, to_wire
 from meshd.mesh.tombstones import Tombstones
+from meshd.printable import printable
 from meshd.state import authority
 from meshd.state.directory import State
 
@@ -37,16 +40,17 @@ class Reply:
 NOTHING = Reply()
 
 
-def respond(state: State, message: Message) -> Reply:
+def respond(state: State, message: Message, query: bytes | None = None) -> Reply:
     """Take in what a message says, and return what to answer. Raises InputError for damaged state.
 
-    The answer to Applied is the caller's: it knows what is in the kernel.
+    `query` is the payload of the query that it came by, None for an event. The answer to Applied is the caller's: it
+    knows what is in the kernel.
     """
     match message:
         case AskTombstones():
             return Reply(message.page(state.roster().all_tombstones))
         case TellTombstones():
-            return _told(state, message.tombstones)
+            return _told(state, message.tombstones, query)
         case AskConfirmation():
             return Reply(_confirmation(state, message.name))
         case AskRecord():
@@ -57,10 +61,18 @@ def respond(state: State, message: Message) -> Reply:
             return NOTHING
 
 
-def _told(state: State, tombstones: Tombstones) -> Reply:
+def signed(state: State, name: str, query: bytes, refusal: str = "") -> bytes:
+    """Return this host's answer to a query of this name and payload: yes, or why not."""
+    settings, refusal = state.settings, printable(refusal, REASON_LIMIT)
+    signature = certificates.answer(state.identity_key, settings.mesh, settings.name, name, query, refusal=refusal)
+    return Answer(refusal, signature).payload()
+
+
+def _told(state: State, tombstones: Tombstones, query: bytes | None) -> Reply:
     is_news = merge_tombstones(state, tombstones)
     has_all = not tombstones.without(state.roster().all_tombstones)
-    return Reply(YES if has_all else None, tombstones if is_news else None)
+    answer = signed(state, BURY, query) if has_all and query is not None else None
+    return Reply(answer, tombstones if is_news else None)
 
 
 def _record(state: State, name: str) -> bytes | None:

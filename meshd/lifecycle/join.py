@@ -18,7 +18,7 @@ from meshd.mesh.invitations import Admission, Invitation
 from meshd.mesh.model import Member
 from meshd.net import underlay
 from meshd.state import authority
-from meshd.state.claim import choose_subnet, endpoint, has_ended, publish, settle_subnet
+from meshd.state.claim import choose_subnet, endpoint, has_ended, publish, settle_subnet, settled
 from meshd.state.directory import Claim, State
 from meshd.state.settings import Settings
 
@@ -163,8 +163,7 @@ def wait_for_others(state: State, timeout: float, progress: Progress, *, is_new:
     Raises InputError if this host is no longer a member. One that `is_new`, and hears only now that its invitation was
     revoked, is as it was before.
     """
-    claim = state.claim()
-    readiness = wait_ready(state, claim.record.seq if claim else 0, timeout, progress)
+    readiness = wait_ready(state, settled(state).record, timeout, progress)
     if reason := has_ended(state):
         if is_new:
             leave.leave(state, force=True)

@@ -81,7 +81,7 @@ def say_goodbye(state: State) -> str:
             calls.rebroadcast(state, ASK)
             if not adopted:
                 calls.rejoin(state, membership.lost(state.contacts(), client.members()).values())
-            told = wait_ready(state, claim.record.seq, GOODBYE_TIMEOUT, meeting=False)
+            told = wait_ready(state, claim.record, GOODBYE_TIMEOUT, meeting=False)
             over = bool(has_ended(state))
             met = _tell_in_person(state, claim.record, told.missing) if told.missing and not over else 0
         except MeshdError as error:

@@ -17,7 +17,7 @@ from ipaddress import IPv4Network
 
 from meshd.errors import InputError
 from meshd.mesh.addressing import is_allowed
-from meshd.mesh.model import Certificate, Delegation, Record, Revocation
+from meshd.mesh.model import Certificate, Delegation, Host, Record, Revocation
 
 SEED = 32
 SIGNATURE = 64
@@ -100,6 +100,12 @@ def _forget_body(mesh: str, name: str, seq: int, public_key: str) -> bytes:
     return _body("forget", mesh, name.encode(), seq.to_bytes(6, "big"), public_key.encode())
 
 
+def _answer_body(mesh: str, name: str, query: str, question: bytes, refusal: str) -> bytes:
+    # Serf appends a newline to what it pipes into a handler, unless there is one.
+    digest = blake2b(question.removesuffix(b"\n"), digest_size=32).digest()
+    return _body("answer", mesh, name.encode(), query.encode(), digest, refusal.encode())
+
+
 def _revocation_body(mesh: str, serial: int, name: str) -> bytes:
     return _body("revocation", mesh, serial.to_bytes(8, "big"), name.encode())
 
@@ -144,6 +150,11 @@ def forget(authority: bytes, mesh: str, name: str, seq: int, public_key: str) ->
     return _sign(authority, _forget_body(mesh, name, seq, public_key))
 
 
+def answer(identity: bytes, mesh: str, name: str, query: str, question: bytes, *, refusal: str) -> bytes:
+    """Sign, with a host's identity, its answer to a Serf query: why not, or the empty string for yes."""
+    return _sign(identity, _answer_body(mesh, name, query, question, refusal))
+
+
 def revoke(authority: bytes, mesh: str, serial: int, name: str) -> Revocation:
     """Sign a revocation with the authority's seed."""
     return Revocation(serial, name, _sign(authority, _revocation_body(mesh, serial, name)))
@@ -186,6 +197,11 @@ class Trust:
     def is_forget(self, name: str, seq: int, public_key: str, signature: bytes) -> bool:
         """Return whether the authority signed that this host is dead."""
         return _holds(self.authority, _forget_body(self.mesh, name, seq, public_key), signature)
+
+    def is_answer(self, host: Host, query: str, question: bytes, refusal: str, signature: bytes) -> bool:
+        """Return whether a host's identity has signed this answer to this question."""
+        body = _answer_body(self.mesh, host.name, query, question, refusal)
+        return _holds(host.record.certificate.identity, body, signature)
 
     def is_revocation(self, revocation: Revocation) -> bool:
         """Return whether the authority signed this revocation."""

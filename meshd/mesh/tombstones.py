@@ -209,9 +209,9 @@ class Tombstones:
         match entry:
             case [str(name), bytes(raw)] if is_name(name):
                 return cls(owners={name: read_certificate(raw, is_delegated=False)})
-            case [str(name), int(number), b"", bytes(signature)] if is_name(name) and _is_within(number, 2**63):
+            case [str(name), int(number), b"", bytes(signature)] if is_name(name) and is_within(number, 2**63):
                 return cls(revoked={number: Revocation(number, name, signature)})
-            case [str(name), int(number), bytes(raw), bytes(proof)] if is_name(name) and _is_within(number, MAX_SEQ):
+            case [str(name), int(number), bytes(raw), bytes(proof)] if is_name(name) and is_within(number, MAX_SEQ):
                 key = base64.b64encode(raw).decode()
                 if is_public_key(key):
                     return cls(grave(name, read_proof(number, key, proof, mesh)))
@@ -227,7 +227,8 @@ def is_owner(mesh: Mesh, name: str, certificate: Certificate) -> bool:
     return certificate.delegation is None
 
 
-def _is_within(number: int, limit: int) -> bool:
+def is_within(number: int, limit: int) -> bool:
+    """Return whether a number that someone sent is positive and below a limit."""
     return type(number) is int and 0 < number < limit  # msgpack's true is an int, too
 
 

@@ -9,9 +9,11 @@ from functools import partial
 from meshd import files
 from meshd.endpoint import Endpoint
 from meshd.errors import ApplyError, ConflictError, InputError, MeshdError, SerfError
+from meshd.gossip.messages import Applied
 from meshd.mesh import conflicts, membership, tombstones
 from meshd.mesh.model import Host, Member, Record
 from meshd.mesh.roster import Roster, View
+from meshd.mesh.terms import Mesh
 from meshd.net.netlink import one_socket
 from meshd.net.resources import Action, Change, Engine, Peer, Port, Resource, Route, Sysctl
 from meshd.reconcile import handshakes, plan
@@ -89,23 +91,34 @@ class Report:
         return tuple(failure for failure in self.failures if failure.area in areas)
 
     @property
-    def applied(self) -> dict[str, int]:
-        """The sequence number of each record and tombstone that this host has in its kernel now."""
+    def applied(self) -> Roster:
+        """The hosts and the tombstones that this host has in its kernel now."""
         if not {"peer", "route", "device"}.isdisjoint(failure.subject for failure in self.failed(Area.READ)):
-            return {}
-        undone = {failure.subject for failure in self.failed(Area.CHANGE)}
-        broken = {
-            change.resource.public_key
+            return Roster()
+        broken = self._broken
+        hosts = {n: r for n, r in self.roster.hosts.items() if r.public_key not in broken}
+        if any(failure.subject == HOSTS for failure in self.failed(Area.DISK)):
+            return Roster(hosts)  # the removal of hosts that left waits for the disk (see _needs_memory)
+        return Roster(hosts, tombstones.where(self.roster.gone, lambda _n, _i, grave: grave.public_key not in broken))
+
+    def obstacle(self, question: Applied, mesh: Mesh) -> str | None:
+        """Return why this host has not applied the record that is asked for; None if that may be on its way."""
+        name, broken = question.name, self._broken
+        if not any(question.is_about(member, mesh) for member in self.members if member.name == name):
+            return None
+        record = self.roster.hosts.get(name)
+        failed = broken.get(record.public_key) if record is not None else None
+        return self.roster.refused.get(name) or self.roster.stale.get(name) or failed
+
+    @property
+    def _broken(self) -> dict[str, str]:
+        """Why a change of a peer failed, by its public key."""
+        undone = {failure.subject: str(failure) for failure in self.failed(Area.CHANGE)}
+        return {
+            change.resource.public_key: undone[str(change)]
             for change in self.changes
             if isinstance(change.resource, Peer) and str(change) in undone
         }
-        hosts = {n: r.seq for n, r in self.roster.hosts.items() if r.public_key not in broken}
-        if any(failure.subject == HOSTS for failure in self.failed(Area.DISK)):
-            return hosts  # the removal of hosts that left waits for the disk (see _needs_memory)
-        graves = {
-            n: [g.seq for g in ones.values() if g.public_key not in broken] for n, ones in self.roster.gone.items()
-        }
-        return {name: max(numbers) for name, numbers in graves.items() if numbers} | hosts
 
 
 # What is written in a reconcile, as the subjects of Area.DISK.

@@ -3,7 +3,7 @@
 import pytest
 
 from meshd.lab.hosts import Lab
-from tests.lab.conftest import init
+from tests.lab.conftest import init, join
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
@@ -33,6 +33,23 @@ def test_join_waits_for_hosts_and_names_missing(lab: Lab) -> None:
     # The carriage return between them is a newline to Python's text mode.
     progress = [line for line in done.stdout.splitlines() if line.endswith("hosts ready")]
     assert (progress[0], progress[-1]) == ("1/2 hosts ready", "2/2 hosts ready")
+
+
+def test_join_says_who_refuses_it_and_why(lab: Lab) -> None:
+    """`join` says which host refuses the new one, and for which reason."""
+    lab.up(3, docker=False)
+    one, two, three = lab.hosts()
+    invitation = init(one, "--no-docker")
+    join(two, one, invitation, "--no-docker")
+    # A network of its own, which no newcomer knows of.
+    two.run(["ip", "link", "add", "shop", "type", "bridge"])
+    two.run(["ip", "address", "add", "172.20.103.1/28", "dev", "shop"])
+    two.run(["ip", "link", "set", "shop", "up"])
+    arguments = [str(one.address), "--no-docker", "--timeout", "3", "--subnet", "172.20.103.0/24"]
+    done = three.run(["meshd", "join", *arguments], env={"MESHD_INVITE": invitation})
+    assert "2/3 hosts ready" in done.stderr
+    assert "barge2 is not ready: subnet 172.20.103.0/24 overlaps this host's own network 172.20.103.0/28" in done.stderr
+    assert "not ready after" not in done.stderr
 
 
 def test_commands_require_root(lab: Lab) -> None:

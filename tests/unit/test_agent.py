@@ -11,7 +11,7 @@ from meshd.daemon import agent as daemon
 from meshd.daemon.agent import Agent
 from meshd.daemon.hints import READINESS, Hint, Source
 from meshd.errors import MeshdError
-from meshd.gossip.messages import APPLIED, QUERY, YES, Applied
+from meshd.gossip.messages import APPLIED, QUERY
 from meshd.mesh.model import Tombstone
 from meshd.mesh.roster import Roster
 from meshd.mesh.tombstones import grave
@@ -21,7 +21,7 @@ from meshd.reconcile.handshakes import Schedule, Unmet
 from meshd.reconcile.machine import Area, Failure
 from meshd.reconcile.run import Report
 from meshd.state.directory import State
-from tests.conftest import record
+from tests.conftest import applied, record, refusal
 
 ADDED = Change(Action.ADD, Route(IPv4Network("172.20.7.0/24"), "wg0"))
 TOLD = Hint(Source.NETLINK, "route 172.20.7.0/24 changed")
@@ -47,11 +47,12 @@ def test_echo_does_not_hide_other_hints(state: State) -> None:
 def test_answered_question_makes_no_reconcile(state: State) -> None:
     """A question that the last reconcile has answered makes no other one."""
     agent, answers = Agent(state), list[bytes]()
-    agent.exchange.receive(QUERY, APPLIED, Applied("barge2", 5).payload(), answers.append)
+    question = applied(record(2, seq=5))
+    agent.exchange.receive(QUERY, APPLIED, question, answers.append)
     assert agent._wait(0.1) == [READINESS], "it waits for a reconcile"
     agent.hints.put(READINESS)
     agent.exchange.after(Report(Roster({"barge2": record(2, seq=5)})))
-    assert answers == [YES]
+    assert [refusal(APPLIED, question, answer) for answer in answers] == [""]
     assert agent._wait(0.1) == []
 
 
@@ -86,8 +87,9 @@ def test_a_signal_at_any_moment_ends_the_daemon_and_never_hangs_it(state: State)
 def test_unsaved_tombstone_is_not_confirmed() -> None:
     """A tombstone that the disk has not taken is not confirmed."""
     roster = Roster({"barge2": record(2, seq=5)}, grave("barge3", Tombstone(7, "key")))
-    assert Report(roster).applied == {"barge2": 5, "barge3": 7}
-    assert Report(roster, failures=(Failure(Area.DISK, MeshdError("full"), "hosts"),)).applied == {"barge2": 5}
+    assert Report(roster).applied == roster
+    unsaved = (Failure(Area.DISK, MeshdError("full"), "hosts"),)
+    assert Report(roster, failures=unsaved).applied == Roster(roster.hosts)
 
 
 @pytest.mark.parametrize(("hosts", "seconds"), [(0, 10), (3, 10), (200, 10), (1000, 50), (1500, 60), (10000, 60)])

@@ -9,7 +9,7 @@ from threading import Event
 import pytest
 
 from meshd.daemon.asking import PullTombstones
-from meshd.daemon.exchange import MAX_HEARD, Exchange
+from meshd.daemon.exchange import MAX_HEARD, MAX_WAITING, Exchange
 from meshd.daemon.hints import READINESS, Hint, Source
 from meshd.gossip.calls import gather
 from meshd.gossip.messages import (
@@ -19,8 +19,6 @@ from meshd.gossip.messages import (
     GONE,
     QUERY,
     RECORD,
-    YES,
-    Applied,
     AskTombstones,
     TellRecord,
 )
@@ -30,7 +28,7 @@ from meshd.mesh.roster import Roster
 from meshd.mesh.tombstones import Tombstones
 from meshd.reconcile.run import Report
 from meshd.state.directory import State
-from tests.conftest import AUTHORITY, MESH, certificate, delegated, delegation, member, record, seed
+from tests.conftest import AUTHORITY, MESH, applied, certificate, delegated, delegation, member, record, refusal, seed
 
 
 def exchange_of(state: State, hints: list[Hint] | None = None) -> Exchange:
@@ -85,14 +83,38 @@ def test_heard_records_are_bounded(state: State) -> None:
 def test_readiness_waits_for_the_reconcile_that_applies_the_record(state: State) -> None:
     hints: list[Hint] = []
     exchange, answers = exchange_of(state, hints), list[bytes]()
-    exchange.receive(QUERY, APPLIED, Applied("barge2", 5).payload(), answers.append)
+    question = applied(record(2, seq=5))
+    exchange.receive(QUERY, APPLIED, question, answers.append)
     assert (answers, hints, exchange.is_asked) == ([], [READINESS], True)
     exchange.after(Report(Roster({"barge2": record(2, seq=5)})))
-    assert (answers, exchange.is_asked) == ([YES], False)
-    exchange.receive(QUERY, APPLIED, Applied("barge2", 5).payload(), answers.append)
-    assert (answers, hints) == ([YES, YES], [READINESS]), "answered at once, and no reason to look again"
-    exchange.receive(QUERY, APPLIED, Applied("barge1", 5).payload(), answers.append)
+    assert ([refusal(APPLIED, question, a) for a in answers], exchange.is_asked) == ([""], False)
+    exchange.receive(QUERY, APPLIED, question, answers.append)
+    assert (len(answers), hints) == (2, [READINESS]), "answered at once, and no reason to look again"
+    exchange.receive(QUERY, APPLIED, applied(record(1, seq=5), 1), answers.append)
     assert not exchange.is_asked, "a host does not confirm its own record"
+
+
+def test_refused_record_is_answered_with_the_reason(state: State) -> None:
+    """A host that refuses a record says so, and why; it stays silent about a record that is on its way."""
+    exchange, answers = exchange_of(state), list[bytes]()
+    refused = Report(Roster(refused={"barge2": "its subnet is\x1b taken"}), (member(1), member(2)))
+    exchange.after(refused)
+    exchange.receive(QUERY, APPLIED, applied(record(2, seq=2)), answers.append)
+    assert (answers, exchange.is_asked) == ([], True)
+    question = applied(record(2))
+    exchange.receive(QUERY, APPLIED, question, answers.append)
+    assert [refusal(APPLIED, question, answer) for answer in answers] == ["its subnet is\\x1b taken"]
+    exchange.after(Report(Roster(refused={"barge2": "ü" * 1000}), refused.members))
+    exchange.receive(QUERY, APPLIED, question, answers.append)
+    assert len(answers[1]) < ANSWER_LIMIT
+
+
+def test_questions_that_wait_are_bounded(state: State) -> None:
+    """A flood of questions does not fill the memory."""
+    exchange = exchange_of(state)
+    for number in range(2 * MAX_WAITING):
+        exchange.receive(QUERY, APPLIED, applied(record(2, seq=5), number), lambda _: None)
+    assert len(exchange._waiting) == MAX_WAITING
 
 
 def test_a_host_that_knows_other_tombstones_is_asked_back(state: State) -> None:

@@ -1,5 +1,6 @@
 """What hosts ask and tell each other over Serf, as bytes."""
 
+import msgpack
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -12,19 +13,23 @@ from meshd.gossip.messages import (
     GONE,
     QUERY,
     RECORD,
+    Answer,
     Applied,
     AskTombstones,
     TellRecord,
 )
+from meshd.mesh.model import Host, Record, Tombstone
 from meshd.mesh.records import MAX_SEQ, to_wire
-from meshd.mesh.tombstones import Tombstones
-from tests.conftest import MESH, record
+from meshd.mesh.roster import Roster
+from meshd.mesh.tombstones import Tombstones, grave, of_leaving
+from tests.conftest import MESH, public_key, record, seed
 from tests.unit.test_tombstones import all_tombstones
 
 
 @given(st.from_regex(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,61}[A-Za-z0-9])?", fullmatch=True), st.integers(1, MAX_SEQ - 1))
 def test_applied_round_trip(name: str, seq: int) -> None:
-    message = Applied(name, seq)
+    """A question is read as it was asked."""
+    message = Applied(name, seq, seed("identity"), public_key("key"), bytes(8))
     assert messages.read(QUERY, APPLIED, message.payload(), MESH) == message
     assert messages.read(QUERY, APPLIED, message.payload() + b"\n", MESH) == message, "as a handler gets it"
 
@@ -41,19 +46,55 @@ def test_any_payload_is_a_message_or_nothing(kind: str, name: str, payload: byte
     assert len(getattr(message, "name", "")) <= 63
 
 
+ASKED = ["barge1", 5, bytes(32), bytes(32), bytes(8)]
+
+
 @pytest.mark.parametrize(
-    "payload", [b"", b"barge1", b"barge1 ", b" 5", b"barge1 -5", b"barge1 9999999999999999", b"a \xd9\xa3", b"a/b 5"]
+    ("at", "value"),
+    [(0, "a/b"), (0, b"barge1"), (1, 0), (1, -5), (1, 2**48), (1, True), (1, "5"), (2, bytes(31)), (3, ""), (4, b"")],
 )
-def test_applied_refuses_nonsense(payload: bytes) -> None:
-    assert messages.read(QUERY, APPLIED, payload, MESH) is None
+def test_applied_refuses_nonsense(at: int, value: object) -> None:
+    """A question with a field that is none is no question."""
+    assert messages.read(QUERY, APPLIED, msgpack.packb(ASKED), MESH) is not None
+    assert messages.read(QUERY, APPLIED, msgpack.packb([*ASKED[:at], value, *ASKED[at + 1 :]]), MESH) is None
+    assert messages.read(QUERY, APPLIED, msgpack.packb(ASKED[:at]), MESH) is None
 
 
-def test_applied_is_answered_by_that_record_or_a_newer_one() -> None:
-    question = Applied("barge1", 7)
-    assert question.is_answered_by({"barge1": 7})
-    assert question.is_answered_by({"barge1": 8})
-    assert not question.is_answered_by({"barge1": 6})
-    assert not question.is_answered_by({"barge2": 7})
+@given(st.binary(max_size=200))
+def test_any_answer_is_read_or_none(payload: bytes) -> None:
+    """An answer by anybody is one that can be written again, or none."""
+    answer = Answer.read(payload)
+    assert answer is None or Answer.read(answer.payload()) == answer
+
+
+def test_applied_is_answered_by_that_record_or_a_newer_one_of_its_identity() -> None:
+    """Neither another identity's record, nor another key with the same number, answers a question."""
+    question = Applied.of(Host("barge1", record(1, seq=7)), bytes(8))
+
+    def answers(of: Record, name: str = "barge1") -> bool:
+        return question.is_answered_by(Roster({name: of}))
+
+    assert answers(record(1, seq=7))
+    assert answers(record(1, seq=8, key="another"))
+    assert not answers(record(1, seq=6))
+    assert not answers(record(1, seq=7, key="another"))
+    assert not answers(record(1, seq=7), "barge2")
+    assert not answers(record(2, seq=9))
+
+
+def test_applied_is_answered_by_the_end_of_the_membership() -> None:
+    """The goodbye of an identity, or the authority's word, answers a question for its last record."""
+    last = record(1, seq=7, leaving=True)
+    question = Applied.of(Host("barge1", last), bytes(8))
+
+    def answers(tombstone: Tombstone, **hosts: Record) -> bool:
+        return question.is_answered_by(Roster(hosts, grave("barge1", tombstone)))
+
+    assert answers(of_leaving(last))
+    assert answers(of_leaving(last), barge1=record(2)), "another one has the name by now"
+    assert answers(Tombstone(7, last.public_key))
+    assert not answers(Tombstone(6, last.public_key))
+    assert not answers(of_leaving(record(2, seq=7, leaving=True)))
 
 
 @given(all_tombstones)

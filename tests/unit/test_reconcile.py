@@ -8,6 +8,7 @@ import pytest
 
 from meshd.endpoint import Endpoint, LocalAddresses
 from meshd.errors import ApplyError, InputError, MeshdError, MissingError, SerfError
+from meshd.gossip.messages import Applied
 from meshd.mesh import certificates, tombstones
 from meshd.mesh.model import Host, Member, Status
 from meshd.mesh.roster import Roster
@@ -22,7 +23,7 @@ from meshd.reconcile.run import MEMBERSHIP, WITHOUT_DOCKER, Options, Report, rec
 from meshd.state.claim import UnfinishedError, publish
 from meshd.state.directory import State
 from tests.adapters import InMemory, keeps_its_promises
-from tests.conftest import AUTHORITY, NOW, certificate, member, public_key, record
+from tests.conftest import AUTHORITY, MESH, NOW, certificate, member, public_key, record
 
 ENGINE = Engine("29.0")
 FORWARD = Sysctl(plan.IP_FORWARD, "0")
@@ -108,7 +109,7 @@ def test_a_new_host_gets_everything_and_then_nothing_is_left_to_do(host: State) 
     assert host.originals() == {plan.IP_FORWARD: "0"}
     again = run(host, fake)
     assert (again.changes, again.failures) == ((), ())
-    assert again.applied == {"barge2": record(2).seq}
+    assert again.applied == Roster({"barge2": record(2)})
 
 
 def test_an_unfinished_join_is_told_apart(state: State) -> None:
@@ -168,8 +169,21 @@ def test_a_host_that_leaves_goes_with_its_route(host: State) -> None:
     report = run(host, fake)
     assert [str(change).split()[:2] for change in report.changes] == [["remove", "route"], ["remove", "peer"]]
     assert fake.peers == set()
-    assert report.applied == {"barge2": 2}, "its tombstone is applied"
+    assert report.applied == Roster(gone=grave("barge2", tombstones.of_leaving(last))), "its tombstone is applied"
     assert host.roster().gone == grave("barge2", tombstones.of_leaving(last))
+
+
+def test_refused_record_is_an_obstacle_with_its_reason(host: State) -> None:
+    """Who asks whether a refused record is applied learns why not; who asks for an earlier one of the host does not."""
+    fake = Fake()
+    run(host, fake)
+    taken = record(3, subnet=record(2).subnet)
+    fake.members = [member(1), member(2), member(3, of=taken)]
+    report = run(host, fake)
+    question = Applied.of(Host("barge3", taken), bytes(8))
+    assert not question.is_answered_by(report.applied)
+    assert report.obstacle(question, MESH) == report.roster.refused["barge3"]
+    assert report.obstacle(replace(question, seq=9), MESH) is None
 
 
 def test_the_guard_withholds_what_nobody_said_and_force_does_it(host: State) -> None:
@@ -190,7 +204,7 @@ def test_what_cannot_be_read_is_left_as_it_is(host: State) -> None:
     assert areas(report) == {(Area.READ, "route")}
     assert fake.has("route") == []
     assert fake.peers == {key(2)}
-    assert report.applied == {}, "without its route a host is not ready"
+    assert report.applied == Roster(), "without its route a host is not ready"
 
 
 def test_a_change_that_fails_stops_no_other(host: State) -> None:
@@ -200,7 +214,11 @@ def test_a_change_that_fails_stops_no_other(host: State) -> None:
     ((area, subject),) = areas(report)
     assert area is Area.CHANGE
     assert subject.startswith(f"add peer {key(2)}")
-    assert report.applied == {}
+    assert report.applied == Roster()
+    question = Applied.of(Host("barge2", record(2)), bytes(8))
+    assert report.obstacle(question, MESH) == f"{subject}: refused"
+    other = Applied.of(Host("barge2", record(2, seq=2)), bytes(8))
+    assert report.obstacle(other, MESH) is None, "it may be on its way"
     assert fake.has("route") != []
 
 
@@ -217,7 +235,7 @@ def test_a_late_handshake_is_started_again_unless_it_has_come_meanwhile(
     assert [(c.action, c.resource.key) for c in peers.applied] == [(Action.REMOVE, key(2)), (Action.ADD, key(2))]
     assert report.restarted == {key(2)}
     assert report.changes == tuple(peers.applied)
-    assert report.applied == {"barge2": 1}
+    assert report.applied == Roster({"barge2": record(2)})
 
     def read() -> list[Resource]:
         found = list(peers.resources.values())
@@ -296,7 +314,7 @@ def test_a_removal_waits_for_the_disk(host: State, monkeypatch: pytest.MonkeyPat
     report = run(host, fake)
     assert areas(report) == {(Area.DISK, "hosts")}
     assert fake.peers == {key(2), key(3)}, "a host is added, none removed: a reboot would bring it back"
-    assert report.applied == {"barge3": 1}, "nor is its tombstone confirmed"
+    assert report.applied == Roster({"barge3": record(3)}), "nor is its tombstone confirmed"
 
 
 def test_forwarding_waits_for_the_disk(host: State, monkeypatch: pytest.MonkeyPatch) -> None:

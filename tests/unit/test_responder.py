@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 
 from meshd.gossip.messages import (
-    YES,
+    APPLIED,
+    BURY,
+    Answer,
     Applied,
     AskConfirmation,
     AskRecord,
@@ -13,13 +15,14 @@ from meshd.gossip.messages import (
     TellRecord,
     TellTombstones,
 )
-from meshd.gossip.responder import NOTHING, merge_tombstones, respond
+from meshd.gossip.responder import NOTHING, merge_tombstones, respond, signed
 from meshd.mesh import certificates, tombstones
+from meshd.mesh.model import Host
 from meshd.mesh.records import read_certificate, to_wire
 from meshd.mesh.roster import Roster
 from meshd.mesh.tombstones import Tombstones, grave
 from meshd.state.directory import Claim, State
-from tests.conftest import AUTHORITY, MESH, delegated, delegation, record
+from tests.conftest import AUTHORITY, MESH, delegated, delegation, host, record, refusal
 
 
 @pytest.fixture
@@ -29,14 +32,30 @@ def two() -> Tombstones:
 
 def test_tombstones_are_confirmed_by_a_host_that_has_all_of_them(state: State, two: Tombstones) -> None:
     first = Tombstones(revoked={5: two.revoked[5]})
-    assert respond(state, TellTombstones(first)).answer == YES
+    assert refusal(BURY, b"first", respond(state, TellTombstones(first), b"first").answer) == ""
     forged = Tombstones(revoked={7: replace(two.revoked[5], serial=7)})
-    reply = respond(state, TellTombstones(forged.merged(first)))
+    reply = respond(state, TellTombstones(forged.merged(first)), b"forged")
     assert (reply.answer, reply.tombstones) == (None, None), "one of them was not signed by the authority"
-    reply = respond(state, TellTombstones(two))
-    assert (reply.answer, reply.tombstones) == (YES, two)
+    reply = respond(state, TellTombstones(two), b"two")
+    assert (refusal(BURY, b"two", reply.answer), reply.tombstones) == ("", two)
     assert state.roster().all_tombstones == two, "on disk before it is confirmed"
-    assert respond(state, TellTombstones(two)).tombstones is None, "no longer news"
+    assert respond(state, TellTombstones(two), b"two").tombstones is None, "no longer news"
+    assert respond(state, TellTombstones(two)).answer is None, "nobody answers an event"
+
+
+def test_answer_counts_for_its_own_question_and_host(state: State, two: Tombstones) -> None:
+    """A signed answer is of one host, to one question; as a handler gets the question it has a newline more."""
+    answer = respond(state, TellTombstones(two), b"question\n").answer
+    assert refusal(BURY, b"question", answer) == ""
+    assert refusal(BURY, b"another", answer) is None
+    assert refusal(APPLIED, b"question", answer) is None
+    assert refusal(BURY, b"question", answer, host(2)) is None
+    assert refusal(BURY, b"question", answer, Host("barge2", record(1))) is None
+    no = signed(state, BURY, b"question", "why not")
+    assert refusal(BURY, b"question", no) == "why not"
+    read = Answer.read(no)
+    assert read is not None
+    assert refusal(BURY, b"question", replace(read, refusal="").payload()) is None
 
 
 def test_a_host_answers_with_the_tombstones_that_the_asker_lacks(state: State, two: Tombstones) -> None:
@@ -78,7 +97,7 @@ def test_the_authority_alone_confirms_and_only_known_hosts(state: State) -> None
 
 
 def test_readiness_is_left_to_the_caller(state: State) -> None:
-    assert respond(state, Applied("barge2", 5)) == NOTHING
+    assert respond(state, Applied.of(host(2), bytes(8)), b"question") == NOTHING
 
 
 def test_own_tombstone_of_a_leaving_host_does_not_end_it(state: State) -> None:
