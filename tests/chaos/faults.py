@@ -13,6 +13,7 @@ from typing import Literal
 from meshd.lab.hosts import Lab, LabHost
 from tests.lab import faults
 from tests.lab.conftest import (
+    SUSPECTED,
     eventually,
     full_reach,
     invitation,
@@ -290,7 +291,9 @@ def _forget(scene: Scene) -> None:
     scene.say(f"by {via.name}")
     lab.power_off(dead)
     left, subnet = lab.hosts(), f"{overlay(dead)}/24"
-    eventually(lambda: members(via)[dead.name]["state"] == "failed", 40, f"{via.name} sees {dead.name} as failed")
+    eventually(
+        lambda: members(via)[dead.name]["state"] == "failed", SUSPECTED, f"{via.name} sees {dead.name} as failed"
+    )
     via.run(["meshd", "forget", dead.name])
     eventually(lambda: not any(subnet in host.run(["ip", "route"]).stdout for host in left), 5, "it is gone")
     assert full_reach(left), "the others reach each other"

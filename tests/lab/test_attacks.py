@@ -29,6 +29,7 @@ from meshd.mesh.tombstones import Tombstones, grave
 from meshd.state.directory import State
 from tests.lab.conftest import (
     PCAP_HEADER,
+    SUSPECTED,
     assemble,
     capture,
     eventually,
@@ -301,21 +302,29 @@ def test_key_holder_takes_name_of_alive_host(scene: Scene) -> None:
 def test_key_holder_takes_name_of_failed_host(scene: Scene) -> None:
     """A holder of the gossip key gets a failed host's name in Serf, after some 40 s, and takes nothing from it."""
     victim, copied, taken = scene.mesh[2], scene.tags("barge3"), f"{scene.stranger.address}:7946"
+    with agents_stopped(scene, victim):
+        eventually(lambda: members(scene.mesh[0])["barge3"]["state"] == "failed", SUSPECTED, "it is seen as failed")
+        with scene.agent("barge3", {}):
+            # Each Serf counts from when itself saw it fail; one that counts longer than another hears of it 30 s later.
+            for host in scene.mesh[:2]:
+                eventually(lambda h=host: scene.listed(h)["barge3"]["addr"] == taken, 90, "the name is taken")  # type: ignore[misc]
+            scene.refused("barge3", "no record")
+            scene.unharmed()
+        with scene.agent("barge3", copied):
+            eventually(lambda: scene.tags("barge3") == copied, 10, "with the tags of the host itself")
+            scene.mesh[0].run(["meshd", "sync"])
+            assert members(scene.mesh[0])["barge3"]["endpoint"] == f"{victim.address}:51820"
+            scene.unharmed()
+
+
+@contextmanager
+def agents_stopped(scene: Scene, victim: LabHost) -> Iterator[None]:
+    """Let neither Serf nor the daemon of a host run in this block, in which somebody else may take its name."""
     stop_agents(victim)
-    # Where too few can confirm it, among members that failed before, Serf suspects a member for 24 s.
-    eventually(lambda: members(scene.mesh[0])["barge3"]["state"] == "failed", 60, "it is seen as failed")
-    with scene.agent("barge3", {}):
-        # Each Serf counts from when itself saw it fail; one that counts longer than another hears of it 30 s later.
-        for host in scene.mesh[:2]:
-            eventually(lambda h=host: scene.listed(h)["barge3"]["addr"] == taken, 90, "the name is taken")  # type: ignore[misc]
-        scene.refused("barge3", "no record")
-        scene.unharmed()
-    with scene.agent("barge3", copied):
-        eventually(lambda: scene.tags("barge3") == copied, 10, "with the tags of the host itself")
-        scene.mesh[0].run(["meshd", "sync"])
-        assert members(scene.mesh[0])["barge3"]["endpoint"] == f"{victim.address}:51820"
-        scene.unharmed()
-    revive(scene, victim)
+    try:
+        yield
+    finally:
+        revive(scene, victim)
 
 
 def revive(scene: Scene, victim: LabHost) -> None:
@@ -434,13 +443,12 @@ def test_member_publishes_older_record_of_another_host(scene: Scene) -> None:
     victim = scene.mesh[2]
     older = encode(keys(victim)[1])
     move(scene, victim, "172.20.203.0/24")
-    stop_agents(victim)
-    eventually(lambda: members(scene.mesh[0])["barge3"]["state"] == "failed", 60, "it has failed")
-    scene.forge(("alive", {**alive(scene, "barge3", older, incarnation=1000), "address": str(victim.address)}))
-    eventually(lambda: scene.tags("barge3") == older, 10, "Serf believes it")
-    eventually(lambda: "is older than" in members(scene.mesh[0])["barge3"]["reason"], 10, "meshd refuses it")
-    assert members(scene.mesh[0])["barge3"]["subnet"] == "172.20.203.0/24"
-    victim.run(["meshd", "up", "--timeout", "1"])
+    with agents_stopped(scene, victim):
+        eventually(lambda: members(scene.mesh[0])["barge3"]["state"] == "failed", SUSPECTED, "it has failed")
+        scene.forge(("alive", {**alive(scene, "barge3", older, incarnation=1000), "address": str(victim.address)}))
+        eventually(lambda: scene.tags("barge3") == older, 10, "Serf believes it")
+        eventually(lambda: "is older than" in members(scene.mesh[0])["barge3"]["reason"], 10, "meshd refuses it")
+        assert members(scene.mesh[0])["barge3"]["subnet"] == "172.20.203.0/24"
     move(scene, victim, f"{overlay(victim)}/24")
 
 

@@ -8,10 +8,9 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
 from itertools import pairwise, permutations
 from pathlib import Path
 from typing import IO
@@ -164,7 +163,9 @@ while [ $(date +%s) -lt $until ]; do
     kill -KILL $agent; wait $agent 2>/dev/null
 done
 """
-AGAIN = 10.0
+# How soon after the last such command the agents are back on the key of the mesh. Only a query returns their keys,
+# which takes seconds while Serf waits for a member that has died: the daemons' logs tell the time.
+AGAIN = timedelta(seconds=10)
 FORGE = Path(__file__).with_name("forge.py")
 
 
@@ -203,15 +204,17 @@ def starts(host: LabHost, begun: int) -> list[datetime]:
 def test_keys_that_a_member_changed_are_the_meshs_again(mesh: list[LabHost]) -> None:
     begun = [len(log(host)) for host in mesh]
     with unbroken(list(permutations(mesh, 2))) as wrong:
-        said = mesh[2].run(["sh", "-c", f"{CHANGE_KEYS}change"], check=False).stdout
+        said, ended = mesh[2].run(["sh", "-c", f"{CHANGE_KEYS}change"], check=False).stdout, datetime.now()
         assert "Successfully changed primary key" in said, said
-        eventually(lambda: on_the_meshs_key(mesh), AGAIN, "all are on the mesh's key")
-        eventually(lambda: settled(mesh), 10, "nothing is to be changed")
+        eventually(lambda: on_the_meshs_key(mesh), 40, "all are on the mesh's key")
+        eventually(lambda: settled(mesh), 40, "nothing is to be changed")
     assert wrong == []
     for host, length in zip(mesh, begun, strict=True):
         told = log(host)[length:]
         assert re.search(r"a member changed the keys .* Members now: barge1, barge2, barge3\n", told), told
-        assert 1 <= len(starts(host, length)) <= 2, told
+        times = starts(host, length)
+        assert 1 <= len(times) <= 2, told
+        assert times[-1] - ended < AGAIN, told
 
 
 def test_a_name_that_looks_like_a_key_command_starts_no_agent_again(mesh: list[LabHost]) -> None:
@@ -236,7 +239,7 @@ def test_keys_that_were_changed_while_no_daemon_ran_are_the_meshs_again(lab: Lab
     one.run(["sh", "-ec", KILL_DAEMON])
     before = one.run(["sh", "-ec", f"echo {SERF}"]).stdout
     mesh[2].run(["sh", "-c", f"{CHANGE_KEYS}change"], check=False)
-    eventually(lambda: on_the_meshs_key(mesh[1:]), AGAIN, "those with a daemon are")
+    eventually(lambda: on_the_meshs_key(mesh[1:]), 40, "those with a daemon are")
     # What the monitor remembers is gone by the time that the daemon is back.
     one.run(["sh", "-c", f"export SERF_RPC_AUTH={RPC_KEY}; for i in $(seq 600); do serf info >/dev/null; done"])
     assert not on_the_meshs_key(mesh), "that one is not"
@@ -246,8 +249,8 @@ def test_keys_that_were_changed_while_no_daemon_ran_are_the_meshs_again(lab: Lab
         joining = joins(newcomer, one, offer, output)
     eventually(lambda: "has another gossip key at the moment" in said.read_text(), 10, "a join waits, and says why")
     one.run(["meshd", "up"])
-    eventually(lambda: on_the_meshs_key(mesh), AGAIN, "all are")
-    assert joining.wait(timeout=AGAIN) == 0, said.read_text()
+    eventually(lambda: on_the_meshs_key(mesh), 40, "all are")
+    assert joining.wait(timeout=40) == 0, said.read_text()
     assert len(starts(one, begun)) == 1
     eventually(lambda: settled([*mesh, newcomer]), 20, "nothing is to be changed")
     newcomer.run(["meshd", "leave"])
@@ -278,9 +281,9 @@ def test_a_minute_of_it_costs_no_packet_and_no_host_and_a_join_succeeds(lab: Lab
         eventually(lambda: starts(one, begun[0]) and starts(two, begun[1]), 30, "it has begun")
         joining = joins(newcomer, two, offer, answer)
         attack.wait(timeout=SECONDS + 30)
-        ended = time.monotonic()
-        eventually(lambda: on_the_meshs_key([one, two]), AGAIN, "both are on the mesh's key")
-        assert joining.wait(timeout=max(0.1, ended + AGAIN - time.monotonic())) == 0, said.read_text()
+        ended = datetime.now()
+        eventually(lambda: on_the_meshs_key([one, two]), 40, "both are on the mesh's key")
+        assert joining.wait(timeout=40) == 0, said.read_text()
         attacker.run(["meshd", "up"])
         eventually(lambda: settled([*mesh, newcomer]), 40, "all are there")
     done = (attacker.directory / "attack").read_text()
@@ -291,5 +294,6 @@ def test_a_minute_of_it_costs_no_packet_and_no_host_and_a_join_succeeds(lab: Lab
         pauses = [(later - earlier).total_seconds() for earlier, later in pairwise(times)]
         assert len(times) >= 5, "the attack did reach it again and again"
         assert min(pauses) > 4.9, pauses
+        assert times[-1] - ended < AGAIN, "back on the mesh's key in time"
         removed = [line for line in log(host)[length:].splitlines() if "remove " in line]
         assert not [line for line in removed if any(overlay(other) in line for other in mesh)], "no peer and no route"

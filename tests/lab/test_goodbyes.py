@@ -6,6 +6,7 @@ import pytest
 
 from meshd.lab.hosts import Lab, LabHost
 from tests.lab.conftest import (
+    SUSPECTED,
     assemble,
     eventually,
     invitation,
@@ -53,7 +54,7 @@ def test_dead_agent_keeps_peer_and_routes(hosts: list[LabHost]) -> None:
     one, two, three = hosts
     # The daemon first, which would start it again.
     three.run(["sh", "-ec", f"kill -KILL $(cat {STATE}/agent.pid); kill -KILL $(pgrep -f '^[^ ]*serf agent')"])
-    eventually(lambda: state(one, "barge3") == state(two, "barge3") == "failed", 30, "it is seen as failed")
+    eventually(lambda: state(one, "barge3") == state(two, "barge3") == "failed", SUSPECTED, "it is seen as failed")
     one.run(["meshd", "sync"])
     assert ping(one, overlay(three))
     assert ping(three, overlay(two))
@@ -81,7 +82,9 @@ def test_leave_reaches_other_side_of_partition(lab: Lab, hosts: list[LabHost]) -
     join(four, one, invitation(one), "--no-docker")
     eventually(lambda: settled([one, two, three, four]), 15, "four hosts are settled")
     lab.cut(["barge1", "barge2"], ["barge3", "barge4"])
-    eventually(lambda: state(one, "barge4") == state(four, "barge1") == "failed", 40, "the parts have lost each other")
+    eventually(
+        lambda: state(one, "barge4") == state(four, "barge1") == "failed", SUSPECTED, "the parts have lost each other"
+    )
     two.run(["meshd", "leave"])
     four.run(["meshd", "leave"])
     lab.heal()
@@ -101,7 +104,7 @@ def test_forget_removes_dead_host_and_frees_subnet(lab: Lab, hosts: list[LabHost
     assert "no host 'barge9' is known to this mesh; known: barge2, barge3" in unknown.stderr
 
     lab.power_off(three)
-    eventually(lambda: state(one, "barge3") == "failed", 30, "it is seen as failed")
+    eventually(lambda: state(one, "barge3") == "failed", SUSPECTED, "it is seen as failed")
     one.run(["meshd", "forget", "barge3"])
     eventually(lambda: gone(one, three) and gone(two, three), 5, "it is gone everywhere")
 
@@ -158,7 +161,7 @@ def test_rejoin_after_disk_loss_needs_named_invitation(lab: Lab, hosts: list[Lab
     lab.power_off(three)
     three = lab.power_on("barge3")
     three.run(["sh", "-c", f"rm -rf {STATE}/*"])
-    eventually(lambda: state(one, "barge3") == "failed", 30, "it is seen as failed")
+    eventually(lambda: state(one, "barge3") == "failed", SUSPECTED, "it is seen as failed")
     join(three, one, invitation(one), "--no-docker", "--timeout=1")
     for host in (one, two):
         eventually(lambda h=host: "meshd invite NAME" in members(h)["barge3"]["reason"], 20, "it is refused")  # type: ignore[misc]

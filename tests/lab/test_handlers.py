@@ -11,7 +11,7 @@ import pytest
 
 from meshd.lab.hosts import Lab, LabHost
 from meshd.mesh import invitations
-from tests.lab.conftest import eventually, init, join, peers, ping, snapshot
+from tests.lab.conftest import SUSPECTED, eventually, init, join, peers, ping, snapshot
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
@@ -135,7 +135,7 @@ def test_handlers_keep_peer_of_dead_agent(alone: Alone) -> None:
     third = alone.hosts[2]
     third.run(["pkill", "-KILL", "-x", "serf"])
     alone.agents[2].wait()
-    eventually(lambda: alone.state(alone.hosts[0])["barge3"] == "failed", 30, "the dead agent is seen")
+    eventually(lambda: alone.state(alone.hosts[0])["barge3"] == "failed", SUSPECTED, "the dead agent is seen")
     assert ping(alone.hosts[0], "172.20.103.0"), "failed is not left"
     alone.agents[2] = serf_agent(third, "-config-file=/var/lib/meshd/serf.json")
     eventually(lambda: alone.state(alone.hosts[0])["barge3"] == "alive", 30, "it is back, by the printed line")

@@ -1,5 +1,7 @@
 """What a person sees who joins: progress on a terminal, and who is not ready."""
 
+from collections.abc import Iterator
+
 import pytest
 
 from meshd.lab.hosts import Lab
@@ -8,6 +10,12 @@ from tests.lab.conftest import init, join
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
 STATE = "/var/lib/meshd"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left(lab: Lab) -> Iterator[None]:
+    yield
+    lab.down()
 
 
 def test_join_waits_for_hosts_and_names_missing(lab: Lab) -> None:

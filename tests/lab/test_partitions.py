@@ -13,6 +13,7 @@ import pytest
 from meshd.lab.hosts import Lab, LabHost
 from tests.lab.conftest import (
     NOBODYS,
+    SUSPECTED,
     assemble,
     eventually,
     full_reach,
@@ -121,7 +122,7 @@ def test_host_rebooted_in_partition_finds_mesh(lab: Lab) -> None:
         four = lab.power_on("barge4")
         lab.cut(["barge1"], ["barge4"])
         join(four, two, invitation(one), "--no-docker")
-        eventually(lambda: lost(two, "barge1"), 30, "it has failed")
+        eventually(lambda: lost(two, "barge1"), SUSPECTED, "it has failed")
         lab.heal()
         eventually(lambda: full_reach([one, two, three, four]), BACK, "all reach all")
         eventually(lambda: settled([one, two, three, four]), 30, "and all agree")
@@ -162,7 +163,7 @@ def test_join_through_isolated_member(lab: Lab) -> None:
         lab.cut(["barge1"], ["barge2", "barge3"])
         four = lab.power_on("barge4")
         lab.cut(["barge4"], ["barge2", "barge3"])
-        eventually(lambda: lost(one, "barge2", "barge3"), 60, "the one is alone")
+        eventually(lambda: lost(one, "barge2", "barge3"), SUSPECTED, "the one is alone")
         join(four, one, invitation(one), "--no-docker")
         assert ping(four, overlay(one))
         lab.heal()

@@ -13,7 +13,7 @@ from meshd.lab import images
 from meshd.lab.hosts import Lab, LabHost
 from meshd.mesh import addressing
 from meshd.state.directory import State
-from tests.lab.conftest import eventually, init, join, log, members, nothing_in_clear, ping, rtt, run_box
+from tests.lab.conftest import SUSPECTED, eventually, init, join, log, members, nothing_in_clear, ping, rtt, run_box
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
@@ -76,8 +76,8 @@ def test_same_subnet_claimed_in_partition_is_resolved(lab: Lab, used: bool) -> N
     invitation = init(one, "--no-docker", f"--overlay={SMALL}")
     join(three, one, invitation, "--no-docker")
     lab.cut(["barge1", "barge2"], ["barge3", "barge4"])
-    eventually(lambda: members(one)["barge3"]["state"] == "failed", 40, "one side has lost the other")
-    eventually(lambda: members(three)["barge1"]["state"] == "failed", 40, "and the other way round")
+    eventually(lambda: members(one)["barge3"]["state"] == "failed", SUSPECTED, "one side has lost the other")
+    eventually(lambda: members(three)["barge1"]["state"] == "failed", SUSPECTED, "and the other way round")
     with nothing_in_clear(lab):
         for (name, host), via in zip(rivals.items(), (one, three), strict=True):
             join(host, via, invitation, f"--name={name}", "--timeout=1")

@@ -10,7 +10,7 @@ import pytest
 
 from meshd.lab import images
 from meshd.lab.hosts import Lab, LabHost
-from tests.lab.conftest import eventually, init, invitation, join, members, run_container, snapshot
+from tests.lab.conftest import SUSPECTED, eventually, init, invitation, join, members, run_container, snapshot
 from tests.lab.test_bad_input import listener
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
@@ -125,7 +125,7 @@ def test_leave_with_taken_port_is_refused_or_forced(mesh: list[LabHost]) -> None
         "run 'meshd forget barge2' on the host that holds the authority, or barge1 will keep this host" in done.stderr
     )
     assert two.run(["ls", "-A", STATE]).stdout == ""
-    eventually(lambda: members(one)["barge2"]["state"] == "failed", 40, "the other has lost it")
+    eventually(lambda: members(one)["barge2"]["state"] == "failed", SUSPECTED, "the other has lost it")
     one.run(["meshd", "forget", "barge2"])
     join(two, one, invitation(one), "--no-docker")
 
