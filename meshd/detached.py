@@ -2,17 +2,19 @@
 
 import os
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from meshd.interrupts import uninterrupted
 
 
-def start(arguments: Sequence[str], log: Path, *, flags: int = 0) -> "subprocess.Popen[bytes]":
+def start(
+    arguments: Sequence[str], log: Path, *, flags: int = 0, environment: Mapping[str, str] | None = None
+) -> "subprocess.Popen[bytes]":
     """Start a program in a session of its own, with its output appended to a log that only this user can read.
 
     To a file, not to a pipe: a pipe's end would take the process along with who reads it. `flags` are added to those of
-    open(2). Raises OSError, whose `filename` is the log or the program.
+    open(2), `environment` to what it inherits. Raises OSError, whose `filename` is the log or the program.
     """
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | flags, 0o600)
     try:
@@ -23,7 +25,7 @@ def start(arguments: Sequence[str], log: Path, *, flags: int = 0) -> "subprocess
             stderr=descriptor,
             start_new_session=True,
             cwd="/",
-            env=_environment(),
+            env={**_environment(), **(environment or {})},
         )
     finally:
         os.close(descriptor)

@@ -50,6 +50,8 @@ class Keeper:
         self._on_start = started
         self._started: int | None = None
         self._started_at = -math.inf
+        # Whether the agent ran when `keep` last looked, so that its end is news.
+        self._ran = False
         # The agent whose keys somebody changed: another process has other keys.
         self._changed: int | None = None
         # Whether a command may have been given that this daemon has not heard of.
@@ -60,11 +62,15 @@ class Keeper:
         """Start Serf unless it runs, and again after a change of its keys; return why it does not run."""
         pid = serf.running(self.state.serf_config)
         if pid is not None:
+            self._ran = True
             if pid == self._changed and self.due == math.inf:
                 self._schedule()
             if time.monotonic() < self.due:
                 return ""
             serf.stop(pid)
+        elif self._ran and (words := serf.last_words(self.state.serf_log)):
+            log.warning("serf ended: %s", words)
+        self._ran = False
         self.due = math.inf
         try:
             with serf_agent.start(self.state):
@@ -72,6 +78,8 @@ class Keeper:
         except MeshdError as error:
             return f"serf: {error}"
         self._started, self._started_at = serf.running(self.state.serf_config), time.monotonic()
+        self._ran = True
+        self._contain(self._started)
         self._on_start()
         return ""
 
@@ -94,6 +102,18 @@ class Keeper:
         """Take note of the agent whose monitor is followed from now on: one that ran before may have other keys."""
         if pid != self._started:
             self._doubt.set()
+            self._contain(pid)
+
+    @staticmethod
+    def _contain(pid: int | None) -> None:
+        """Bound the memory of an agent, also of one that an older version has started; log why it cannot be done."""
+        try:
+            if pid is not None:
+                serf.contain(pid)
+        except (FileNotFoundError, ProcessLookupError):
+            pass  # it has ended
+        except OSError as error:
+            log.warning("serf may fill this host's memory: %s", error)
 
     def hear(self, line: str, pid: int | None) -> None:
         """Take note of a line of the monitor of the agent `pid`."""

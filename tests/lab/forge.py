@@ -4,6 +4,8 @@ Run on a host of the lab, by path: `python forge.py`, with JSON on standard inpu
 
     {"key": hex or null, "targets": ["10.10.10.101"], "messages": [["alive", {...}], ["raw", {"hex": "…"}], …]}
 
+With "streams", which is as "messages", what is in there goes by TCP. With "seconds" all of it is sent for so long.
+
 The format is that of https://github.com/hashicorp/memberlist (net.go, security.go) and serf (messages.go): a type byte
 and msgpack; encrypted: version 1, a nonce of 12 bytes, AES-GCM.
 """
@@ -13,14 +15,16 @@ import os
 import socket
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 import msgpack
 from nacl.bindings import crypto_aead_aes256gcm_encrypt
 
 PORT = 7946
-ALIVE, SUSPECT, DEAD, USER = 4, 3, 5, 8
+ALIVE, SUSPECT, DEAD, USER, COMPRESSED, ENCRYPTED = 4, 3, 5, 8, 9, 10
 LEAVE_INTENT = 0
+LZW_FIRST, LZW_LAST = 258, 4094
 TAGS_MAGIC = 255
 # Protocol versions as memberlist of Serf 0.8 to 0.10 says them: minimum, maximum, current; the same of Serf's.
 VERSIONS = bytes([1, 5, 2, 2, 5, 4])
@@ -44,25 +48,49 @@ def pack(kind: str, fields: dict[str, Any]) -> bytes:
         )
     if kind == "leave":
         return bytes([USER, LEAVE_INTENT]) + encoded({"LTime": fields["time"], "Node": fields["name"], "Prune": True})
+    if kind == "zeros":
+        return bytes([COMPRESSED]) + encoded({"Algo": 0, "Buf": compressed_zeros(fields["codes"])})
     number = {"dead": DEAD, "suspect": SUSPECT}[kind]
     return bytes([number]) + encoded(
         {"Incarnation": fields["incarnation"], "Node": fields["name"], "From": fields["from"]}
     )
 
 
+def compressed_zeros(codes: int) -> bytes:
+    """Give some 3800 zeros for each of these codes, as Go's compress/lzw reads them (LSB first, literals of 8 bits).
+
+    The first 3838 codes stand for 1, 2, 3, … zeros. Then the table is full, and its last entry is repeated.
+    """
+    code, width, waiting, bits, out = 0, 9, 0, 0, bytearray()
+    for number in range(codes):
+        waiting, bits = waiting | code << bits, bits + width
+        while bits >= 8:
+            out.append(waiting & 255)
+            waiting, bits = waiting >> 8, bits - 8
+        code = min(LZW_FIRST + number, LZW_LAST)
+        if width < 12 and code >= 1 << width:
+            width += 1
+    return bytes(out)
+
+
+def stream(key: bytes, message: bytes) -> bytes:
+    """Encrypt for TCP, where the type and the length are authenticated, too."""
+    head = bytes([ENCRYPTED]) + (len(message) + 29).to_bytes(4, "big")
+    return head + sealed(key, message, head)
+
+
 def encoded(value: Any) -> bytes:
     return bytes(msgpack.packb(value, use_bin_type=False))
 
 
-def sealed(key: bytes, message: bytes) -> bytes:
+def sealed(key: bytes, message: bytes, head: bytes | None = None) -> bytes:
     """Encrypt as memberlist does."""
     nonce = os.urandom(12)
-    return b"\x01" + nonce + bytes(crypto_aead_aes256gcm_encrypt(message, None, nonce, key))
+    return b"\x01" + nonce + bytes(crypto_aead_aes256gcm_encrypt(message, head, nonce, key))
 
 
-def main() -> None:
-    task = json.load(sys.stdin)
-    key = bytes.fromhex(task["key"]) if task["key"] else None
+def send(task: dict[str, Any], key: bytes | None) -> None:
+    """Send each message to each target, by UDP."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
         for number, (kind, fields) in enumerate(task["messages"]):
             message = pack(kind, fields)
@@ -70,6 +98,28 @@ def main() -> None:
                 sender.sendto(sealed(key, message) if key else message, (target, PORT))
             if number % 50 == 49:
                 time.sleep(0.05)  # what comes faster than it is read is dropped
+
+
+def send_streams(task: dict[str, Any], key: bytes) -> None:
+    """Send each message to each target that listens, by TCP."""
+    for kind, fields in task.get("streams", []):
+        message = stream(key, pack(kind, fields))
+        for target in task["targets"]:
+            with suppress(OSError), socket.create_connection((target, PORT), timeout=1) as sender:
+                sender.sendall(message)
+
+
+def main() -> None:
+    task = json.load(sys.stdin)
+    key = bytes.fromhex(task["key"]) if task["key"] else None
+    until = time.monotonic() + task.get("seconds", 0)
+    while True:
+        send(task, key)
+        if key is not None:
+            send_streams(task, key)
+        if time.monotonic() >= until:
+            return
+        time.sleep(0.1)
 
 
 if __name__ == "__main__":

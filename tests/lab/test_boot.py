@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from meshd.daemon import service
+from meshd.gossip.serf.process import OOM_SCORE
 from meshd.lab import network
 from meshd.lab.hosts import Lab, LabHost
 from tests.lab.conftest import eventually, init, join, ping, snapshot
@@ -131,9 +132,8 @@ CAPABILITIES = 1 << 10 | 1 << 12 | 1 << 13
 def confined(host: LabHost) -> None:
     """Require that daemon, Serf and wireguard-go can change links and rules, and no file but their own."""
     daemon = show(host, "meshd", "MainPID")
-    pids = [daemon, *host.run(["pgrep", "-x", "serf|wireguard-go"]).stdout.split()]
-    assert len(pids) == 3
-    for pid in pids:
+    serf, wireguard = (host.run(["pgrep", "-x", name]).stdout.strip() for name in ("serf", "wireguard-go"))
+    for pid in (daemon, serf, wireguard):
         status = host.run(["cat", f"/proc/{pid}/status"]).stdout
         fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
         assert int(fields["CapEff"], 16) | int(fields["CapBnd"], 16) == CAPABILITIES, fields["Name"]
@@ -141,6 +141,10 @@ def confined(host: LabHost) -> None:
         for path in ("/etc/passwd", "/usr/local/bin/meshd-was-here", "/boot/x"):
             tried = host.run(["nsenter", f"--target={pid}", "--mount", "touch", path], check=False)
             assert "Read-only file system" in tried.stderr
+    contained = f"prlimit --pid {serf} --as --output SOFT --noheadings; cat /proc/{serf}/oom_score_adj"
+    limit, oom_score = host.run(["sh", "-c", contained]).stdout.split()
+    assert int(limit) < 2**31, "the unit may bound Serf's memory"
+    assert int(oom_score) == OOM_SCORE
     score = host.run(["systemd-analyze", "security", "--no-pager", "meshd.service"]).stdout
     assert float(re.findall(r"exposure level for meshd.service: ([0-9.]+)", score)[0]) <= 3.0
 

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -22,9 +23,11 @@ from meshd.endpoint import Endpoint
 from meshd.errors import ConflictError, SerfError
 from meshd.gossip import serf
 from meshd.gossip.serf import Access, Serf, loopback
+from meshd.gossip.serf.process import OOM_SCORE
 from meshd.lifecycle.join import ANOTHER_KEY
 from meshd.mesh.model import Status
 from tests.conftest import eventually
+from tests.lab import forge
 
 pytestmark = [pytest.mark.root]
 
@@ -486,3 +489,44 @@ def test_log_is_private_and_key_is_not_in_argv(start: Start) -> None:
     assert agent.log.stat().st_mode & 0o777 == 0o600
     assert "secret" not in Path(f"/proc/{agent.pid}/cmdline").read_text()
     assert b"secret" not in Path(f"/proc/{agent.pid}/environ").read_bytes()
+
+
+def send_zeros(agent: Agent, codes: int) -> None:
+    """Send an agent zeros by TCP, compressed, as any holder of the gossip key can: 3.8 kB of them for a code."""
+    with socket.create_connection((f"127.0.0.{agent.number}", forge.PORT), timeout=5) as sender:
+        sender.sendall(forge.stream(KEY, forge.pack("zeros", {"codes": codes})))
+
+
+def test_memory_of_agent_is_bounded_from_its_start(start: Start) -> None:
+    """An agent survives 20 MB of zeros, compressed. A gigabyte ends it, and its log says so."""
+    agent = start(1)
+    soft, hard = resource.prlimit(agent.pid, resource.RLIMIT_AS)
+    assert soft != hard == resource.RLIM_INFINITY
+    assert int(Path(f"/proc/{agent.pid}/oom_score_adj").read_text()) == OOM_SCORE
+    send_zeros(agent, 8_000)
+    eventually(lambda: "memberlist: failed to receive: unexpected EOF" in agent.log.read_text(), 10, "it has read them")
+    assert list(agent.states()) == ["barge1"]
+    send_zeros(agent, 280_000)
+    eventually(lambda: serf.running(agent.directory / "serf.json") is None, 20, "it ends")
+    assert serf.last_words(agent.log).startswith("fatal error: ")
+
+
+# Contains a process as user nobody, with what is imported as root.
+CONTAIN = """
+import logging, os, sys
+from pathlib import Path
+from meshd.daemon.keeper import Keeper
+from meshd.state.directory import State
+logging.basicConfig(format="%(message)s", stream=sys.stdout)
+os.setuid(65534)
+Keeper(State(Path("/nonexistent")), print, print).adopt(int(sys.argv[1]))
+"""
+
+
+def test_agent_that_cannot_be_contained_goes_on_and_is_reported(start: Start) -> None:
+    """Where the kernel refuses to bound an agent's memory, the daemon logs it, and the agent runs."""
+    agent = start(1)
+    command = [sys.executable, "-c", CONTAIN, str(agent.pid)]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert said == "serf may fill this host's memory: [Errno 1] Operation not permitted\n"
+    assert list(agent.states()) == ["barge1"]

@@ -1,6 +1,8 @@
-"""When the daemon starts its Serf agent again since somebody changed its keys; tests/lab has it at work."""
+"""When the daemon starts its Serf agent again, and what it does for one that runs; tests/lab has it at work."""
 
 import math
+import resource
+import subprocess
 
 import pytest
 
@@ -70,3 +72,33 @@ def test_a_thousand_members_are_no_long_line() -> None:
     names = [f"barge{number:04}" for number in range(1000)]
     assert keeper.named(names) == ", ".join(names[:MOST_NAMES]) + " and 950 more"
     assert keeper.named([]) == "unknown"
+
+
+def test_an_agent_that_ran_before_is_contained_when_it_is_adopted(own: Keeper) -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        own.adopt(process.pid)
+        bound, _ = resource.prlimit(process.pid, resource.RLIMIT_AS)
+        process.kill()
+    assert bound != resource.RLIM_INFINITY
+
+
+def test_an_agent_that_has_ended_by_then_is_none_to_contain(own: Keeper, caplog: pytest.LogCaptureFixture) -> None:
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+    own.adopt(process.pid)
+    own.adopt(None)
+    assert caplog.messages == []
+
+
+def test_the_end_of_an_agent_is_logged_once_and_by_whoever_saw_it_run(
+    own: Keeper, state: State, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")  # nothing can be started
+    state.save_gossip_key(bytes(32))
+    state.serf_log.write_text("fatal error: out of memory\n")
+    assert own.keep().startswith("serf: serf is not installed")
+    assert caplog.messages == []
+    own._ran = True
+    for _ in range(2):
+        assert own.keep().startswith("serf: serf is not installed")
+    assert caplog.messages == ["serf ended: fatal error: out of memory"]

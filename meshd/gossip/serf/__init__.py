@@ -4,6 +4,8 @@ from meshd.gossip.serf.client import Access, Serf
 from meshd.gossip.serf.process import (
     agent_config,
     agents,
+    contain,
+    last_words,
     own_agents,
     running,
     start,
@@ -17,6 +19,8 @@ __all__ = [
     "Serf",
     "agent_config",
     "agents",
+    "contain",
+    "last_words",
     "own_agents",
     "running",
     "start",

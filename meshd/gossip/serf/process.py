@@ -2,6 +2,7 @@
 
 import base64
 import os
+import resource
 import shutil
 import signal
 import time
@@ -20,6 +21,16 @@ from meshd.gossip.serf.client import Access, Serf
 from meshd.printable import printable
 
 POLL = 0.02
+# Seconds for the first line of its log, which takes 5 ms. On a full disk there is none.
+SILENT = 2.0
+# What an agent may hold in memory, in bytes. One of 10,000 members holds 70 MiB, and 126 while others join by it.
+MEMORY = 256 * 2**20
+# Of 1000 at most: when the host's memory is short, the kernel ends the agent first, which carries no traffic.
+OOM_SCORE = 900
+# Each thread reserves memory that it does not use, and there is one for each of the machine's cores.
+ENVIRONMENT = {"GOMAXPROCS": str(min(4, len(os.sched_getaffinity(0)))), "MALLOC_ARENA_MAX": "1"}
+# What is read of the log's end, in bytes: the log has no bound, and Go writes a kilobyte for each thing that it does.
+TAIL = 2**20
 # The agent that was found last, by its configuration file: looking through all processes takes milliseconds.
 _found: dict[Path, int] = {}
 
@@ -69,7 +80,7 @@ def start(config_path: Path, log_path: Path, extra: Path | None = None) -> int:
         raise MissingError("serf is not installed: apt install serf")
     arguments = [program, "agent", f"-config-file={config_path}", *([f"-config-dir={extra}"] if extra else [])]
     try:
-        process = detached.start(arguments, log_path, flags=os.O_TRUNC)
+        process = detached.start(arguments, log_path, flags=os.O_TRUNC, environment=ENVIRONMENT)
     except OSError as error:
         opening = error.filename == str(log_path)
         reason = f"opening {log_path}: {error.strerror}" if opening else str(error)
@@ -79,7 +90,37 @@ def start(config_path: Path, log_path: Path, extra: Path | None = None) -> int:
     # Its command line is empty for a moment, and whoever looks for the agent then would start a second one.
     while running(config_path) is None and _alive(process.pid):
         time.sleep(POLL / 10)
+    _contain_early(process.pid, log_path)
     return process.pid
+
+
+def _contain_early(pid: int, log_path: Path) -> None:
+    """Contain an agent that starts, after Go has reserved its memory and before anybody can fill it.
+
+    That is when the agent writes its first line: it opens its ports later. One that writes none is left to `contain`.
+    """
+    deadline = time.monotonic() + SILENT
+    with suppress(OSError):  # the daemon tries again, and says why it cannot
+        while _alive(pid) and time.monotonic() < deadline:
+            if log_path.stat().st_size:
+                contain(pid)
+                break
+            time.sleep(POLL / 10)
+
+
+def contain(pid: int) -> None:
+    """Bound the memory of an agent, unless that is done. Raises OSError where the kernel refuses it.
+
+    memberlist unpacks whatever is compressed: 420 kB by TCP are 2 GiB. Go reserves more than it uses, so the bound is
+    of what is reserved: as much as now, with MEMORY instead of what is used now. At the bound Go ends the process.
+    What the agent runs inherits the bound, and may lift it: that is why it is not a hard one.
+    """
+    soft, hard = resource.prlimit(pid, resource.RLIMIT_AS)
+    if soft == resource.RLIM_INFINITY:
+        pages = [int(number) for number in Path(f"/proc/{pid}/statm").read_text().split()]
+        reserved, used = (number * resource.getpagesize() for number in pages[:2])
+        resource.prlimit(pid, resource.RLIMIT_AS, (reserved - used + MEMORY, hard))
+    Path(f"/proc/{pid}/oom_score_adj").write_text(str(OOM_SCORE))
 
 
 def running(config_path: Path) -> int | None:
@@ -176,8 +217,27 @@ def _alive(pid: int) -> bool:
 
 def why_ended(log_path: Path) -> ConflictError | SerfError:
     """Return the error that the agent's log tells of."""
-    lines = log_path.read_text(errors="replace").splitlines() if log_path.exists() else []
-    told = next((line for line in reversed(lines) if "rror" in line or "ailed" in line), "it wrote no reason").strip()
+    complaint = (line.strip() for line in reversed(_tail(log_path)) if "rror" in line or "ailed" in line)
+    told = last_words(log_path) or printable(next(complaint, "it wrote no reason"))
     if "address already in use" in told:
-        return ConflictError(f"the Serf agent did not start, a port is taken: {printable(told)}")
-    return SerfError(f"the Serf agent did not start: {printable(told)}")
+        return ConflictError(f"the Serf agent did not start, a port is taken: {told}")
+    return SerfError(f"the Serf agent did not start: {told}")
+
+
+def last_words(log_path: Path) -> str:
+    """Return for what Go has ended the agent, according to its log; the empty string if Go has not.
+
+    The state of each thread comes after that, in which any word may be, and the names of members before.
+    """
+    fatal = (line for line in reversed(_tail(log_path)) if line.startswith(("fatal error: ", "panic: ")))
+    return printable(next(fatal, ""))
+
+
+def _tail(log_path: Path) -> list[str]:
+    """Return the last lines of the agent's log."""
+    try:
+        with log_path.open("rb") as log:
+            log.seek(max(0, log_path.stat().st_size - TAIL))
+            return log.read(TAIL).decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
