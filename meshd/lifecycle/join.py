@@ -152,7 +152,7 @@ def renewal(state: State, invitation: Invitation, now: float) -> Admission | Non
     if invitation.certificate is None and state.certificate.delegation is None:
         return None  # a reusable invitation gives less than the certificate by the authority itself
     # Another identity would be another host of this name to the others. A revoked one counts for nothing any more.
-    keeps = invitation.certificate is None and state.certificate.serial not in state.roster().revoked
+    keeps = invitation.certificate is None and state.roster().revoked.keys().isdisjoint(state.certificate.serials)
     name = state.settings.name
     return invitation.redeem(name, name, now, state.identity_key if keeps else None)
 

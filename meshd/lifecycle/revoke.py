@@ -52,6 +52,10 @@ def revoke(state: State, name: str, *, with_hosts: bool = False) -> Revoked:
     if name == state.settings.name:
         raise InputError(f"{name} is this host: bring the authority to another one and revoke it from there")
     revoked = authority.revoke(state, name, with_hosts=with_hosts)
+    merge_tombstones(state, Tombstones(revoked=revoked))
+    # The daemon may have confirmed a host meanwhile. From now on it does not.
+    with suppress(InputError):
+        revoked |= authority.revoke(state, name, with_hosts=with_hosts)
     heard = _end(state, name, Tombstones(revoked=revoked))
     names = sorted({revocation.name for revocation in revoked.values()})
     return Revoked(names, authority.confirmed_by(state, names), heard)

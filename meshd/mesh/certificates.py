@@ -17,7 +17,7 @@ from ipaddress import IPv4Network
 
 from meshd.errors import InputError
 from meshd.mesh.addressing import is_allowed
-from meshd.mesh.model import Certificate, Delegation, Host, Record, Revocation
+from meshd.mesh.model import Certificate, Delegation, Host, Record, Revocation, identity_serial
 
 SEED = 32
 SIGNATURE = 64
@@ -131,13 +131,8 @@ def certify_by(seed: bytes, mesh: str, name: str, identity: bytes, delegation: D
 
 def delegated(identity: bytes, delegation: Delegation, signature: bytes = b"") -> Certificate:
     """Return the certificate of an identity under a delegation."""
-    serial = delegated_serial(identity)
+    serial = identity_serial(identity)
     return Certificate(serial, delegation.expires, identity, delegation.subnets, delegation, signature)
-
-
-def delegated_serial(identity: bytes) -> int:
-    """Return the serial of each certificate that a delegation signs for an identity."""
-    return int.from_bytes(blake2b(identity, digest_size=8).digest(), "big") >> 1
 
 
 def sign(identity: bytes, mesh: str, name: str, record: Record) -> Record:

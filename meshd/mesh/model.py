@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from hashlib import blake2b
 from ipaddress import IPv4Address, IPv4Network
 
 from meshd.endpoint import Endpoint, IPAddress
@@ -58,6 +59,11 @@ class Delegation:
     signature: bytes = b""
 
 
+def identity_serial(identity: bytes) -> int:
+    """Return the serial of each certificate that a delegation signs for an identity, which stands for the identity."""
+    return int.from_bytes(blake2b(identity, digest_size=8).digest(), "big") >> 1
+
+
 @dataclass(frozen=True, slots=True)
 class Certificate:
     """Whose a name is: the Ed25519 key that signs its records, vouched for by the authority or by a delegation.
@@ -74,8 +80,13 @@ class Certificate:
 
     @property
     def serials(self) -> frozenset[int]:
-        """The numbers under which it can be revoked."""
-        return frozenset({self.serial, self.delegation.serial} if self.delegation else {self.serial})
+        """The numbers under which it can be revoked: its own, its identity's, and its delegation's.
+
+        An identity may have certificates of which the host that revokes knows nothing: each host that has the authority
+        keeps its own list.
+        """
+        by = {self.delegation.serial} if self.delegation else set[int]()
+        return frozenset({self.serial, identity_serial(self.identity)} | by)
 
     @property
     def rank(self) -> tuple[bool, int]:

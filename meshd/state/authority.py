@@ -14,7 +14,7 @@ from meshd.endpoint import Endpoint
 from meshd.errors import InputError
 from meshd.mesh import certificates
 from meshd.mesh.invitations import Invitation
-from meshd.mesh.model import Certificate, Delegation, Record, Revocation, Tombstone, is_name
+from meshd.mesh.model import Certificate, Delegation, Record, Revocation, Tombstone, identity_serial, is_name
 from meshd.mesh.records import MAX_PREFIX
 from meshd.mesh.tombstones import forgotten
 from meshd.state.directory import State
@@ -134,18 +134,26 @@ def _note(state: State, serial: int, name: str, expires: int, identity: bytes | 
 def confirm(state: State, name: str, record: Record) -> Certificate | None:
     """Return the authority's own certificate for a host that joined by a reusable invitation; None without the key.
 
-    What the invitation allowed stays, its end does not. Asked again it gives the same one.
+    What the invitation allowed stays, its end does not. Asked again it gives the same one. A host whose membership has
+    ended gets none.
     """
     seed, delegation, identity = state.authority_key, record.certificate.delegation, record.certificate.identity
-    if seed is None or delegation is None:
+    if seed is None or delegation is None or _has_ended(state, name, record):
         return None
     known = {entry.get("identity"): int(serial) for serial, entry in state.issued().items() if entry["name"] == name}
     serial = known.get(identity.hex())
     if serial is None:
         serial = _new_serial(state)
         _note(state, serial, name, _FOREVER, identity, by=label(delegation.serial))
+        # Noted first, so that a revocation at this moment finds either the note, or is found here.
+        if _has_ended(state, name, record):
+            return None
     certificate = Certificate(serial, _FOREVER, identity, delegation.subnets)
     return certificates.certify(seed, state.settings.mesh, name, certificate)
+
+
+def _has_ended(state: State, name: str, record: Record) -> bool:
+    return bool(state.roster().ended(name, record, time.time()))
 
 
 def forget(state: State, name: str, record: Record) -> Tombstone:
@@ -168,18 +176,16 @@ def revoke(state: State, name: str, *, with_hosts: bool = False) -> dict[int, Re
     wanted: dict[int, str] = {}
     for serial, entry in issued.items():
         if entry["name"] == name:
-            wanted[int(serial)] = name
-            wanted |= _came_by(issued, entry.get("by"))
-            if entry["identity"]:
-                wanted[certificates.delegated_serial(bytes.fromhex(entry["identity"]))] = name
+            wanted |= _numbers(serial, entry) | _came_by(issued, entry.get("by"))
     if name in roster.hosts:
         certificate = roster.hosts[name].certificate
         wanted |= dict.fromkeys(certificate.serials, name)
         if certificate.delegation is not None:
             wanted |= _came_by(issued, label(certificate.delegation.serial))
     if with_hosts:
-        hosts = _confirmed_by(issued, set(wanted.values()))
-        wanted |= {serial: whose for serial, whose in hosts.items() if whose != state.settings.name}
+        for number, whose in _confirmed_by(issued, set(wanted.values())).items():
+            if whose != state.settings.name:
+                wanted |= _numbers(str(number), issued[str(number)])
     wanted = {serial: whose for serial, whose in wanted.items() if serial not in roster.revoked}
     if not wanted:
         known = sorted({entry["name"] for entry in issued.values()} | roster.hosts.keys())
@@ -195,6 +201,12 @@ def confirmed_by(state: State, names: Collection[str]) -> list[str]:
 
 def _confirmed_by(issued: Mapping[str, Mapping[str, Any]], names: Collection[str]) -> dict[int, str]:
     return {int(serial): entry["name"] for serial, entry in issued.items() if entry.get("by") in names}
+
+
+def _numbers(serial: str, entry: Mapping[str, Any]) -> dict[int, str]:
+    """Return what a certificate is revoked by: its own serial, and its identity's, of which there may be others."""
+    identity = [identity_serial(bytes.fromhex(entry["identity"]))] if entry.get("identity") else []
+    return dict.fromkeys([int(serial), *identity], entry["name"])
 
 
 def _came_by(issued: Mapping[str, Mapping[str, Any]], invitation: str | None) -> dict[int, str]:

@@ -4,10 +4,13 @@ import pytest
 
 from meshd.errors import InputError
 from meshd.mesh.model import Record
+from meshd.mesh.roster import REVOKED, Roster
 from meshd.state import authority
 from meshd.state.authority import RUNAWAY, Terms, label
 from meshd.state.directory import State
-from tests.conftest import AUTHORITY, delegated, delegation, record
+from tests.conftest import AUTHORITY, NOW, delegated, delegation, record
+
+LASTING = delegation(expires=0)
 
 
 @pytest.fixture
@@ -38,15 +41,15 @@ def test_forget_signs_no_number_that_keeps_out_later_hosts(holder: State) -> Non
 
 def confirmed(holder: State, name: str) -> Record:
     """Let the authority confirm a host that came by the reusable invitation of the tests."""
-    joined = record(int(name[-1]), by=delegated(name, delegation()))
+    joined = record(int(name[-1]), by=delegated(name, LASTING))
     assert authority.confirm(holder, name, joined) is not None
     return joined
 
 
 def test_revoked_invitation_lists_hosts_that_it_brought(holder: State) -> None:
     """Hosts that the authority has confirmed stay unless they are revoked as well; this host itself always stays."""
-    invitation = label(delegation().serial)
-    holder.save_issued({str(delegation().serial): {"name": invitation, "expires": 0, "identity": None, "by": None}})
+    invitation = label(LASTING.serial)
+    holder.save_issued({str(LASTING.serial): {"name": invitation, "expires": 0, "identity": None, "by": None}})
     for name in ("barge2", "barge3", "barge1"):
         confirmed(holder, name)
     alone = authority.revoke(holder, invitation)
@@ -55,3 +58,34 @@ def test_revoked_invitation_lists_hosts_that_it_brought(holder: State) -> None:
     both = authority.revoke(holder, invitation, with_hosts=True)
     assert {r.name for r in both.values()} == {invitation, "barge2", "barge3"}
     assert all(holder.mesh.trust.is_revocation(r) for r in both.values())
+
+
+def test_another_certificate_of_a_revoked_identity_is_revoked(holder: State) -> None:
+    """Each host that has the authority confirms a host by a certificate of its own, of which the others do not know."""
+    joined = confirmed(holder, "barge2")
+    first = holder.issued()
+    holder.save_issued({})
+    confirmed(holder, "barge2")
+    second = authority.confirm(holder, "barge2", joined)
+    assert second is not None
+    holder.save_issued(first)
+    assert str(second.serial) not in first
+    revoked = authority.revoke(holder, "barge2")
+    assert Roster(revoked=revoked).lapsed(second, NOW) == REVOKED
+    invitation = label(LASTING.serial)
+    holder.save_issued({**first, str(LASTING.serial): {"name": invitation, "expires": 0, "identity": None, "by": None}})
+    assert Roster(revoked=authority.revoke(holder, invitation)).lapsed(second, NOW) == ""
+    assert Roster(revoked=authority.revoke(holder, invitation, with_hosts=True)).lapsed(second, NOW) == REVOKED
+
+
+def test_host_whose_membership_has_ended_is_not_confirmed(holder: State) -> None:
+    """It hears of its revocation as soon as the authority's host, and would ask at that moment."""
+    joined = record(2, by=delegated("barge2", LASTING))
+    holder.save_roster(Roster({"barge2": joined}))
+    revoked = authority.revoke(holder, "barge2")
+    holder.save_roster(Roster({"barge2": joined}, revoked=revoked))
+    assert authority.confirm(holder, "barge2", joined) is None
+    assert holder.issued() == {}
+    expired = record(2, by=delegated("barge2", delegation(expires=int(NOW) - 1)))
+    holder.save_roster(Roster({"barge2": expired}))
+    assert authority.confirm(holder, "barge2", expired) is None

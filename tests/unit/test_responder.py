@@ -83,7 +83,7 @@ def test_an_announced_record_counts_if_its_owner_signed_it(state: State) -> None
 
 
 def test_the_authority_alone_confirms_and_only_known_hosts(state: State) -> None:
-    joined = record(2, by=delegated("barge2", delegation()))
+    joined = record(2, by=delegated("barge2", delegation(expires=0)))
     state.save_roster(Roster({"barge2": joined, "barge3": record(3)}))
     assert respond(state, AskConfirmation("barge2")).answer is None, "this host does not hold the authority"
     state.save_authority_key(AUTHORITY)
