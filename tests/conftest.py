@@ -15,9 +15,9 @@ import pytest
 
 from meshd.endpoint import Endpoint
 from meshd.gossip.messages import Answer, Applied
-from meshd.mesh import certificates
+from meshd.mesh import certificates, tombstones
 from meshd.mesh.certificates import Trust
-from meshd.mesh.model import Certificate, Delegation, Host, Member, Record, Status
+from meshd.mesh.model import VERSION, Certificate, Delegation, Host, Member, Record, Status, Tombstone
 from meshd.mesh.records import encode
 from meshd.mesh.terms import Mesh
 from meshd.state.directory import State
@@ -52,17 +52,49 @@ def public_key(name: str) -> str:
 
 
 @cache
-def certificate(name: str, *, serial: int = 0, expires: int = 0, subnets: tuple[IPv4Network, ...] = ()) -> Certificate:
+def certificate(
+    name: str,
+    *,
+    serial: int = 0,
+    expires: int = 0,
+    subnets: tuple[IPv4Network, ...] = (),
+    extensions: bytes = b"",
+    version: int = VERSION,
+) -> Certificate:
     """What the authority gives to a host of this name; its serial is the name's digest unless it is given."""
     serial = serial or int.from_bytes(seed(name)[:7], "big")
-    unsigned = Certificate(serial, expires, certificates.public(seed(f"identity of {name}")), subnets)
+    unsigned = Certificate(
+        serial,
+        expires,
+        certificates.public(seed(f"identity of {name}")),
+        subnets,
+        since=certificates.since(serial),
+        extensions=extensions,
+        version=version,
+    )
     return certificates.certify(AUTHORITY, "meshd", name, unsigned)
 
 
 @cache
-def delegation(prefix: str = "", *, expires: int = int(NOW) + 60, subnets: tuple[IPv4Network, ...] = ()) -> Delegation:
+def delegation(
+    prefix: str = "",
+    *,
+    expires: int = int(NOW) + 60,
+    subnets: tuple[IPv4Network, ...] = (),
+    extensions: bytes = b"",
+    version: int = VERSION,
+) -> Delegation:
     """What a reusable invitation carries; its seed is seed("delegate")."""
-    unsigned = Delegation(7, expires, certificates.public(seed("delegate")), prefix, subnets)
+    unsigned = Delegation(
+        7,
+        expires,
+        certificates.public(seed("delegate")),
+        prefix,
+        subnets,
+        hosts=64 * (version >= VERSION),
+        extensions=extensions,
+        version=version,
+    )
     return certificates.delegate(AUTHORITY, "meshd", unsigned)
 
 
@@ -81,6 +113,8 @@ def record(
     subnet: IPv4Network | None = None,
     endpoint: Endpoint | None = None,
     by: Certificate | None = None,
+    extensions: bytes = b"",
+    version: int = VERSION,
 ) -> Record:
     """The signed record of host bargeN: subnet 172.20.10N.0/24, underlay 10.10.10.10N."""
     name = f"barge{number}"
@@ -89,10 +123,17 @@ def record(
         subnet=subnet or IPv4Network(f"172.20.{100 + number}.0/24"),
         endpoint=endpoint or Endpoint(IPv4Address(f"10.10.10.{100 + number}"), 51820),
         seq=seq,
-        certificate=by or certificate(name),
+        certificate=by or certificate(name, version=version),
         leaving=leaving,
+        extensions=extensions,
+        version=version,
     )
     return certificates.sign(seed(f"identity of {name}"), "meshd", name, unsigned)
+
+
+def forgotten(of: Record, number: int, by: bytes = AUTHORITY) -> Tombstone:
+    """The authority's word, or that of another seed, that bargeN with this record is dead."""
+    return certificates.forget(by, "meshd", f"barge{number}", tombstones.dead(of))
 
 
 def host(number: int) -> Host:

@@ -85,7 +85,7 @@ def join(
     \b
     Example:
       meshd join 10.10.10.101
-      MESHD_INVITE=meshd2.… meshd join 203.0.113.5 --no-docker
+      MESHD_INVITE=meshd3.… meshd join 203.0.113.5 --no-docker
     """
     text = invite or (invite_file.read(2**16) if invite_file else None)
     if is_known := state.exists:

@@ -21,6 +21,9 @@ LONGEST_PAUSE = 300.0
 # Seconds until the authority is first asked to confirm a delegation's certificate. A confirmed certificate is a new
 # record, which is work for all hosts, and a host that has just joined gives them enough.
 CALM = 5.0
+# Seconds between questions of a host whose certificate is the authority's own, but of version 2: it is good as it is,
+# and an authority of version 2 never answers.
+RENEW_PAUSE = 3600.0
 # Upper bounds of the queue for lookups of records, for asking back, and for all jobs. They bound the work that bogus
 # members and askers can cause, and keep room for what matters more.
 MAX_LOOKUPS, MAX_ASKED_BACK, MAX_JOBS = 3, 5, 10
@@ -57,7 +60,7 @@ class LookUpRecord:
 
 @dataclass(frozen=True, slots=True)
 class RequestConfirmation:
-    """Ask the authority for its own certificate in place of a delegation's."""
+    """Ask the authority for its own certificate in place of a delegation's, or of one of version 2."""
 
 
 Job = PullTombstones | SyncWith | Announce | LookUpRecord | RequestConfirmation
@@ -100,8 +103,10 @@ class Asking:
             jobs += self._soon(PullTombstones(self._anybody()), "anybody", now, max(ASK_AGAIN, len(alive)))
         jobs += self._announcement(report, again=away)
         jobs += self._lookups(report, now)
-        if alive and report.own is not None and report.own.record.certificate.delegation is not None:
-            jobs += self._soon(RequestConfirmation(), "confirm", now, self._confirm_pause)
+        own = report.own.record.certificate if report.own is not None else None
+        if alive and own is not None and not own.is_final:
+            pause = self._confirm_pause if own.delegation is not None else RENEW_PAUSE
+            jobs += self._soon(RequestConfirmation(), "confirm", now, pause)
         return jobs
 
     def asked(

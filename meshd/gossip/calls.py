@@ -8,11 +8,22 @@ from contextlib import suppress
 
 from meshd.endpoint import Endpoint
 from meshd.errors import SerfError
-from meshd.gossip.messages import BURY, CONFIRM, EVENT_LIMIT, GONE, RECORD, Answer, AskTombstones, TellRecord
+from meshd.gossip.messages import (
+    BURY,
+    CONFIRM,
+    EVENT_LIMIT,
+    GONE,
+    RECORD,
+    Answer,
+    AskConfirmation,
+    AskRecord,
+    AskTombstones,
+    TellRecord,
+)
 from meshd.gossip.serf_agent import rpc
 from meshd.mesh.certificates import CredentialError
 from meshd.mesh.model import Certificate, Host, Record
-from meshd.mesh.records import RecordError, encode, from_wire, read_certificate, to_wire
+from meshd.mesh.records import RecordError, encode, from_wire, to_wire
 from meshd.mesh.terms import Mesh
 from meshd.mesh.tombstones import Tombstones
 from meshd.state.directory import State
@@ -151,7 +162,7 @@ def announce(state: State, record: Record) -> None:
 def look_up_record(state: State, name: str, of: Collection[str]) -> Record | None:
     """Ask members, MOST_ASKED of them at random, for a host's record; return that which counts. Raises SerfError."""
     found: Record | None = None
-    for _, raw in _ask(state, RECORD, name.encode(), _some(of)):
+    for _, raw in _ask(state, RECORD, AskRecord(name).payload(), _some(of)):
         with suppress(RecordError, CredentialError):
             record = from_wire(raw, state.mesh.overlay, state.mesh.subnet_length)
             state.mesh.check(name, record)
@@ -161,7 +172,7 @@ def look_up_record(state: State, name: str, of: Collection[str]) -> Record | Non
 
 
 def request_confirmation(state: State) -> bool:
-    """Replace a delegation's certificate by the authority's own, if its holder answers. Raises SerfError.
+    """Replace a delegation's certificate, or one of version 2, by what the authority answers. Raises SerfError.
 
     The next reconcile publishes it.
     """
@@ -173,11 +184,11 @@ def request_confirmation(state: State) -> bool:
 
 def _ask_confirmation(state: State) -> Certificate | None:
     own, name = state.certificate, state.settings.name
-    for _, raw in _ask(state, CONFIRM, name.encode(), ()):
+    for _, raw in _ask(state, CONFIRM, AskConfirmation(name).payload(), ()):
         with suppress(RecordError, CredentialError):
-            certificate = read_certificate(raw, is_delegated=False)
+            certificate = AskConfirmation.read_answer(raw)
             state.mesh.trust.check_certificate(name, certificate)
-            if certificate.identity == own.identity:
+            if certificate.improves(own):
                 return certificate
     return None
 

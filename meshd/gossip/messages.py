@@ -10,22 +10,25 @@
 | meshd-record  | event | "This is my record."                                                                        |
 | meshd-confirm | query | "Certify NAME", to the authority, in place of a certificate that a delegation signed.       |
 
+Messages begin with their version and may end with extensions (meshd.mesh.versioned). The three that hosts of version 2
+answer as well are sent as their text: words, and behind them extensions, each as NUMBER=HEX.
+
 To add a message: a class with its fields, `read` and, if it is sent, `payload`; a row in MESSAGES; a case in
 meshd.gossip.responder.
 """
 
 import base64
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
-import msgpack
-
-from meshd.mesh.model import Host, Member, is_name
-from meshd.mesh.records import MAX_SEQ, RecordError, decode
+from meshd.mesh import versioned
+from meshd.mesh.model import FORMER, VERSION, Certificate, Host, Member, is_name
+from meshd.mesh.records import MAX_SEQ, RecordError, decode, pack_certificate, read_certificate
 from meshd.mesh.roster import Roster
 from meshd.mesh.terms import Mesh
-from meshd.mesh.tombstones import Tombstones, is_within, unpack_list
+from meshd.mesh.tombstones import Tombstones, is_within
 
 APPLIED = "meshd-applied"
 GONE = "meshd-gone"
@@ -41,6 +44,7 @@ EVENT_LIMIT = 470
 KEY, NONCE = 32, 8
 # A reason is for people, and travels in an answer.
 REASON_LIMIT = 200
+_EXTENSION = re.compile(r"([1-9][0-9]{0,2})=((?:[0-9a-f]{2})*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +58,11 @@ class Answer:
     signature: bytes
 
     def payload(self) -> bytes:
-        return bytes(msgpack.packb([self.refusal, self.signature]))
+        return versioned.pack(self.refusal, self.signature)
 
     @classmethod
     def read(cls, payload: bytes) -> Self | None:
-        match unpack_list(payload):
+        match versioned.unpack(payload):
             case [str(refusal), bytes(signature)]:
                 return cls(refusal, signature)
             case _:
@@ -87,11 +91,11 @@ class Applied:
 
     def payload(self) -> bytes:
         key = base64.b64decode(self.public_key)
-        return bytes(msgpack.packb([self.name, self.seq, self.identity, key, self.nonce]))
+        return versioned.pack(self.name, self.seq, self.identity, key, self.nonce)
 
     @classmethod
     def read(cls, payload: bytes, _: Mesh) -> Self | None:
-        match unpack_list(payload):
+        match versioned.unpack(payload):
             case [str(name), int(seq), bytes(identity), bytes(key), bytes(nonce)] if (
                 is_name(name)
                 and is_within(seq, MAX_SEQ)
@@ -137,8 +141,8 @@ class AskTombstones:
 
     @classmethod
     def read(cls, payload: bytes, _: Mesh) -> Self | None:
-        words = _text(payload).split(" ")
-        return cls(*words) if len(words) == 3 and is_name(words[0]) else None
+        words = _words(payload, 3)
+        return cls(*words) if words and is_name(words[0]) else None
 
     def page(self, known: Tombstones) -> bytes:
         """Return the answer; nothing if the asker knows the same ones."""
@@ -168,8 +172,8 @@ class AskRecord:
 
     @classmethod
     def read(cls, payload: bytes, _: Mesh) -> Self | None:
-        name = _text(payload)
-        return cls(name) if is_name(name) else None
+        words = _words(payload, 1)
+        return cls(*words) if words and is_name(words[0]) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +184,11 @@ class TellRecord:
     wire: bytes
 
     def payload(self) -> bytes:
-        return bytes(msgpack.packb([self.name, self.wire]))
+        return versioned.pack(self.name, self.wire)
 
     @classmethod
     def read(cls, payload: bytes, _: Mesh) -> Self | None:
-        match unpack_list(payload):
+        match versioned.unpack(payload):
             case [str(name), bytes(wire)] if is_name(name):
                 return cls(name, wire)
             case _:
@@ -193,7 +197,24 @@ class TellRecord:
 
 @dataclass(frozen=True, slots=True)
 class AskConfirmation(AskRecord):
-    """A certificate by the authority itself for `name`."""
+    """A certificate by the authority itself for `name`.
+
+    The answer to a host of version 2 is the certificate's bytes alone.
+    """
+
+    @staticmethod
+    def answer(certificate: Certificate) -> bytes:
+        packed = pack_certificate(certificate)
+        return packed if certificate.version < VERSION else versioned.pack(packed)
+
+    @staticmethod
+    def read_answer(answer: bytes) -> Certificate:
+        """Return the certificate that anyone may have sent. Raises RecordError."""
+        match versioned.unpack(answer):
+            case [bytes(packed)]:
+                return read_certificate(packed, is_delegated=False, version=VERSION)
+            case _:
+                return read_certificate(answer, is_delegated=False, version=FORMER)
 
 
 Message = Applied | AskTombstones | TellTombstones | AskRecord | TellRecord | AskConfirmation
@@ -215,6 +236,13 @@ def read(kind: str, name: str, payload: bytes, mesh: Mesh) -> Message | None:
     return reader(payload, mesh) if reader is not None else None
 
 
-def _text(payload: bytes) -> str:
+def _words(payload: bytes, count: int) -> list[str]:
+    """Return the words of a message in text; none if there are fewer, or extensions that this version must not skip."""
     # Serf appends a newline to what it pipes into a handler.
-    return payload.removesuffix(b"\n").decode(errors="replace")
+    words = payload.removesuffix(b"\n").decode(errors="replace").split(" ")
+    return words[:count] if len(words) >= count and all(map(_may_skip, words[count:])) else []
+
+
+def _may_skip(word: str) -> bool:
+    extension = _EXTENSION.fullmatch(word)
+    return extension is not None and versioned.may_skip(int(extension[1]), bytes.fromhex(extension[2]))

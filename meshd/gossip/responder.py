@@ -17,7 +17,7 @@ from meshd.gossip.messages import (
 from meshd.mesh import certificates, membership
 from meshd.mesh.certificates import CredentialError
 from meshd.mesh.model import Host, Record
-from meshd.mesh.records import RecordError, from_wire, pack_certificate, to_wire
+from meshd.mesh.records import RecordError, from_wire, to_wire
 from meshd.mesh.tombstones import Tombstones
 from meshd.printable import printable
 from meshd.state import authority
@@ -86,9 +86,10 @@ def _record(state: State, name: str) -> bytes | None:
 def _confirmation(state: State, name: str) -> bytes | None:
     if state.authority_key is None:
         return None
-    record = state.roster().hosts.get(name)
+    claim = state.claim() if name == state.settings.name else None
+    record = claim.record if claim is not None else state.roster().hosts.get(name)
     certificate = authority.confirm(state, name, record) if record is not None else None
-    return pack_certificate(certificate) if certificate is not None else None
+    return AskConfirmation.answer(certificate) if certificate is not None else None
 
 
 def _announced(state: State, message: TellRecord) -> Reply:

@@ -59,7 +59,7 @@ def run(lab: Lab, count: int = 3) -> None:
 
 def _assemble(hosts: Sequence[LabHost]) -> None:
     first, *others = hosts
-    output = _show_command(first, ["meshd", "init"], hide=r"meshd2\.\S+")
+    output = _show_command(first, ["meshd", "init"], hide=r"meshd3\.\S+")
     invitation = re.search(r"MESHD_INVITE=(\S+) meshd join", output)
     if invitation is None:
         raise DemoError("'meshd init' printed no line for the next host")

@@ -17,7 +17,17 @@ from ipaddress import IPv4Network
 
 from meshd.errors import InputError
 from meshd.mesh.addressing import is_allowed
-from meshd.mesh.model import Certificate, Delegation, Host, Record, Revocation, identity_serial
+from meshd.mesh.model import (
+    FORMER,
+    VERSION,
+    Certificate,
+    Delegation,
+    Host,
+    Record,
+    Revocation,
+    Tombstone,
+    identity_serial,
+)
 
 SEED = 32
 SIGNATURE = 64
@@ -37,6 +47,11 @@ def new_seed() -> bytes:
 def new_serial(now: float) -> int:
     """Return a new serial, below 2⁶³: the time in milliseconds and 20 random bits, so that an earlier one is lower."""
     return (int(now * 1000) << 20) | secrets.randbits(20)
+
+
+def since(serial: int) -> int:
+    """Return the Unix seconds in a serial, at most those that four bytes hold: when its certificate was first given."""
+    return min((serial >> 20) // 1000, 2**32 - 1)
 
 
 def public(seed: bytes) -> bytes:
@@ -67,9 +82,9 @@ def _holds(key: bytes, body: bytes, signature: bytes) -> bool:
 # --- what is signed ------------------------------------------------------------------------------------------------
 
 
-def _body(kind: str, mesh: str, *fields: bytes) -> bytes:
+def _body(kind: str, mesh: str, *fields: bytes, version: int = FORMER) -> bytes:
     """Return the bytes under a signature: each field has its length before it, so that none can run into another."""
-    parts = (f"meshd {kind} 2".encode(), mesh.encode(), *fields)
+    parts = (f"meshd {kind} {version}".encode(), mesh.encode(), *fields)
     return b"".join(len(part).to_bytes(2, "big") + part for part in parts)
 
 
@@ -80,24 +95,36 @@ def pack_subnets(subnets: Iterable[IPv4Network]) -> bytes:
 
 def _delegation_body(mesh: str, delegation: Delegation) -> bytes:
     numbers = delegation.serial.to_bytes(8, "big") + delegation.expires.to_bytes(4, "big")
-    subnets = pack_subnets(delegation.subnets)
-    return _body("delegation", mesh, numbers, delegation.key, delegation.prefix.encode(), subnets)
+    fields = [delegation.key, delegation.prefix.encode(), pack_subnets(delegation.subnets)]
+    if delegation.version >= VERSION:
+        numbers += delegation.hosts.to_bytes(2, "big")
+        fields.append(delegation.extensions)
+    return _body("delegation", mesh, numbers, *fields, version=delegation.version)
 
 
 def _certificate_body(mesh: str, name: str, certificate: Certificate) -> bytes:
     numbers = certificate.serial.to_bytes(8, "big") + certificate.expires.to_bytes(4, "big")
-    subnets = pack_subnets(certificate.subnets)
-    return _body("certificate", mesh, name.encode(), numbers, certificate.identity, subnets)
+    fields = [certificate.identity, pack_subnets(certificate.subnets)]
+    if certificate.version >= VERSION:
+        numbers += certificate.since.to_bytes(4, "big")
+        fields.append(certificate.extensions)
+    return _body("certificate", mesh, name.encode(), numbers, *fields, version=certificate.version)
 
 
 def _record_body(mesh: str, name: str, record: Record) -> bytes:
     numbers = record.seq.to_bytes(6, "big") + bytes([record.leaving])
     texts = (name, record.public_key, str(record.subnet), str(record.endpoint))
-    return _body("record", mesh, *(text.encode() for text in texts), numbers, record.certificate.identity)
+    fields = [*(text.encode() for text in texts), numbers, record.certificate.identity]
+    if record.version >= VERSION:
+        fields.append(record.extensions)
+    return _body("record", mesh, *fields, version=record.version)
 
 
-def _forget_body(mesh: str, name: str, seq: int, public_key: str) -> bytes:
-    return _body("forget", mesh, name.encode(), seq.to_bytes(6, "big"), public_key.encode())
+def _forget_body(mesh: str, name: str, tombstone: Tombstone) -> bytes:
+    fields = [name.encode(), tombstone.seq.to_bytes(6, "big"), tombstone.public_key.encode()]
+    if not tombstone.identity:
+        return _body("forget", mesh, *fields)
+    return _body("forget", mesh, *fields, tombstone.identity, tombstone.extensions, version=VERSION)
 
 
 def _answer_body(mesh: str, name: str, query: str, question: bytes, refusal: str) -> bytes:
@@ -106,8 +133,11 @@ def _answer_body(mesh: str, name: str, query: str, question: bytes, refusal: str
     return _body("answer", mesh, name.encode(), query.encode(), digest, refusal.encode())
 
 
-def _revocation_body(mesh: str, serial: int, name: str) -> bytes:
-    return _body("revocation", mesh, serial.to_bytes(8, "big"), name.encode())
+def _revocation_body(mesh: str, revocation: Revocation) -> bytes:
+    fields = [revocation.serial.to_bytes(8, "big"), revocation.name.encode()]
+    if revocation.version >= VERSION:
+        fields.append(revocation.extensions)
+    return _body("revocation", mesh, *fields, version=revocation.version)
 
 
 # --- signing -------------------------------------------------------------------------------------------------------
@@ -131,8 +161,8 @@ def certify_by(seed: bytes, mesh: str, name: str, identity: bytes, delegation: D
 
 def delegated(identity: bytes, delegation: Delegation, signature: bytes = b"") -> Certificate:
     """Return the certificate of an identity under a delegation."""
-    serial = identity_serial(identity)
-    return Certificate(serial, delegation.expires, identity, delegation.subnets, delegation, signature)
+    serial, version = identity_serial(identity), delegation.version
+    return Certificate(serial, delegation.expires, identity, delegation.subnets, delegation, signature, version=version)
 
 
 def sign(identity: bytes, mesh: str, name: str, record: Record) -> Record:
@@ -140,9 +170,9 @@ def sign(identity: bytes, mesh: str, name: str, record: Record) -> Record:
     return replace(record, signature=_sign(identity, _record_body(mesh, name, record)))
 
 
-def forget(authority: bytes, mesh: str, name: str, seq: int, public_key: str) -> bytes:
+def forget(authority: bytes, mesh: str, name: str, tombstone: Tombstone) -> Tombstone:
     """Sign, with the authority's seed, that a host is dead."""
-    return _sign(authority, _forget_body(mesh, name, seq, public_key))
+    return replace(tombstone, forgotten=_sign(authority, _forget_body(mesh, name, tombstone)))
 
 
 def answer(identity: bytes, mesh: str, name: str, query: str, question: bytes, *, refusal: str) -> bytes:
@@ -152,7 +182,8 @@ def answer(identity: bytes, mesh: str, name: str, query: str, question: bytes, *
 
 def revoke(authority: bytes, mesh: str, serial: int, name: str) -> Revocation:
     """Sign a revocation with the authority's seed."""
-    return Revocation(serial, name, _sign(authority, _revocation_body(mesh, serial, name)))
+    revocation = Revocation(serial, name, b"")
+    return replace(revocation, signature=_sign(authority, _revocation_body(mesh, revocation)))
 
 
 # --- checking ------------------------------------------------------------------------------------------------------
@@ -189,9 +220,9 @@ class Trust:
         if not _holds(self.authority, _delegation_body(self.mesh, delegation), delegation.signature):
             raise CredentialError("its certificate's delegation is not from this mesh's authority")
 
-    def is_forget(self, name: str, seq: int, public_key: str, signature: bytes) -> bool:
+    def is_forget(self, name: str, tombstone: Tombstone) -> bool:
         """Return whether the authority signed that this host is dead."""
-        return _holds(self.authority, _forget_body(self.mesh, name, seq, public_key), signature)
+        return _holds(self.authority, _forget_body(self.mesh, name, tombstone), tombstone.forgotten)
 
     def is_answer(self, host: Host, query: str, question: bytes, refusal: str, signature: bytes) -> bool:
         """Return whether a host's identity has signed this answer to this question."""
@@ -200,8 +231,7 @@ class Trust:
 
     def is_revocation(self, revocation: Revocation) -> bool:
         """Return whether the authority signed this revocation."""
-        body = _revocation_body(self.mesh, revocation.serial, revocation.name)
-        return _holds(self.authority, body, revocation.signature)
+        return _holds(self.authority, _revocation_body(self.mesh, revocation), revocation.signature)
 
 
 def check_time(certificate: Certificate, now: float) -> None:

@@ -64,7 +64,7 @@ def _overlapped(subnet: IPv4Network, networks: Collection[IPv4Network]) -> IPv4N
 
 
 def _by_precedence(hosts: Mapping[str, Record], claims: Mapping[str, Record]) -> list[str]:
-    def rank(name: str) -> tuple[bool, bool, tuple[bool, int], str]:
+    def rank(name: str) -> tuple[bool, bool, tuple[bool, int, int], str]:
         known = hosts.get(name)
         # A host that moves to an endpoint comes after the one that has it.
         moves = known is None or known.endpoint != claims[name].endpoint

@@ -12,10 +12,12 @@ from meshd.endpoint import Endpoint, unusable
 from meshd.errors import InputError
 from meshd.mesh import certificates
 from meshd.mesh.certificates import CredentialError, Trust
-from meshd.mesh.model import Certificate, Delegation, is_name
+from meshd.mesh.model import FORMER, VERSION, Certificate, Delegation, is_name
 from meshd.mesh.records import RecordError, pack_certificate, pack_delegation, read_certificate, read_delegation
 
-PREFIX = "meshd2."
+# What an invitation of each version begins with.
+PREFIXES = {FORMER: "meshd2.", VERSION: "meshd3."}
+PREFIX = PREFIXES[VERSION]
 _CHECKSUM = 8
 
 
@@ -91,8 +93,9 @@ class Admission:
 
 
 def encode(invitation: Invitation) -> str:
-    """Return the invitation as one word: `meshd2.` and base64url of msgpack with a checksum."""
+    """Return the invitation as one word: `meshd3.` and base64url of msgpack with a checksum."""
     certificate, delegation = invitation.certificate, invitation.delegation
+    version = min(signed.version for signed in (certificate, delegation) if signed is not None)
     body: bytes = msgpack.packb(
         {
             "m": invitation.mesh,
@@ -108,7 +111,7 @@ def encode(invitation: Invitation) -> str:
             "a": [str(address) for address in invitation.addresses],
         }
     )
-    return PREFIX + base64.urlsafe_b64encode(body + _checksum(body)).decode().rstrip("=")
+    return PREFIXES[version] + base64.urlsafe_b64encode(body + _checksum(body)).decode().rstrip("=")
 
 
 def decode(text: str) -> Invitation:
@@ -118,11 +121,13 @@ def decode(text: str) -> Invitation:
         raise InputError(
             f"this is not an invitation: it does not start with {PREFIX!r}; copy the line that 'meshd invite' printed"
         )
-    if not text.startswith(PREFIX):
+    version = next((version for version, prefix in PREFIXES.items() if text.startswith(prefix)), None)
+    if version is None:
         raise InputError(
-            f"this invitation is of another version ({text.partition('.')[0][:16]!r}); this version of meshd supports 2"
+            f"this invitation is of another version ({text.partition('.')[0][:16]!r}); "
+            f"this version of meshd supports {' and '.join(map(str, PREFIXES))}"
         )
-    coded = text.removeprefix(PREFIX)
+    coded = text.removeprefix(PREFIXES[version])
     try:
         raw = base64.b64decode(coded + "=" * (-len(coded) % 4), altchars=b"-_", validate=True)
     except (binascii.Error, ValueError):
@@ -131,12 +136,12 @@ def decode(text: str) -> Invitation:
     if len(raw) <= _CHECKSUM or len(raw) > 4096 or checksum != _checksum(body):
         raise InputError("the invitation is damaged (its checksum is wrong): copy it again, whole")
     try:
-        return _from_fields(msgpack.unpackb(body))
+        return _from_fields(msgpack.unpackb(body), version)
     except (KeyError, TypeError, ValueError, RecordError, msgpack.UnpackException) as error:
         raise InputError(f"the invitation is malformed ({type(error).__name__})") from None
 
 
-def _from_fields(fields: dict[str, object]) -> Invitation:
+def _from_fields(fields: dict[str, object], version: int) -> Invitation:
     length, port, name, addresses = fields["l"], fields["p"], fields["n"], fields["a"]
     if not (type(length) is int and type(port) is int and isinstance(fields["m"], str)):
         raise TypeError
@@ -155,8 +160,8 @@ def _from_fields(fields: dict[str, object]) -> Invitation:
         _key(fields["i"]),
         _key(fields["s"]),
         name,
-        None if certificate is None else read_certificate(certificate, is_delegated=False),
-        None if delegation is None else read_delegation(delegation),
+        None if certificate is None else read_certificate(certificate, is_delegated=False, version=version),
+        None if delegation is None else read_delegation(delegation, version=version),
         tuple(_usable(str(address), overlay) for address in addresses),
     )
 

@@ -12,6 +12,9 @@ from ipaddress import IPv4Address, IPv4Network
 
 from meshd.endpoint import Endpoint, IPAddress
 
+# The version of records, certificates and delegations that this meshd makes, and the one that it reads as well.
+VERSION, FORMER = 3, 2
+
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,61}[A-Za-z0-9])?")
 
 
@@ -49,6 +52,8 @@ class Delegation:
     """The authority's leave to certify hosts, which a reusable invitation carries.
 
     `expires` is Unix seconds, 0 for never; names begin with `prefix`; without `subnets` every subnet is allowed.
+    `hosts` is how many hosts the authority is to confirm by it, 0 for any number, as in version 2. `extensions` are a
+    block (meshd.mesh.extensions).
     """
 
     serial: int
@@ -57,6 +62,9 @@ class Delegation:
     prefix: str = ""
     subnets: tuple[IPv4Network, ...] = ()
     signature: bytes = b""
+    hosts: int = 0
+    extensions: bytes = b""
+    version: int = VERSION
 
 
 def identity_serial(identity: bytes) -> int:
@@ -68,7 +76,9 @@ def identity_serial(identity: bytes) -> int:
 class Certificate:
     """Whose a name is: the Ed25519 key that signs its records, vouched for by the authority or by a delegation.
 
-    With a delegation, `serial` is the key's digest, and `expires` and `subnets` are the delegation's.
+    With a delegation, `serial` is the key's digest, and `expires`, `subnets` and `version` are the delegation's.
+    Without one, `since` is when the host became a member (Unix seconds), which a renewal keeps, and `extensions` are a
+    block (meshd.mesh.extensions).
     """
 
     serial: int
@@ -77,6 +87,9 @@ class Certificate:
     subnets: tuple[IPv4Network, ...] = ()
     delegation: Delegation | None = None
     signature: bytes = b""
+    since: int = 0
+    extensions: bytes = b""
+    version: int = VERSION
 
     @property
     def serials(self) -> frozenset[int]:
@@ -89,9 +102,19 @@ class Certificate:
         return frozenset({self.serial, identity_serial(self.identity)} | by)
 
     @property
-    def rank(self) -> tuple[bool, int]:
-        """Its place when two hosts claim one subnet: the lower one wins. Nobody chooses the authority's serials."""
-        return self.delegation is not None, self.serial
+    def rank(self) -> tuple[bool, int, int]:
+        """Its place when two hosts claim one subnet: the lower one wins. The authority alone chooses these numbers."""
+        return self.delegation is not None, self.since, self.serial
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the authority has nothing better to give: its own word, in this version."""
+        return self.delegation is None and self.version >= VERSION
+
+    def improves(self, other: "Certificate") -> bool:
+        """Return whether it is one of this identity that its host puts in the place of another one."""
+        is_better = self.delegation is None and (other.delegation is not None or self.version > other.version)
+        return is_better and self.identity == other.identity
 
     def supersedes(self, other: "Certificate") -> bool:
         """Return whether the authority has given a name to this identity after it gave it to that of `other`.
@@ -104,7 +127,11 @@ class Certificate:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What a host publishes about itself: the tags, parsed and validated (docs/record.md)."""
+    """What a host publishes about itself: the tags, parsed and validated (docs/record.md).
+
+    `extensions` are a block (meshd.mesh.extensions), kept as it came. `version` is the one that it is written in: its
+    signature covers that.
+    """
 
     public_key: str
     subnet: IPv4Network
@@ -113,6 +140,8 @@ class Record:
     certificate: Certificate
     leaving: bool = False
     signature: bytes = b""
+    extensions: bytes = b""
+    version: int = VERSION
 
     @property
     def address(self) -> IPv4Address:
@@ -144,7 +173,8 @@ class Tombstone:
 
     Its proof for others is `record`, the host's own last one, which says that it leaves, or `forgotten`, the
     authority's signature. Without a proof it counts on this host alone. `identity` is whose membership it ends; empty,
-    it ends that of any identity, as the authority may.
+    it ends that of any identity, as the authority's word of version 2 does. `extensions` are those of the authority's
+    word.
     """
 
     seq: int
@@ -152,6 +182,7 @@ class Tombstone:
     record: Record | None = None
     forgotten: bytes = b""
     identity: bytes = b""
+    extensions: bytes = b""
 
     @property
     def by(self) -> Certificate | None:
@@ -183,8 +214,13 @@ Graves = Mapping[str, Mapping[bytes, Tombstone]]
 
 @dataclass(frozen=True, slots=True)
 class Revocation:
-    """The authority's word that a certificate, or all that a delegation signed, count no more; `name` is for people."""
+    """The authority's word that a certificate, or all that a delegation signed, count no more; `name` is for people.
+
+    Version 3 differs by `extensions` alone. Without any, version 2 is written, so that its hosts hear of it as well.
+    """
 
     serial: int
     name: str
     signature: bytes
+    extensions: bytes = b""
+    version: int = FORMER

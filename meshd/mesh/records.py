@@ -1,8 +1,11 @@
 """Record <-> Serf tags: what a host publishes, and the strict reading of what others claim (docs/record.md).
 
-Three tags. `wg` and `subnet` stay readable in `serf members`; `meshd` holds the rest, base64url of a fixed layout:
+Three tags. `wg` and `subnet` stay readable in `serf members`; `meshd` holds the rest, a compact body and behind it what
+later versions add (meshd.mesh.extensions), in base 85:
 
-    wg=<base64 public key>  subnet=172.20.101.0/24  meshd=2.<base64url>
+    wg=<base64 public key>  subnet=172.20.101.0/24  meshd=3.<base 85>
+
+Version 2, `2.<base64url>`, is read as well, and a record of it stays what it is: it is passed on bit by bit.
 """
 
 import base64
@@ -13,19 +16,27 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address
 
 from meshd.endpoint import Endpoint, IPAddress
 from meshd.errors import InputError
+from meshd.mesh import extensions
 from meshd.mesh.addressing import is_usable
-from meshd.mesh.certificates import SIGNATURE, delegated, pack_subnets
-from meshd.mesh.model import Certificate, Delegation, Record
+from meshd.mesh.certificates import SIGNATURE, delegated, pack_subnets, since
+from meshd.mesh.model import FORMER, VERSION, Certificate, Delegation, Record
 
 NAMES = ("meshd", "subnet", "wg")
-VERSION = "2"
 # memberlist's limit for a member's metadata: one type byte and the msgpack map of all tags.
 LIMIT = 512
 MAX_SEQ = 2**48
-# As long as a delegation's prefix may be so that its hosts' records fit into LIMIT with an IPv6 endpoint.
-MAX_PREFIX = 16
+# As long as a delegation's prefix may be so that its hosts' records, with an IPv6 endpoint and 24 bytes of extensions,
+# fit into LIMIT whatever the overlay; and as long as it was in version 2.
+MAX_PREFIX, FORMER_PREFIX = 10, 16
 MAX_SUBNETS = 4
-_LEAVING, _IPV6, _DELEGATED = 1, 2, 4
+# No flag is left: what a later version adds is an extension.
+_LEAVING, _IPV6, _DELEGATED, _FORMER_CERTIFICATE, _VERSION_3 = 1, 2, 4, 8, 0x80
+_FLAGS = {
+    FORMER: _LEAVING | _IPV6 | _DELEGATED,
+    VERSION: _LEAVING | _IPV6 | _DELEGATED | _FORMER_CERTIFICATE | _VERSION_3,
+}
+# Bytes of what the tags `wg` and `subnet` hold, and the place of the first byte behind them.
+_KEY, _BODY = 32, 37
 
 
 class RecordError(InputError):
@@ -34,8 +45,9 @@ class RecordError(InputError):
 
 def encode(record: Record) -> dict[str, str]:
     """Return the tags of a record. Raises RecordError if Serf would refuse them as too long."""
-    body = base64.urlsafe_b64encode(_pack(record)).decode().rstrip("=")
-    tags = {"wg": record.public_key, "subnet": str(record.subnet), "meshd": f"{VERSION}.{body}"}
+    spelled = _spell_85 if record.version >= VERSION else _spell_64
+    body = f"{record.version}.{spelled(_pack(record))}"
+    tags = {"wg": record.public_key, "subnet": str(record.subnet), "meshd": body}
     if size(tags) > LIMIT:
         raise RecordError(f"the record takes {size(tags)} bytes, Serf carries {LIMIT}")
     return tags
@@ -66,25 +78,19 @@ def decode(tags: Mapping[str, str], overlay: IPv4Network, length: int) -> Record
 @lru_cache(16384)
 def _decode(wg: str, subnet: str, packed: str, overlay: IPv4Network, length: int) -> Record:
     version, _, body = packed.partition(".")
-    if version != VERSION:
-        raise RecordError(f"record version {version[:16]!r}, this version of meshd supports {VERSION}")
-    read = _Reader(_base64url(body))
-    flags = read.number(1)
-    if flags & ~(_LEAVING | _IPV6 | _DELEGATED):
-        raise RecordError("the record has flags that this version of meshd does not know")
-    seq, address = read.number(6), read.take(16 if flags & _IPV6 else 4)
-    endpoint = _endpoint(address, read.number(2))
-    certificate = read.certificate(is_delegated=bool(flags & _DELEGATED))
-    signature = read.take(SIGNATURE)
-    read.end()
-    if seq == 0:
-        raise RecordError("the sequence number is 0")
-    leaving = bool(flags & _LEAVING)
-    return Record(_public_key(wg), _subnet(subnet, overlay, length), endpoint, seq, certificate, leaving, signature)
+    if version == str(VERSION):
+        raw = _base85(body)
+    elif version == str(FORMER):
+        raw = _base64url(body)
+    else:
+        raise RecordError(f"record version {version[:16]!r}, this version of meshd supports {FORMER} and {VERSION}")
+    if version != str(_version(raw)):
+        raise RecordError(f"the record is not of version {version}, as it says")
+    return _read(_public_key(wg), _subnet(subnet, overlay, length), raw)
 
 
 def to_wire(record: Record) -> bytes:
-    """Return a record as bytes, for where there are no tags: 230 to 330 of them."""
+    """Return a record as bytes, for where there are no tags: 220 to 380 of them."""
     return base64.b64decode(record.public_key) + pack_subnets([record.subnet]) + _pack(record)
 
 
@@ -92,74 +98,112 @@ def to_wire(record: Record) -> bytes:
 def from_wire(raw: bytes, overlay: IPv4Network, length: int) -> Record:
     """Read what `to_wire` gave, and what anyone may have sent instead. Raises RecordError."""
     try:
-        subnet = IPv4Network((raw[32:36], raw[36]))
+        subnet = IPv4Network((raw[_KEY : _BODY - 1], raw[_BODY - 1]))
     except (ValueError, IndexError):
         raise RecordError("the record has no subnet") from None
-    body = base64.urlsafe_b64encode(raw[37:]).decode().rstrip("=")
-    wg = base64.b64encode(raw[:32]).decode()
-    return decode({"wg": wg, "subnet": str(subnet), "meshd": f"{VERSION}.{body}"}, overlay, length)
+    key = base64.b64encode(raw[:_KEY]).decode()
+    return _read(_public_key(key), _subnet(str(subnet), overlay, length), raw[_BODY:])
 
 
-def wire_certificate(raw: bytes) -> Certificate:
-    """Return the certificate in what `to_wire` gave; nothing else of it is read. Raises RecordError."""
-    read = _Reader(raw[37:])
+def _version(body: bytes) -> int:
+    """Return the version of a record, which its first byte tells. Version 2 knew no such flag."""
+    return VERSION if body[:1] and body[0] & _VERSION_3 else FORMER
+
+
+def _read(public_key: str, subnet: IPv4Network, body: bytes) -> Record:
+    read, version = _Reader(body), _version(body)
     flags = read.number(1)
-    read.take(6 + (16 if flags & _IPV6 else 4) + 2)
-    return read.certificate(is_delegated=bool(flags & _DELEGATED))
+    if flags & ~_FLAGS[version]:
+        raise RecordError("the record has flags that this version of meshd does not know")
+    seq, address = read.number(6), read.take(16 if flags & _IPV6 else 4)
+    endpoint = _endpoint(address, read.number(2))
+    signed_in = FORMER if flags & _FORMER_CERTIFICATE else version
+    certificate = read.certificate(is_delegated=bool(flags & _DELEGATED), version=signed_in)
+    more = read.extensions() if version >= VERSION else b""
+    signature = read.take(SIGNATURE)
+    read.end()
+    if seq == 0:
+        raise RecordError("the sequence number is 0")
+    leaving = bool(flags & _LEAVING)
+    return Record(public_key, subnet, endpoint, seq, certificate, leaving, signature, more, version)
 
 
 def _pack(record: Record) -> bytes:
-    address = record.endpoint.address
-    delegation = record.certificate.delegation
-    flags = _LEAVING * record.leaving | _IPV6 * (address.version == 6) | _DELEGATED * (delegation is not None)
+    address, certificate = record.endpoint.address, record.certificate
+    flags = (
+        _LEAVING * record.leaving | _IPV6 * (address.version == 6) | _DELEGATED * (certificate.delegation is not None)
+    )
+    more = b""
+    if record.version >= VERSION:
+        flags |= _VERSION_3 | _FORMER_CERTIFICATE * (certificate.version < VERSION)
+        more = pack_extensions(record.extensions)
     head = bytes([flags]) + record.seq.to_bytes(6, "big") + address.packed + record.endpoint.port.to_bytes(2, "big")
-    return head + pack_certificate(record.certificate) + record.signature
+    return head + pack_certificate(certificate) + more + record.signature
 
 
 def pack_certificate(certificate: Certificate) -> bytes:
-    """Return a certificate as bytes. Whether it is delegated is not in them."""
+    """Return a certificate as bytes. Its version, and whether it is delegated, are not in them."""
     delegation = certificate.delegation
     head = certificate.identity + certificate.signature
     if delegation is not None:
         return head + pack_delegation(delegation)
-    return head + _terms(certificate.serial, certificate.expires, certificate.subnets)
+    numbers = certificate.serial.to_bytes(8, "big") + certificate.expires.to_bytes(4, "big")
+    subnets = _pack_list(certificate.subnets)
+    if certificate.version < VERSION:
+        return head + numbers + subnets
+    return head + numbers + certificate.since.to_bytes(4, "big") + subnets + pack_extensions(certificate.extensions)
 
 
-def read_certificate(raw: bytes, *, is_delegated: bool) -> Certificate:
+def read_certificate(raw: bytes, *, is_delegated: bool, version: int) -> Certificate:
     """Read what `pack_certificate` gave. Raises RecordError."""
     read = _Reader(raw)
-    certificate = read.certificate(is_delegated=is_delegated)
+    certificate = read.certificate(is_delegated=is_delegated, version=version)
     read.end()
     return certificate
 
 
 def pack_delegation(delegation: Delegation) -> bytes:
-    """Return a delegation as bytes."""
+    """Return a delegation as bytes. Its version is not in them."""
     prefix = delegation.prefix.encode()
-    terms = _terms(delegation.serial, delegation.expires, delegation.subnets)
-    return terms + delegation.key + bytes([len(prefix)]) + prefix + delegation.signature
+    numbers = delegation.serial.to_bytes(8, "big") + delegation.expires.to_bytes(4, "big")
+    terms = _pack_list(delegation.subnets) + delegation.key + bytes([len(prefix)]) + prefix
+    if delegation.version < VERSION:
+        return numbers + terms + delegation.signature
+    numbers += delegation.hosts.to_bytes(2, "big")
+    return numbers + terms + pack_extensions(delegation.extensions) + delegation.signature
 
 
-def read_delegation(raw: bytes) -> Delegation:
+def read_delegation(raw: bytes, *, version: int) -> Delegation:
     """Read what `pack_delegation` gave. Raises RecordError."""
     read = _Reader(raw)
-    delegation = read.delegation()
+    delegation = read.delegation(version)
     read.end()
     return delegation
 
 
-def _terms(serial: int, expires: int, subnets: tuple[IPv4Network, ...]) -> bytes:
-    return serial.to_bytes(8, "big") + expires.to_bytes(4, "big") + bytes([len(subnets)]) + pack_subnets(subnets)
+def pack_extensions(block: bytes) -> bytes:
+    """Return a block of extensions with its length before it, as `split_extensions` reads it."""
+    return bytes([len(block)]) + block
+
+
+def split_extensions(raw: bytes) -> tuple[bytes, bytes]:
+    """Return a block of extensions with its length before it, and what follows. Raises RecordError."""
+    read = _Reader(raw)
+    return read.extensions(), read.rest
+
+
+def _pack_list(subnets: tuple[IPv4Network, ...]) -> bytes:
+    return bytes([len(subnets)]) + pack_subnets(subnets)
 
 
 class _Reader:
     """Takes bytes one field after the other, and never more than there are."""
 
     def __init__(self, raw: bytes) -> None:
-        self._raw = raw
+        self.rest = raw
 
     def take(self, length: int) -> bytes:
-        field, self._raw = self._raw[:length], self._raw[length:]
+        field, self.rest = self.rest[:length], self.rest[length:]
         if len(field) < length:
             raise RecordError("the record ends early")
         return field
@@ -168,35 +212,69 @@ class _Reader:
         return int.from_bytes(self.take(length), "big")
 
     def end(self) -> None:
-        if self._raw:
+        if self.rest:
             raise RecordError("the record is longer than it should be")
 
-    def certificate(self, *, is_delegated: bool) -> Certificate:
+    def certificate(self, *, is_delegated: bool, version: int) -> Certificate:
         identity, signature = self.take(32), self.take(SIGNATURE)
         if is_delegated:
-            return delegated(identity, self.delegation(), signature)
-        serial, expires, subnets = self._terms()
-        return Certificate(serial, expires, identity, subnets, None, signature)
+            return delegated(identity, self.delegation(version), signature)
+        serial, expires = self.number(8), self.number(4)
+        if version < VERSION:
+            subnets = self._subnets()
+            return Certificate(serial, expires, identity, subnets, None, signature, since(serial), version=version)
+        begun, subnets, more = self.number(4), self._subnets(), self.extensions()
+        return Certificate(serial, expires, identity, subnets, None, signature, begun, more)
 
-    def delegation(self) -> Delegation:
-        serial, expires, subnets = self._terms()
-        key, length = self.take(32), self.number(1)
-        if length > MAX_PREFIX:
+    def delegation(self, version: int) -> Delegation:
+        serial, expires = self.number(8), self.number(4)
+        hosts = self.number(2) if version >= VERSION else 0
+        subnets, key, length = self._subnets(), self.take(32), self.number(1)
+        if length > (MAX_PREFIX if version >= VERSION else FORMER_PREFIX):
             raise RecordError("the delegation's prefix is too long")
         try:
             prefix = self.take(length).decode("ascii")
         except UnicodeDecodeError:
             raise RecordError("the delegation's prefix is not a name's") from None
-        return Delegation(serial, expires, key, prefix, subnets, self.take(SIGNATURE))
+        more = self.extensions() if version >= VERSION else b""
+        return Delegation(serial, expires, key, prefix, subnets, self.take(SIGNATURE), hosts, more, version)
 
-    def _terms(self) -> tuple[int, int, tuple[IPv4Network, ...]]:
-        serial, expires, count = self.number(8), self.number(4), self.number(1)
+    def extensions(self) -> bytes:
+        """Take a block of extensions, whose length is before it."""
+        block = self.take(self.number(1))
+        try:
+            extensions.read(block)
+        except extensions.ExtensionError as error:
+            raise RecordError(str(error)) from None
+        return block
+
+    def _subnets(self) -> tuple[IPv4Network, ...]:
+        count = self.number(1)
         if count > MAX_SUBNETS:
             raise RecordError("the certificate lists too many subnets")
         try:
-            return serial, expires, tuple(IPv4Network((self.take(4), self.number(1))) for _ in range(count))
+            return tuple(IPv4Network((self.take(4), self.number(1))) for _ in range(count))
         except ValueError:
             raise RecordError("the certificate lists a subnet that is none") from None
+
+
+def _spell_85(raw: bytes) -> str:
+    return base64.b85encode(raw).decode()
+
+
+def _spell_64(raw: bytes) -> str:
+    return base64.urlsafe_b64encode(raw).decode().rstrip("=")
+
+
+def _base85(text: str) -> bytes:
+    try:
+        raw = base64.b85decode(text)
+    except ValueError:
+        raise RecordError("the record is not base 85") from None
+    # One record has one spelling: what fills up the last characters is zero.
+    if _spell_85(raw) != text:
+        raise RecordError("the record is not base 85")
+    return raw
 
 
 def _base64url(text: str) -> bytes:
@@ -205,7 +283,7 @@ def _base64url(text: str) -> bytes:
     except (binascii.Error, ValueError):
         raise RecordError("the record is not base64url") from None
     # One record has one spelling: the last character's unused bits are zero.
-    if base64.urlsafe_b64encode(raw).decode().rstrip("=") != text:
+    if _spell_64(raw) != text:
         raise RecordError("the record is not base64url")
     return raw
 

@@ -3,6 +3,9 @@
 A tombstone is proved by the host's own last record, a forgotten host and a revocation by the authority's signature, the
 end of a name's earlier owner by the certificate of the later one. Nobody ends another identity's membership. A
 tombstone without a proof (Serf's own leave, where no daemon runs) counts on the host that saw it and is told to nobody.
+
+What version 2 can read is written as version 2 wrote it, and comes first: its hosts read no page after one of which
+they can read nothing.
 """
 
 import base64
@@ -11,22 +14,25 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 
-import msgpack
-
+from meshd.mesh import versioned
 from meshd.mesh.certificates import CredentialError
-from meshd.mesh.model import Certificate, Graves, Record, Revocation, Tombstone, is_name
+from meshd.mesh.model import FORMER, VERSION, Certificate, Graves, Record, Revocation, Tombstone, is_name
 from meshd.mesh.records import (
     MAX_SEQ,
     RecordError,
     from_wire,
     is_public_key,
     pack_certificate,
+    pack_extensions,
     read_certificate,
+    split_extensions,
     to_wire,
 )
 from meshd.mesh.terms import Mesh
 
-_LEFT, _FORGOTTEN = b"g", b"f"
+# What the first byte of a proof says: the host's own last record; the authority's word of version 2, and of version 3;
+# the owner of a name; a revocation of version 3.
+_LEFT, _FORMER_FORGET, _FORGOTTEN, _OWNER, _REVOKED = b"g", b"f", b"F", b"o", b"R"
 
 
 def of_leaving(record: Record) -> Tombstone:
@@ -39,15 +45,15 @@ def unproved(record: Record) -> Tombstone:
     return Tombstone(record.seq, record.public_key, identity=record.certificate.identity)
 
 
-def forgotten(record: Record, signature: bytes) -> Tombstone:
-    """Return the tombstone of a dead host, from the authority's signature. It is of all identities of the name."""
-    return Tombstone(record.seq, record.public_key, forgotten=signature)
+def dead(record: Record) -> Tombstone:
+    """Return the tombstone of a dead host, which the authority is to sign."""
+    return Tombstone(record.seq, record.public_key, identity=record.certificate.identity)
 
 
 def is_proved(mesh: Mesh, name: str, tombstone: Tombstone) -> bool:
     """Return whether a tombstone that another host passed on is the word of its own host, or of the authority."""
     if tombstone.forgotten:
-        return mesh.trust.is_forget(name, tombstone.seq, tombstone.public_key, tombstone.forgotten)
+        return mesh.trust.is_forget(name, tombstone)
     record = tombstone.record
     if record is None or not record.leaving:
         return False
@@ -62,18 +68,37 @@ def proof(tombstone: Tombstone) -> bytes:
     """Return the bytes that `read_proof` reads; none for a tombstone without a proof."""
     if tombstone.record is not None:
         return _LEFT + to_wire(tombstone.record)
-    return _FORGOTTEN + tombstone.forgotten if tombstone.forgotten else b""
+    if not tombstone.forgotten:
+        return b""
+    if not tombstone.identity:
+        return _FORMER_FORGET + tombstone.forgotten
+    whose = tombstone.seq.to_bytes(6, "big") + base64.b64decode(tombstone.public_key) + tombstone.identity
+    return _FORGOTTEN + whose + pack_extensions(tombstone.extensions) + tombstone.forgotten
 
 
 def read_proof(seq: int, public_key: str, raw: bytes, mesh: Mesh) -> Tombstone:
-    """Return the tombstone that these bytes prove; they are not checked. Raises RecordError for what is none."""
+    """Return the tombstone that these bytes prove; they are not checked. Raises RecordError for what is none.
+
+    Of version 3 the proof alone tells all.
+    """
+    kind, body = raw[:1], raw[1:]
+    if kind == _FORMER_FORGET and body:
+        return Tombstone(seq, public_key, forgotten=body)
+    tombstone = _read_proof(raw, mesh)
+    return Tombstone(seq, public_key, tombstone.record, tombstone.forgotten, tombstone.identity, tombstone.extensions)
+
+
+def _read_proof(raw: bytes, mesh: Mesh) -> Tombstone:
     kind, body = raw[:1], raw[1:]
     if kind == _LEFT:
-        record = from_wire(body, mesh.overlay, mesh.subnet_length)
-        return Tombstone(seq, public_key, record, identity=record.certificate.identity)
-    if kind == _FORGOTTEN and body:
-        return Tombstone(seq, public_key, forgotten=body)
-    raise RecordError("the tombstone has no proof that this version of meshd knows")
+        return of_leaving(from_wire(body, mesh.overlay, mesh.subnet_length))
+    if kind != _FORGOTTEN:
+        raise RecordError("the tombstone has no proof that this version of meshd knows")
+    seq, key, identity = int.from_bytes(body[:6], "big"), base64.b64encode(body[6:38]).decode(), body[38:70]
+    block, signature = split_extensions(body[70:])
+    if not is_public_key(key) or not is_within(seq, MAX_SEQ) or not signature:
+        raise RecordError("the authority's word of a dead host is malformed")
+    return Tombstone(seq, key, forgotten=signature, identity=identity, extensions=block)
 
 
 def joined(graves: Graves, more: Graves) -> dict[str, dict[bytes, Tombstone]]:
@@ -173,12 +198,12 @@ class Tombstones:
         for place, entry in sorted(self._entries()):
             if place <= after:
                 continue
-            if page and len(msgpack.packb([*page, entry])) > limit:
-                yield msgpack.packb(page)
+            if page and len(versioned.pack(*page, entry)) > limit:
+                yield versioned.pack(*page)
                 page = []
             page.append(entry)
         if page:
-            yield msgpack.packb(page)
+            yield versioned.pack(*page)
 
     @property
     def last(self) -> str:
@@ -186,29 +211,54 @@ class Tombstones:
         return max((place for place, _ in self._entries()), default="")
 
     def _entries(self) -> Iterator[tuple[str, tuple[object, ...]]]:
+        """Yield the place of each in the order, and its entry in a message: of version 3 behind all of version 2."""
         for name, identity, tombstone in each(self.gone):
-            if tombstone.has_proof:
-                key = base64.b64decode(tombstone.public_key)
-                yield f"g{name}:{identity.hex()}", (name, tombstone.seq, key, proof(tombstone))
+            place, key, said = f"g{name}:{identity.hex()}", base64.b64decode(tombstone.public_key), proof(tombstone)
+            if _is_former(tombstone):
+                yield place, (name, tombstone.seq, key, said)
+            elif said:
+                yield f"v{place}", (VERSION, name, said)
         for name, certificate in self.owners.items():
-            yield f"o{name}", (name, pack_certificate(certificate))
+            packed = pack_certificate(certificate)
+            if certificate.version < VERSION:
+                yield f"o{name}", (name, packed)
+            else:
+                yield f"vo{name}", (VERSION, name, _OWNER + packed)
         for serial, revocation in self.revoked.items():
-            yield f"r{serial:016x}", (revocation.name, serial, b"", revocation.signature)
+            if revocation.version < VERSION:
+                yield f"r{serial:016x}", (revocation.name, serial, b"", revocation.signature)
+            else:
+                yield f"vr{serial:016x}", (VERSION, revocation.name, _REVOKED + pack_revocation(revocation))
 
     @classmethod
     def read(cls, payload: bytes, mesh: Mesh) -> "Tombstones":
         """Read a message of tombstones. Malformed entries are left out; signatures are not checked."""
         found = cls()
-        for entry in unpack_list(payload):
+        for entry in versioned.unpack(payload):
             with suppress(RecordError):
-                found = found.merged(cls._read(entry, mesh))
+                if isinstance(entry, list) and versioned.is_versioned(entry):
+                    found = found.merged(cls._read(versioned.stripped(entry), mesh))
+                else:
+                    found = found.merged(cls._read_former(entry, mesh))
         return found
 
     @classmethod
-    def _read(cls, entry: object, mesh: Mesh) -> "Tombstones":
+    def _read(cls, entry: list[object], mesh: Mesh) -> "Tombstones":
         match entry:
             case [str(name), bytes(raw)] if is_name(name):
-                return cls(owners={name: read_certificate(raw, is_delegated=False)})
+                if raw[:1] == _OWNER:
+                    return cls(owners={name: read_certificate(raw[1:], is_delegated=False, version=VERSION)})
+                if raw[:1] == _REVOKED:
+                    revocation = read_revocation(raw[1:], name)
+                    return cls(revoked={revocation.serial: revocation})
+                return cls(grave(name, _read_proof(raw, mesh)))
+        raise RecordError("no tombstone that this version of meshd knows")
+
+    @classmethod
+    def _read_former(cls, entry: object, mesh: Mesh) -> "Tombstones":
+        match entry:
+            case [str(name), bytes(raw)] if is_name(name):
+                return cls(owners={name: read_certificate(raw, is_delegated=False, version=FORMER)})
             case [str(name), int(number), b"", bytes(signature)] if is_name(name) and is_within(number, 2**63):
                 return cls(revoked={number: Revocation(number, name, signature)})
             case [str(name), int(number), bytes(raw), bytes(proof)] if is_name(name) and is_within(number, MAX_SEQ):
@@ -216,6 +266,26 @@ class Tombstones:
                 if is_public_key(key):
                     return cls(grave(name, read_proof(number, key, proof, mesh)))
         raise RecordError("no tombstone that this version of meshd knows")
+
+
+def _is_former(tombstone: Tombstone) -> bool:
+    """Return whether hosts of version 2 can read a tombstone's proof."""
+    if tombstone.record is not None:
+        return tombstone.record.version < VERSION
+    return bool(tombstone.forgotten) and not tombstone.identity
+
+
+def pack_revocation(revocation: Revocation) -> bytes:
+    """Return a revocation of version 3 as bytes, without its name."""
+    return revocation.serial.to_bytes(8, "big") + pack_extensions(revocation.extensions) + revocation.signature
+
+
+def read_revocation(raw: bytes, name: str) -> Revocation:
+    """Read what `pack_revocation` gave. Raises RecordError."""
+    serial, (block, signature) = int.from_bytes(raw[:8], "big"), split_extensions(raw[8:])
+    if not is_within(serial, 2**63):
+        raise RecordError("the revocation has no serial")
+    return Revocation(serial, name, signature, block, VERSION)
 
 
 def is_owner(mesh: Mesh, name: str, certificate: Certificate) -> bool:
@@ -230,17 +300,3 @@ def is_owner(mesh: Mesh, name: str, certificate: Certificate) -> bool:
 def is_within(number: int, limit: int) -> bool:
     """Return whether a number that someone sent is positive and below a limit."""
     return type(number) is int and 0 < number < limit  # msgpack's true is an int, too
-
-
-def unpack_list(payload: bytes) -> list[object]:
-    """Return the msgpack list that anyone may have sent, an empty one if it is none.
-
-    Serf appends a newline to what it pipes into a handler, unless it ends with one already.
-    """
-    try:
-        value = msgpack.unpackb(payload, strict_map_key=False)
-    except msgpack.ExtraData as error:
-        value = error.unpacked if error.extra == b"\n" else None
-    except (ValueError, TypeError, msgpack.UnpackException, RecursionError):
-        return []  # TypeError: a map whose key is a map
-    return value if isinstance(value, list) else []

@@ -6,7 +6,7 @@
 import json
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Network
 from typing import Any
 
@@ -14,15 +14,17 @@ from meshd.endpoint import Endpoint
 from meshd.errors import InputError
 from meshd.mesh import certificates
 from meshd.mesh.invitations import Invitation
-from meshd.mesh.model import Certificate, Delegation, Record, Revocation, Tombstone, identity_serial, is_name
+from meshd.mesh.model import VERSION, Certificate, Delegation, Record, Revocation, Tombstone, identity_serial, is_name
 from meshd.mesh.records import MAX_PREFIX
-from meshd.mesh.tombstones import forgotten
+from meshd.mesh.tombstones import dead
 from meshd.state.directory import State
 
 EXPORT = "meshd-authority 1"
 _FOREVER = 0
 # Numbers of records begin with Unix time and grow by one: no clock ever gives this one.
 RUNAWAY = 2**40
+# How many hosts a reusable invitation is for, which nothing bounds yet.
+HOSTS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ def found(state: State, mesh: str, name: str) -> None:
     seed, own = certificates.new_seed(), certificates.new_seed()
     state.save_authority_key(seed)
     state.save_authority(certificates.public(seed))
-    certificate = Certificate(_new_serial(state), _FOREVER, certificates.public(own))
+    certificate = _new_certificate(state, certificates.public(own), Terms())
     state.save_certificate(certificates.certify(seed, mesh, name, certificate), own)
     _note(state, certificate.serial, name, _FOREVER, certificate.identity)
 
@@ -60,7 +62,7 @@ def invite(state: State, name: str, terms: Terms) -> Invitation:
     if not is_name(name):
         raise InputError(f"the host name {name!r} is not 1 to 63 letters, digits, dots and dashes")
     _check(state, terms)
-    certificate = Certificate(_new_serial(state), terms.expires, certificates.public(own), terms.subnets)
+    certificate = _new_certificate(state, certificates.public(own), terms)
     certificate = certificates.certify(seed, state.settings.mesh, name, certificate)
     _note(state, certificate.serial, name, terms.expires, certificate.identity)
     return _invitation(state, own, name=name, certificate=certificate)
@@ -75,7 +77,7 @@ def invite_many(state: State, prefix: str, terms: Terms) -> Invitation:
         raise InputError("a reusable invitation must expire: pass --ttl")
     _check(state, terms)
     serial = _new_serial(state)
-    delegation = Delegation(serial, terms.expires, certificates.public(own), prefix, terms.subnets)
+    delegation = Delegation(serial, terms.expires, certificates.public(own), prefix, terms.subnets, hosts=HOSTS)
     delegation = certificates.delegate(seed, state.settings.mesh, delegation)
     _note(state, serial, label(serial), terms.expires, None)
     return _invitation(state, own, delegation=delegation)
@@ -125,6 +127,12 @@ def _new_serial(state: State) -> int:
     return max(certificates.new_serial(time.time()), *(int(serial) + 1 for serial in state.issued()), 1)
 
 
+def _new_certificate(state: State, identity: bytes, terms: Terms) -> Certificate:
+    """Return the certificate, not signed yet, of an identity that is a member from now on."""
+    serial = _new_serial(state)
+    return Certificate(serial, terms.expires, identity, terms.subnets, since=certificates.since(serial))
+
+
 def _note(state: State, serial: int, name: str, expires: int, identity: bytes | None, *, by: str | None = None) -> None:
     entry = {"name": name, "expires": expires, "identity": identity.hex() if identity else None, "by": by}
     with state.lock():
@@ -132,23 +140,28 @@ def _note(state: State, serial: int, name: str, expires: int, identity: bytes | 
 
 
 def confirm(state: State, name: str, record: Record) -> Certificate | None:
-    """Return the authority's own certificate for a host that joined by a reusable invitation; None without the key.
+    """Return what the authority gives to a host in place of its certificate; None for one that has it, or without key.
 
-    What the invitation allowed stays, its end does not. Asked again it gives the same one. A host whose membership has
-    ended gets none.
+    That is its own certificate for a host that joined by a reusable invitation: what the invitation allowed stays, its
+    end does not. A host with a certificate of version 2 gets the same in version 3, once its record says that it can
+    read it. Asked again it gives the same one. Whatever it gives, the host is a member since it was noted first. A host
+    whose membership has ended gets none.
     """
-    seed, delegation, identity = state.authority_key, record.certificate.delegation, record.certificate.identity
-    if seed is None or delegation is None or _has_ended(state, name, record):
+    seed, former = state.authority_key, record.certificate
+    version = min(record.version, VERSION)
+    if seed is None or (former.delegation is None and former.version >= version) or _has_ended(state, name, record):
         return None
-    known = {entry.get("identity"): int(serial) for serial, entry in state.issued().items() if entry["name"] == name}
-    serial = known.get(identity.hex())
-    if serial is None:
-        serial = _new_serial(state)
-        _note(state, serial, name, _FOREVER, identity, by=label(delegation.serial))
-        # Noted first, so that a revocation at this moment finds either the note, or is found here.
-        if _has_ended(state, name, record):
-            return None
-    certificate = Certificate(serial, _FOREVER, identity, delegation.subnets)
+    if former.delegation is None:
+        certificate = replace(former, version=version)
+    else:
+        serial = _confirmed_serial(state, name, former.identity, label(former.delegation.serial))
+        since = certificates.since(serial)
+        certificate = Certificate(
+            serial, _FOREVER, former.identity, former.delegation.subnets, since=since, version=version
+        )
+    # Noted first: a revocation at this moment either finds the note, or is found here.
+    if _has_ended(state, name, record):
+        return None
     return certificates.certify(seed, state.settings.mesh, name, certificate)
 
 
@@ -156,14 +169,24 @@ def _has_ended(state: State, name: str, record: Record) -> bool:
     return bool(state.roster().ended(name, record, time.time()))
 
 
+def _confirmed_serial(state: State, name: str, identity: bytes, by: str) -> int:
+    """Return the serial of an identity's certificate, which is noted unless it was before."""
+    known = [int(s) for s, e in state.issued().items() if (e["name"], e.get("identity")) == (name, identity.hex())]
+    if known:
+        return min(known)
+    serial = _new_serial(state)
+    _note(state, serial, name, _FOREVER, identity, by=by)
+    return serial
+
+
 def forget(state: State, name: str, record: Record) -> Tombstone:
-    """Sign that a host is dead. Raises InputError for one whose number no later host of its name could exceed."""
+    """Sign that a host is dead, by the identity that it has. Raises InputError for one that uses its numbers up."""
     if record.seq >= RUNAWAY:
         raise InputError(
-            f"{name} has given its record the number {record.seq}, which would keep out every later host of that name: "
+            f"{name} has given its record the number {record.seq}, beyond all that a clock gives: "
             f"run 'meshd revoke {name}' instead"
         )
-    return forgotten(record, certificates.forget(key(state), state.settings.mesh, name, record.seq, record.public_key))
+    return certificates.forget(key(state), state.settings.mesh, name, dead(record))
 
 
 def revoke(state: State, name: str, *, with_hosts: bool = False) -> dict[int, Revocation]:

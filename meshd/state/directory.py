@@ -14,11 +14,11 @@ from meshd.endpoint import Endpoint, IPAddress
 from meshd.errors import InputError
 from meshd.mesh.certificates import Trust
 from meshd.mesh.membership import usable_contacts
-from meshd.mesh.model import Certificate, Record, Revocation, Tombstone
+from meshd.mesh.model import FORMER, VERSION, Certificate, Record, Revocation, Tombstone
 from meshd.mesh.records import RecordError, from_wire, pack_certificate, read_certificate, to_wire
 from meshd.mesh.roster import Roster
 from meshd.mesh.terms import Mesh
-from meshd.mesh.tombstones import proof, read_proof
+from meshd.mesh.tombstones import pack_revocation, proof, read_proof, read_revocation
 from meshd.state import locks
 from meshd.state import settings as config
 from meshd.state.settings import Settings
@@ -176,17 +176,13 @@ class State:
         values = self._json("certificate.json")
         if values is None:
             raise InputError(f"{self.directory / 'certificate.json'} is missing: join with a new invitation")
-        return self._guard(
-            "certificate.json",
-            lambda: read_certificate(_bytes(values["certificate"]), is_delegated=bool(values["delegated"])),
-        )
+        return self._guard("certificate.json", lambda: _certificate(values))
 
     def save_certificate(self, certificate: Certificate, seed: bytes | None = None) -> None:
         """Keep a certificate, and the seed of its identity if that is a new one."""
         if seed is not None:
             keys.save_key(self.directory / "identity.key", seed)
-        packed = {"certificate": _text(pack_certificate(certificate)), "delegated": certificate.delegation is not None}
-        files.write_json(self.directory / "certificate.json", packed)
+        files.write_json(self.directory / "certificate.json", _certificate_values(certificate))
 
     def issued(self) -> dict[str, dict[str, Any]]:
         """Return what this host's authority has signed: serial -> name, expiry, and the identity if it is known."""
@@ -218,15 +214,9 @@ class State:
         return Roster(
             {name: record for name, record in saved.items() if name not in dropped},
             {str(name): self._graves(entry) for name, entry in values["gone"].items()},
-            revoked={
-                int(serial): Revocation(int(serial), str(r["name"]), _bytes(r["signature"]))
-                for serial, r in values["revoked"].items()
-            },
+            revoked={int(serial): _revocation(int(serial), r) for serial, r in values["revoked"].items()},
             dropped=dropped,
-            owners={
-                str(name): read_certificate(_bytes(text), is_delegated=False)
-                for name, text in values.get("owners", {}).items()
-            },
+            owners={str(name): _owner(entry) for name, entry in values.get("owners", {}).items()},
         )
 
     def _hosts(self, values: Mapping[Any, Any]) -> dict[str, Record]:
@@ -270,11 +260,8 @@ class State:
                     ]
                     for name, ones in roster.gone.items()
                 },
-                "owners": {name: _text(pack_certificate(c)) for name, c in roster.owners.items()},
-                "revoked": {
-                    str(serial): {"name": r.name, "signature": _text(r.signature)}
-                    for serial, r in roster.revoked.items()
-                },
+                "owners": {name: _certificate_values(c) for name, c in roster.owners.items()},
+                "revoked": {str(serial): _revocation_values(r) for serial, r in roster.revoked.items()},
             },
         )
 
@@ -349,6 +336,38 @@ _OURS = {
     *("wireguard.key", "gossip.key", "rpc.key", "serf.log", "agent.log"),
     *("agent.pid", "agent.sock", "lock", "serf.lock", "down"),
 }
+
+
+def _certificate_values(certificate: Certificate) -> dict[str, Any]:
+    return {
+        "certificate": _text(pack_certificate(certificate)),
+        "delegated": certificate.delegation is not None,
+        "version": certificate.version,
+    }
+
+
+def _certificate(values: Mapping[str, Any]) -> Certificate:
+    """Read what `_certificate_values` returned, and version 2's values, which said nothing of their version."""
+    version = int(values.get("version", FORMER))
+    return read_certificate(_bytes(values["certificate"]), is_delegated=bool(values["delegated"]), version=version)
+
+
+def _owner(entry: Any) -> Certificate:
+    # Version 2 kept the certificate alone.
+    return _certificate(entry if isinstance(entry, dict) else {"certificate": entry, "delegated": False})
+
+
+def _revocation_values(revocation: Revocation) -> dict[str, Any]:
+    if revocation.version < VERSION:
+        return {"name": revocation.name, "signature": _text(revocation.signature)}
+    return {"name": revocation.name, "packed": _text(pack_revocation(revocation))}
+
+
+def _revocation(serial: int, values: Mapping[str, Any]) -> Revocation:
+    name = str(values["name"])
+    if "packed" in values:
+        return read_revocation(_bytes(values["packed"]), name)
+    return Revocation(serial, name, _bytes(values["signature"]))
 
 
 def _text(raw: bytes) -> str:

@@ -95,7 +95,7 @@ def test_no_secret_in_arguments_environment_logs_or_output(hosts: list[LabHost])
             text += host.run(["meshd", command, "--json"], check=False).stdout
         own = secrets(host)
         assert {"gossip", "rpc", "wireguard", "identity"} <= own.keys()
-        assert "meshd2." not in text
+        assert "meshd3." not in text
         assert [name for name, ways in own.items() for way in ways if way in text] == []
 
 

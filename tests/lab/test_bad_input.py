@@ -235,7 +235,7 @@ def test_join_exhausted_overlay(scene: Scene) -> None:
     options = ["--no-docker", *ports]
     small = ["--mesh", "small", "--overlay", "10.99.0.0/28", "--subnet-length", "30"]
     output = scene.member.run(["meshd", *apart, "init", *small, *options]).stdout
-    invitation = {"MESHD_INVITE": next(w for w in output.split() if "meshd2." in w).partition("=")[2]}
+    invitation = {"MESHD_INVITE": next(w for w in output.split() if "meshd3." in w).partition("=")[2]}
     try:
         scene.docker.run(["meshd", *apart, "join", "10.10.10.101:7956", *options], env=invitation)
         error = scene.refused(scene.guest, "join", "10.10.10.101:7956", *options, env=invitation)

@@ -16,6 +16,7 @@ from meshd.daemon.asking import (
     MAX_JOBS,
     MAX_LOOKUPS,
     PAUSE,
+    RENEW_PAUSE,
     Announce,
     Asking,
     Job,
@@ -26,10 +27,10 @@ from meshd.daemon.asking import (
 )
 from meshd.endpoint import Endpoint
 from meshd.gossip.messages import AskTombstones
-from meshd.mesh.model import Host
+from meshd.mesh.model import FORMER, Host
 from meshd.mesh.roster import Roster
 from meshd.reconcile.run import Report
-from tests.conftest import delegated, delegation, host, member, record
+from tests.conftest import certificate, delegated, delegation, host, member, record
 
 HOSTS = {f"barge{n}": record(n) for n in (2, 3, 4)}
 EVERYBODY = frozenset(HOSTS)
@@ -145,6 +146,17 @@ def test_a_delegated_certificate_is_confirmed_after_a_calm_start_ever_more_slowl
     assert pauses == sorted(pauses)
     assert pauses[-1] == LONGEST_PAUSE
     assert of_kind(after(asked, MET, now + 1000), RequestConfirmation) == [], "the authority has certified it"
+
+
+def test_a_certificate_of_version_2_is_renewed_without_haste() -> None:
+    """It is good as it is, and an authority of version 2 never answers."""
+    asked = asking()
+    former = replace(MET, own=Host("barge1", record(1, by=certificate("barge1", version=FORMER))))
+    assert of_kind(after(asked, former, 1), RequestConfirmation) == []
+    assert of_kind(after(asked, former, CALM), RequestConfirmation) == [RequestConfirmation()]
+    asked.not_confirmed()
+    assert of_kind(after(asked, former, RENEW_PAUSE), RequestConfirmation) == []
+    assert of_kind(after(asked, former, CALM + RENEW_PAUSE), RequestConfirmation) == [RequestConfirmation()]
 
 
 def test_only_hosts_with_other_tombstones_are_asked_back_and_few_at_once() -> None:

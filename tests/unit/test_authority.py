@@ -1,12 +1,16 @@
 """What the authority signs: serials that never go back, revocations with all that belongs to them."""
 
+from dataclasses import replace
+
 import pytest
 
 from meshd.errors import InputError
-from meshd.mesh.model import Record
+from meshd.mesh import certificates
+from meshd.mesh.model import FORMER, Record
 from meshd.mesh.roster import REVOKED, Roster
+from meshd.mesh.tombstones import is_proved
 from meshd.state import authority
-from meshd.state.authority import RUNAWAY, Terms, label
+from meshd.state.authority import HOSTS, RUNAWAY, Terms, label
 from meshd.state.directory import State
 from tests.conftest import AUTHORITY, NOW, delegated, delegation, record
 
@@ -89,3 +93,34 @@ def test_host_whose_membership_has_ended_is_not_confirmed(holder: State) -> None
     expired = record(2, by=delegated("barge2", delegation(expires=int(NOW) - 1)))
     holder.save_roster(Roster({"barge2": expired}))
     assert authority.confirm(holder, "barge2", expired) is None
+
+
+def test_membership_date_survives_confirmation_and_renewal(holder: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host is a member since it was confirmed first, or invited; asked again, the authority says the same."""
+    monkeypatch.setattr("time.time", lambda: 1_800_000_000.5)
+    invited = authority.invite(holder, "barge2", Terms()).certificate
+    joined = record(3, by=delegated("barge3", delegation(version=FORMER, expires=0)))
+    first = authority.confirm(holder, "barge3", joined)
+    assert invited is not None
+    assert first is not None
+    assert invited.since == first.since == 1_800_000_000
+    monkeypatch.setattr("time.time", lambda: 1_900_000_000.0)
+    again = record(3, by=delegated("barge3", LASTING))
+    assert authority.confirm(holder, "barge3", again) == first
+    old = replace(invited, version=FORMER)
+    renewed = authority.confirm(holder, "barge2", record(2, by=certificates.certify(AUTHORITY, "meshd", "barge2", old)))
+    assert renewed == invited
+
+
+def test_forget_names_the_identity(holder: State) -> None:
+    """The authority's word is of the identity that it knows for the host."""
+    word = authority.forget(holder, "barge2", record(2, seq=5))
+    assert word.identity == record(2).certificate.identity
+    assert is_proved(holder.mesh, "barge2", word)
+
+
+def test_reusable_invitation_says_for_how_many_hosts(holder: State) -> None:
+    """The bound is signed. Nothing acts on it yet."""
+    invitation = authority.invite_many(holder, "web-", Terms(expires=int(NOW)))
+    assert invitation.delegation is not None
+    assert invitation.delegation.hosts == HOSTS

@@ -95,7 +95,7 @@ def test_command_without_mesh_names_next_step(command: str, tmp_path: Path) -> N
         (["init", "--advertise", "fe80::1"], "--advertise fe80::1 is local to one link"),
         (["init", "--advertise", "::ffff:203.0.113.5"], "is an IPv4 address in IPv6 spelling"),
         (["join", "10.10.10.101"], "no invitation: set MESHD_INVITE"),
-        (["join", "10.10.10.101", "--invite", "meshd2.AAAA"], "the invitation is damaged"),
+        (["join", "10.10.10.101", "--invite", "meshd3.AAAA"], "the invitation is damaged"),
         (["join", "barge1", "--invite", "hello"], "this is not an invitation"),
     ],
 )

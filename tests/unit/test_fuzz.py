@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -18,21 +19,29 @@ from meshd.daemon.exchange import Exchange
 from meshd.errors import InputError
 from meshd.gossip import messages, responder
 from meshd.gossip.messages import APPLIED, BURY, CONFIRM, EVENT, GONE, QUERY, RECORD, TellRecord
+from meshd.mesh.model import FORMER
 from meshd.mesh.records import to_wire
 from meshd.mesh.tombstones import Tombstones, grave, of_leaving
 from meshd.state import authority
 from meshd.state.directory import Claim, State
-from tests.conftest import AUTHORITY, record
+from tests.conftest import AUTHORITY, forgotten, record
 
 same_state = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 names = st.sampled_from([APPLIED, GONE, BURY, RECORD, CONFIRM, "other"])
 # Noise, and what is nearly right.
+STAYING = [record(2), record(2, version=FORMER), record(2, extensions=b"\x05\x01x")]
+WIRES = [to_wire(staying) for staying in STAYING]
+# The authority's word with what spoils it: another one is not to be had.
+DEAD = replace(forgotten(record(2), 2), forgotten=bytes(64))
+PAGE = next(Tombstones(grave("barge2", DEAD)).pages(500))
 payloads = st.one_of(
     st.binary(max_size=600),
-    st.builds(lambda at, raw: raw[:at] + b"\xff" + raw[at + 1 :], st.integers(0, 250), st.just(to_wire(record(2)))).map(
+    st.builds(lambda at, raw: raw[:at] + b"\xff" + raw[at + 1 :], st.integers(0, 250), st.sampled_from(WIRES)).map(
         lambda wire: TellRecord("barge2", wire).payload()
     ),
-    st.just(next(Tombstones(grave("barge2", of_leaving(record(2)))).pages(500))),
+    st.sampled_from([next(Tombstones(grave("barge2", of_leaving(staying))).pages(500)) for staying in STAYING]),
+    st.builds(lambda at, with_what: PAGE[:at] + with_what + PAGE[at + 1 :], st.integers(0, 400), st.binary(max_size=2)),
+    st.sampled_from([b"barge1 5=00", b"barge1 133=00", b"barge1 0000000000000000  5=", b"\x93\x03\xa6barge1\xc4\x00"]),
     st.sampled_from([b"barge1", b"barge1 5", b"barge2 0000000000000000 ", b"barge1 0000000000000000 x"]),
 )
 values = st.recursive(
@@ -91,7 +100,7 @@ FILES: dict[str, Callable[[State], object]] = {
 SHAPES = {
     "hosts.json": st.fixed_dictionaries({"hosts": values, "gone": values, "revoked": values, "owners": values}),
     "claim.json": st.fixed_dictionaries({"record": values, "settled": values}),
-    "certificate.json": st.fixed_dictionaries({"certificate": values, "delegated": values}),
+    "certificate.json": st.fixed_dictionaries({"certificate": values, "delegated": values, "version": values}),
 }
 
 

@@ -1,5 +1,6 @@
 """Invitations survive copying, say what is wrong with them, and keep their secret."""
 
+import json
 from base64 import b64decode
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
@@ -13,8 +14,8 @@ from meshd.endpoint import Endpoint
 from meshd.errors import InputError
 from meshd.mesh import certificates, invitations
 from meshd.mesh.invitations import Invitation
-from meshd.mesh.model import Delegation
-from tests.conftest import MESH, NOW, certificate, delegation, seed
+from meshd.mesh.model import FORMER, Delegation
+from tests.conftest import GOLDEN, MESH, NOW, certificate, delegation, seed
 
 
 def invitation(**changes: object) -> Invitation:
@@ -41,10 +42,35 @@ INVITATION = invitation()
 LATER = 2**32 - 1
 
 
-@pytest.mark.parametrize("original", [INVITATION, reusable(delegation("web-"))], ids=["named", "reusable"])
+FORMER_INVITATION = invitation(certificate=certificate("web1", version=FORMER))
+
+
+@pytest.mark.parametrize(
+    "original",
+    [
+        INVITATION,
+        reusable(delegation("web-", extensions=b"\x05\x01x")),
+        FORMER_INVITATION,
+        reusable(delegation("web-", version=FORMER)),
+    ],
+    ids=["named", "reusable", "named of version 2", "reusable of version 2"],
+)
 def test_invitation_round_trip(original: Invitation) -> None:
     """An invitation survives the way to text and back."""
     assert invitations.decode(invitations.encode(original)) == original
+
+
+@pytest.mark.parametrize("commit", ["527c77a", "d164600"])
+def test_invitations_of_version_2_are_read(commit: str) -> None:
+    """Invitations that version 2 made admit hosts, with the certificates that they allow."""
+    texts = json.loads((GOLDEN / "version-2" / f"{commit}.json").read_text())
+    named = invitations.decode(texts["invitation"])
+    assert named.redeem(None, "localhost", NOW).certificate == certificate("barge2", version=FORMER)
+    many = invitations.decode(texts["reusable invitation"])
+    made = many.redeem(None, "barge9", NOW).certificate
+    assert (made.version, made.delegation) == (FORMER, many.delegation)
+    for again, text in ((named, texts["invitation"]), (many, texts["reusable invitation"])):
+        assert invitations.encode(again) == text
 
 
 def test_named_invitation_admits_only_its_name() -> None:
@@ -98,7 +124,10 @@ def test_invitation_survives_line_breaks() -> None:
         ("hello", "not an invitation"),
         ("meshd9.AAAA", "another version"),
         ("meshd2.", "damaged"),
-        ("meshd2.!!!", "damaged"),
+        ("meshd3.", "damaged"),
+        ("meshd3.!!!", "damaged"),
+        ("meshd2." + invitations.encode(INVITATION).removeprefix("meshd3."), "malformed"),
+        ("meshd3." + invitations.encode(FORMER_INVITATION).removeprefix("meshd2."), "malformed"),
     ],
 )
 def test_text_that_is_no_invitation_is_refused(text: str, message: str) -> None:
@@ -131,7 +160,7 @@ def test_truncated_invitation_is_detected(length: int) -> None:
 def test_invitation_error_is_short(text: str) -> None:
     """The error for any text is short and does not repeat the text."""
     with pytest.raises(InputError) as error:
-        invitations.decode("meshd2." + text)
+        invitations.decode("meshd3." + text)
     assert len(str(error.value)) < 200
 
 

@@ -22,6 +22,7 @@ from tests.conftest import (
     certificate,
     delegated,
     delegation,
+    forgotten,
     host,
     member,
     public_key,
@@ -278,10 +279,8 @@ def test_revocation_and_forget_require_authority() -> None:
     known = admitted([member(2)])
     word = certificates.revoke(seed("identity of barge3"), "meshd", certificate("barge2").serial, "barge2")
     assert merge_tombstones(known, MESH, Tombstones(revoked={word.serial: word})) == known
-    signature = certificates.forget(seed("identity of barge3"), "meshd", "barge2", 1, public_key("barge2"))
-    assert (
-        merge_tombstones(known, MESH, Tombstones(grave("barge2", tombstones.forgotten(record(2), signature)))) == known
-    )
+    forged = forgotten(record(2), 2, by=seed("identity of barge3"))
+    assert merge_tombstones(known, MESH, Tombstones(grave("barge2", forged))) == known
 
 
 # --- records that came besides the tags ------------------------------------------------------------------------------
@@ -455,9 +454,21 @@ def test_tombstone_without_proof_is_ignored(proof: str) -> None:
 def test_authority_can_forget_host() -> None:
     """The authority can end the membership of a host."""
     known = admitted([member(2)])
-    signature = certificates.forget(AUTHORITY, "meshd", "barge2", 1, public_key("barge2"))
-    roster = merge_tombstones(known, MESH, Tombstones(grave("barge2", tombstones.forgotten(record(2), signature))))
-    assert admitted([], roster).hosts == {}
+    dead = forgotten(record(2), 2)
+    former = certificates.forget(AUTHORITY, "meshd", "barge2", replace(dead, identity=b""))
+    for word in (dead, former):
+        roster = merge_tombstones(known, MESH, Tombstones(grave("barge2", word)))
+        assert admitted([], roster).hosts == {}
+
+
+def test_forget_ends_the_identity_that_it_names() -> None:
+    """The authority's word of version 3 does not end another identity of the name, that of version 2 does."""
+    known = Roster({"barge2": record(2, seq=3)})
+    other = replace(forgotten(record(2, seq=5, key="x"), 2), identity=seed("another"))
+    word = certificates.forget(AUTHORITY, "meshd", "barge2", other)
+    former = certificates.forget(AUTHORITY, "meshd", "barge2", replace(other, identity=b""))
+    assert merge_tombstones(known, MESH, Tombstones(grave("barge2", word))).has("barge2", NOW)
+    assert not merge_tombstones(known, MESH, Tombstones(grave("barge2", former))).has("barge2", NOW)
 
 
 def test_old_tombstone_spares_host_that_joined_again() -> None:

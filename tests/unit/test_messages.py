@@ -1,5 +1,7 @@
 """What hosts ask and tell each other over Serf, as bytes."""
 
+from contextlib import suppress
+
 import msgpack
 import pytest
 from hypothesis import example, given
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from meshd.gossip import messages
 from meshd.gossip.messages import (
     APPLIED,
+    CONFIRM,
     EVENT,
     EVENT_LIMIT,
     GONE,
@@ -15,14 +18,15 @@ from meshd.gossip.messages import (
     RECORD,
     Answer,
     Applied,
+    AskConfirmation,
     AskTombstones,
     TellRecord,
 )
-from meshd.mesh.model import Host, Record, Tombstone
-from meshd.mesh.records import MAX_SEQ, to_wire
+from meshd.mesh.model import FORMER, VERSION, Host, Record, Tombstone
+from meshd.mesh.records import MAX_SEQ, RecordError, pack_certificate, to_wire
 from meshd.mesh.roster import Roster
 from meshd.mesh.tombstones import Tombstones, grave, of_leaving
-from tests.conftest import MESH, public_key, record, seed
+from tests.conftest import MESH, certificate, public_key, record, seed
 from tests.unit.test_tombstones import all_tombstones
 
 
@@ -58,6 +62,55 @@ def test_applied_refuses_nonsense(at: int, value: object) -> None:
     assert messages.read(QUERY, APPLIED, msgpack.packb(ASKED), MESH) is not None
     assert messages.read(QUERY, APPLIED, msgpack.packb([*ASKED[:at], value, *ASKED[at + 1 :]]), MESH) is None
     assert messages.read(QUERY, APPLIED, msgpack.packb(ASKED[:at]), MESH) is None
+
+
+def test_extensions_of_a_message_are_skipped_unless_critical() -> None:
+    """Behind the fields may be what a later version adds; version 2 sent the fields alone."""
+    message = messages.read(QUERY, APPLIED, msgpack.packb(ASKED), MESH)
+    assert message is not None
+
+    def read(*fields: object) -> messages.Message | None:
+        return messages.read(QUERY, APPLIED, msgpack.packb(fields), MESH)
+
+    assert read(3, *ASKED) == read(3, *ASKED, {5: b"later"}) == read(3, *ASKED, {}) == message
+    assert msgpack.unpackb(message.payload()) == [3, *ASKED]  # type: ignore[union-attr]
+    for refused in ({0x85: b""}, {5: b"", 0x85: b""}, {0: b""}, {256: b""}, {5: "x"}, {"5": b"x"}, {True: b"x"}):
+        assert read(3, *ASKED, refused) is None
+    assert read(4, *ASKED) is None, "of a later version"
+    assert read(3, *ASKED, b"more") is None
+    assert read(3) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [(GONE, "barge1 0123456789abcdef "), (RECORD, "barge1"), (CONFIRM, "barge1")]
+)
+def test_text_of_version_2_may_have_extensions(name: str, text: str) -> None:
+    """What hosts of version 2 answer as well stays text; unknown extensions behind it are skipped unless critical."""
+
+    def read(more: str) -> messages.Message | None:
+        return messages.read(QUERY, name, f"{text}{more}".encode(), MESH)
+
+    message = read("")
+    assert message is not None
+    assert message.payload() == text.encode(), "as version 2 reads it"  # type: ignore[union-attr]
+    assert read(" 5=00ff") == read(" 5= 127=00\n") == message
+    for refused in (" 133=", " 5=00 133=00", " 0=", " 128=", " 256=", " 5=0", " 5=XY", " 5", " ", " =", " 5=00  6=00"):
+        assert read(refused) is None, refused
+
+
+@pytest.mark.parametrize("version", [FORMER, VERSION])
+def test_confirmation_round_trip(version: int) -> None:
+    """A host of version 2 gets the bytes that it reads, and a host of version 3 can tell which it has got."""
+    given = certificate("barge1", version=version)
+    answer = AskConfirmation.answer(given)
+    assert AskConfirmation.read_answer(answer) == given
+    assert (answer == pack_certificate(given)) is (version == FORMER)
+
+
+@given(st.binary(max_size=200))
+def test_any_confirmation_is_a_certificate_or_an_error(answer: bytes) -> None:
+    with suppress(RecordError):
+        assert AskConfirmation.read_answer(answer).delegation is None
 
 
 @given(st.binary(max_size=200))

@@ -7,6 +7,7 @@ import pytest
 from meshd.gossip.messages import (
     APPLIED,
     BURY,
+    EVENT_LIMIT,
     Answer,
     Applied,
     AskConfirmation,
@@ -16,13 +17,14 @@ from meshd.gossip.messages import (
     TellTombstones,
 )
 from meshd.gossip.responder import NOTHING, merge_tombstones, respond, signed
-from meshd.mesh import certificates, tombstones
-from meshd.mesh.model import Host
+from meshd.mesh import certificates, extensions, tombstones
+from meshd.mesh.membership import admit
+from meshd.mesh.model import FORMER, VERSION, Host
 from meshd.mesh.records import read_certificate, to_wire
-from meshd.mesh.roster import Roster
+from meshd.mesh.roster import Roster, View
 from meshd.mesh.tombstones import Tombstones, grave
 from meshd.state.directory import Claim, State
-from tests.conftest import AUTHORITY, MESH, delegated, delegation, host, record, refusal
+from tests.conftest import AUTHORITY, MESH, NOW, certificate, delegated, delegation, host, member, record, refusal
 
 
 @pytest.fixture
@@ -75,6 +77,36 @@ def test_a_host_answers_with_its_own_and_with_known_records(state: State) -> Non
     assert respond(state, AskRecord("barge3")).answer is None
 
 
+@pytest.mark.parametrize("by", ["authority", "delegation"])
+def test_a_record_with_unknown_extensions_is_passed_on_bit_by_bit(state: State, by: str) -> None:
+    """From its tags into the roster, to disk, into an answer, and as a goodbye into a tombstone."""
+    block = extensions.pack({5: b"of a later version", 9: b""})
+    signed = {
+        "authority": certificate("barge2", extensions=block),
+        "delegation": delegated("barge2", delegation(extensions=block)),
+    }[by]
+    newer = record(2, by=signed, extensions=block)
+    wire = to_wire(newer)
+    view = View(Host("barge1", record(1)), MESH, Roster(), NOW)
+    roster = admit(view, [member(2, of=newer)])
+    assert roster.refused == {}
+    state.save_roster(roster)
+    assert State(state.directory).roster().hosts == {"barge2": newer}
+    assert respond(state, AskRecord("barge2")).answer == wire
+    announced = TellRecord.read(TellRecord("barge2", wire).payload(), MESH)
+    assert announced is not None
+    assert respond(state, announced).record == newer
+    goodbye = record(2, by=signed, extensions=block, leaving=True, seq=2)
+    told = Tombstones(grave("barge2", tombstones.of_leaving(goodbye)))
+    (event,) = told.pages(EVENT_LIMIT)
+    message = TellTombstones.read(event, MESH)
+    assert message is not None
+    assert respond(state, message).tombstones == told
+    page = respond(State(state.directory), AskTombstones("barge3", "")).answer
+    assert page == event
+    assert to_wire(goodbye) in page
+
+
 def test_an_announced_record_counts_if_its_owner_signed_it(state: State) -> None:
     reply = respond(state, TellRecord("barge2", to_wire(record(2))))
     assert (reply.name, reply.record, reply.answer) == ("barge2", record(2), None)
@@ -89,11 +121,43 @@ def test_the_authority_alone_confirms_and_only_known_hosts(state: State) -> None
     state.save_authority_key(AUTHORITY)
     answer = respond(state, AskConfirmation("barge2")).answer
     assert answer
-    certificate = read_certificate(answer, is_delegated=False)
+    certificate = AskConfirmation.read_answer(answer)
     MESH.trust.check_certificate("barge2", certificate)
     assert certificate.identity == joined.certificate.identity
     assert respond(state, AskConfirmation("barge3")).answer is None, "certified by the authority already"
     assert respond(state, AskConfirmation("barge4")).answer is None
+
+
+def test_the_authority_confirms_its_own_host_and_those_of_version_2(state: State) -> None:
+    """A certificate of version 2 is given anew in version 3, to a host whose record says that it can read it."""
+    state.save_authority_key(AUTHORITY)
+    old = {n: certificate(f"barge{n}", version=FORMER) for n in (1, 2, 3)}
+    state.save_claim(Claim(record(1, by=old[1]), settled=True))
+    state.save_roster(Roster({"barge2": record(2, by=old[2]), "barge3": record(3, version=FORMER)}))
+    for number in (1, 2):
+        answer = respond(state, AskConfirmation(f"barge{number}")).answer
+        assert answer
+        read = AskConfirmation.read_answer(answer)
+        MESH.trust.check_certificate(f"barge{number}", read)
+        assert read == certificate(f"barge{number}")
+        assert read.improves(old[number])
+        assert not read.improves(read)
+    assert respond(state, AskConfirmation("barge3")).answer is None
+
+
+def test_a_host_of_version_2_is_confirmed_in_version_2(state: State) -> None:
+    """A host that still runs version 2 could read no other certificate."""
+    state.save_authority_key(AUTHORITY)
+    joined = record(2, by=delegated("barge2", delegation(version=FORMER)), version=FORMER)
+    state.save_roster(Roster({"barge2": joined}))
+    answer = respond(state, AskConfirmation("barge2")).answer
+    assert answer
+    given = read_certificate(answer, is_delegated=False, version=FORMER)
+    MESH.trust.check_certificate("barge2", given)
+    # Later it runs version 3, with the certificate that it got: serial and date stay.
+    state.save_roster(Roster({"barge2": record(2, by=given)}))
+    newer = AskConfirmation.read_answer(respond(state, AskConfirmation("barge2")).answer or b"")
+    assert (newer.version, newer.serial, newer.since) == (VERSION, given.serial, given.since)
 
 
 def test_readiness_is_left_to_the_caller(state: State) -> None:

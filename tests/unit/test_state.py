@@ -13,18 +13,18 @@ from pathlib import Path
 
 import pytest
 
-from meshd import files
+from meshd import files, keys
 from meshd.endpoint import Endpoint
 from meshd.errors import InputError, MeshdError
 from meshd.gossip.responder import merge_tombstones
-from meshd.mesh.model import Host, Revocation, Tombstone
+from meshd.mesh.model import FORMER, VERSION, Host, Revocation, Tombstone
 from meshd.mesh.records import MAX_SEQ
 from meshd.mesh.roster import Roster
-from meshd.mesh.tombstones import Tombstones, forgotten, grave, of_leaving
+from meshd.mesh.tombstones import Tombstones, dead, grave, of_leaving
 from meshd.state.claim import LAST, USED_UP, NumbersError, ended, endpoint, publish, refresh
 from meshd.state.directory import _OURS, Claim, State
 from meshd.state.settings import Settings
-from tests.conftest import MESH, certificate, delegated, delegation, public_key, record
+from tests.conftest import GOLDEN, MESH, certificate, delegated, delegation, public_key, record, seed
 
 
 def test_roster_round_trip(state: State) -> None:
@@ -32,10 +32,73 @@ def test_roster_round_trip(state: State) -> None:
     roster = Roster(
         {"barge2": record(2, seq=7), "barge4": record(4, by=delegated("barge4", delegation()))},
         grave("barge3", Tombstone(4, public_key("barge3"), forgotten=b"proof")),
-        revoked={9: Revocation(9, "barge5", b"signature")},
+        revoked={9: Revocation(9, "barge5", b"signature"), 8: Revocation(8, "b", b"s", b"\x05\x00", VERSION)},
+        owners={"barge6": certificate("barge6"), "barge7": certificate("barge7", version=FORMER)},
     )
     state.save_roster(roster)
     assert State(state.directory).roster() == roster
+
+
+VERSION_2 = ["527c77a", "d164600"]
+
+
+@pytest.fixture(params=VERSION_2)
+def former(request: pytest.FixtureRequest, tmp_path: Path) -> State:
+    """The state directory of a host of version 2, as these commits wrote it."""
+    written = json.loads((GOLDEN / "version-2" / f"{request.param}.json").read_text())
+    for name, content in written["files"].items():
+        files.write_json(tmp_path / name, content)
+    state = State(tmp_path)
+    state.save_authority(MESH.trust.authority)
+    keys.save_key(tmp_path / "identity.key", seed("identity of barge1"))
+    return state
+
+
+def test_state_of_version_2_is_read(former: State) -> None:
+    """Hosts, tombstones, owners, claim and certificate of version 2 are those that version 2 wrote."""
+    known = former.roster()
+    by_delegation = delegated("barge6", delegation(version=FORMER))
+    assert known.hosts == {
+        "barge2": record(2, seq=3, version=FORMER),
+        "barge6": record(6, by=by_delegation, version=FORMER),
+    }
+    assert set(known.gone) == {"barge3", "barge4", "barge7"}
+    assert known.gone["barge3"] == grave("barge3", of_leaving(record(3, seq=9, leaving=True, version=FORMER)))["barge3"]
+    assert [(t.seq, t.identity) for t in known.gone["barge4"].values()] == [(5, b"")]
+    assert set(known.revoked) == {99}
+    told = known.all_tombstones
+    assert set(told.proved(MESH).gone) == {"barge3", "barge4"}, "the proofs hold"
+    assert told.proved(MESH).revoked == told.revoked
+    assert told.proved(MESH).owners == told.owners
+    assert all(owner == certificate("barge8", version=FORMER) for owner in known.owners.values())
+    assert former.certificate.version == former.certificate.delegation.version == FORMER  # type: ignore[union-attr]
+    claim = former.claim()
+    assert claim is not None
+    assert claim.record.certificate == former.certificate
+    MESH.trust.check("barge1", claim.record)
+
+
+def test_state_of_version_2_is_kept_bit_by_bit(former: State) -> None:
+    """What version 2 signed is written again as it was, and told to others as it was."""
+    known = former.roster()
+    before = json.loads((former.directory / "hosts.json").read_bytes())
+    former.save_roster(known)
+    after = json.loads((former.directory / "hosts.json").read_bytes())
+    assert (after["hosts"], after["revoked"]) == (before["hosts"], before["revoked"])
+    assert former.roster() == known
+    former.save_certificate(former.certificate)
+    assert State(former.directory).certificate == former.certificate
+
+
+def test_upgraded_host_publishes_version_3_once(former: State) -> None:
+    """The first record after an upgrade is of version 3, with the certificate that the host has; then it stays."""
+    claim = former.claim()
+    assert claim is not None
+    upgraded = refresh(former, claim, former.roster())
+    assert (upgraded.record.version, upgraded.record.certificate) == (VERSION, former.certificate)
+    assert upgraded.record.seq > claim.record.seq
+    MESH.trust.check("barge1", upgraded.record)
+    assert refresh(State(former.directory), upgraded, former.roster()) == upgraded
 
 
 def test_publish_raises_seq_only_on_change(state: State) -> None:
@@ -92,7 +155,7 @@ def test_greatest_number_is_no_exception(state: State) -> None:
         publish(state, claim, subnet=record(2).subnet, endpoint=endpoint(state), settled=True)
     (state.directory / "wireguard.key").unlink()
     assert refresh(State(state.directory), claim, Roster()) == claim
-    beyond = forgotten(replace(claim.record, public_key=public_key("earlier")), b"f")
+    beyond = replace(dead(replace(claim.record, public_key=public_key("earlier"))), forgotten=b"f")
     assert ended(Host("barge1", claim.record), Roster(gone=grave("barge1", beyond)), 0) == USED_UP
     last = publish(state, claim, subnet=subnet, endpoint=endpoint(state), settled=True, leaving=True)
     assert last.record.seq == MAX_SEQ - 1
