@@ -245,7 +245,7 @@ def init(host: LabHost, *options: str) -> str:
     done = host.run(["meshd", "init", *options])
     output = done.stdout
     assert "is blocked by" not in done.stderr, "no false alarm"
-    found = re.search(r"MESHD_INVITE=(meshd3\.\S+) meshd join (\S+)", output)
+    found = re.search(r"MESHD_INVITE=(meshd\d\.\S+) meshd join (\S+)", output)
     assert found, output
     assert found[2] in map(str, host.addresses)
     return found[1]

@@ -122,8 +122,8 @@ def sync_in_a_loop(host: LabHost) -> None:
         assert host.run(["meshd", "sync"]).stdout == "no changes\n"
 
 
-def upgrade(host: LabHost) -> None:
-    """Put the package's files in place anew and restart the daemon, as an upgrade does.
+def install(host: LabHost, wheel: Path | None = None) -> None:
+    """Put the files of a wheel, or of this package anew, in place on one host.
 
     In a layer of this host's own over the installation, which all lab hosts share.
     """
@@ -135,9 +135,15 @@ def upgrade(host: LabHost) -> None:
     host.run(["sh", "-ec", mount])
     origin = json.loads(metadata.distribution("meshd").read_text("direct_url.json") or "{}")
     options = ["--quiet", "--no-deps", "--force-reinstall", "--no-build-isolation", "--disable-pip-version-check"]
-    editable = ["--editable"] if origin.get("dir_info", {}).get("editable") else []
-    host.run([sys.executable, "-m", "pip", "install", *options, *editable, origin["url"].removeprefix("file://")])
+    editable = ["--editable"] if wheel is None and origin.get("dir_info", {}).get("editable") else []
+    package = str(wheel) if wheel is not None else origin["url"].removeprefix("file://")
+    host.run([sys.executable, "-m", "pip", "install", *options, *editable, package])
     assert any(upper.rglob("site-packages/meshd*")), "it has gone into the layer"
+
+
+def upgrade(host: LabHost) -> None:
+    """Put the package's files in place anew and restart the daemon, as an upgrade does."""
+    install(host)
     kill_daemon(host)
 
 

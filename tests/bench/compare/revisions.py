@@ -13,7 +13,8 @@ from pathlib import Path
 
 import click
 
-CHECKOUT = Path(__file__).parents[3]
+# Also where a copy of the tests runs, inside of the checkout.
+CHECKOUT = next((p for p in Path(__file__).parents if (p / ".git").exists()), Path(__file__).parents[3])
 BUILT = CHECKOUT / ".make" / "revisions"
 # The revision's tests import them.
 FOR_TESTS = ("pytest", "hypothesis")
@@ -53,8 +54,7 @@ class Revision:
 
 def built(name: str) -> Revision:
     """Return the revision of this name, and build it unless that was done. Raises ClickException if there is none."""
-    commit = _output(["git", "rev-parse", "--verify", f"{name}^{{commit}}"]).strip()
-    revision = Revision(commit, BUILT / commit[:12])
+    revision = _revision(name)
     # Both get the same versions of all libraries: only meshd is to make a difference.
     packages = _output([sys.executable, "-m", "pip", "freeze", "--exclude", "meshd"])
     stamp = revision.directory / "packages.txt"
@@ -65,21 +65,43 @@ def built(name: str) -> Revision:
     return revision
 
 
+def built_wheel(name: str) -> Path:
+    """Return the wheel alone of the revision of this name. Raises ClickException if there is no such revision."""
+    revision = _revision(name)
+    wheels = revision.directory.with_suffix(".wheel")
+    if not list(wheels.glob("*.whl")):
+        source = wheels / "source"
+        shutil.rmtree(wheels, ignore_errors=True)
+        _build_wheel(revision, source, wheels)
+        shutil.rmtree(source)
+    return next(wheels.glob("*.whl"))
+
+
+def _revision(name: str) -> Revision:
+    commit = _output(["git", "rev-parse", "--verify", f"{name}^{{commit}}"]).strip()
+    return Revision(commit, BUILT / commit[:12])
+
+
 def _build(revision: Revision, packages: str) -> None:
     directory = revision.directory
     shutil.rmtree(directory, ignore_errors=True)
     source, wheels, constraints = (directory / part for part in ("source", "wheels", "constraints.txt"))
-    source.mkdir(parents=True)
+    _build_wheel(revision, source, wheels)
     constraints.write_text(packages)
-    archive = subprocess.run(["git", "archive", revision.commit], cwd=CHECKOUT, capture_output=True, check=True)
-    subprocess.run(["tar", "-x", "-C", str(source)], input=archive.stdout, check=True)
-    _output([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(wheels), str(source)])
     _output([sys.executable, "-m", "venv", str(directory / "venv")])
     pip = [str(revision.python), "-m", "pip", "install", "--quiet", "--constraint", str(constraints)]
     _output([*pip, *map(str, wheels.glob("*.whl")), *FOR_TESTS])
     # Without its sources: Python would import meshd from there.
     (source / "tests").rename(directory / "tests")
     shutil.rmtree(source)
+
+
+def _build_wheel(revision: Revision, source: Path, wheels: Path) -> None:
+    """Put the revision's files into `source`, and the wheel of them into `wheels`."""
+    source.mkdir(parents=True)
+    archive = subprocess.run(["git", "archive", revision.commit], cwd=CHECKOUT, capture_output=True, check=True)
+    subprocess.run(["tar", "-x", "-C", str(source)], input=archive.stdout, check=True)
+    _output([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(wheels), str(source)])
 
 
 def _output(command: Sequence[str]) -> str:
