@@ -137,7 +137,9 @@ def decode(text: str) -> Invitation:
         raise InputError("the invitation is damaged (its checksum is wrong): copy it again, whole")
     try:
         return _from_fields(msgpack.unpackb(body), version)
-    except (KeyError, TypeError, ValueError, RecordError, msgpack.UnpackException) as error:
+    except RecordError as error:
+        raise InputError(f"what the invitation holds cannot be read: {error}") from None
+    except (KeyError, TypeError, ValueError, msgpack.UnpackException) as error:
         raise InputError(f"the invitation is malformed ({type(error).__name__})") from None
 
 

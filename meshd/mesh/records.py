@@ -86,7 +86,7 @@ def _decode(wg: str, subnet: str, packed: str, overlay: IPv4Network, length: int
         raise RecordError(f"record version {version[:16]!r}, this version of meshd supports {FORMER} and {VERSION}")
     if version != str(_version(raw)):
         raise RecordError(f"the record is not of version {version}, as it says")
-    return _read(_public_key(wg), _subnet(subnet, overlay, length), raw)
+    return _read(wg, subnet, raw, overlay, length)
 
 
 def to_wire(record: Record) -> bytes:
@@ -102,7 +102,7 @@ def from_wire(raw: bytes, overlay: IPv4Network, length: int) -> Record:
     except (ValueError, IndexError):
         raise RecordError("the record has no subnet") from None
     key = base64.b64encode(raw[:_KEY]).decode()
-    return _read(_public_key(key), _subnet(str(subnet), overlay, length), raw[_BODY:])
+    return _read(key, str(subnet), raw[_BODY:], overlay, length)
 
 
 def _version(body: bytes) -> int:
@@ -110,7 +110,7 @@ def _version(body: bytes) -> int:
     return VERSION if body[:1] and body[0] & _VERSION_3 else FORMER
 
 
-def _read(public_key: str, subnet: IPv4Network, body: bytes) -> Record:
+def _read(wg: str, subnet: str, body: bytes, overlay: IPv4Network, length: int) -> Record:
     read, version = _Reader(body), _version(body)
     flags = read.number(1)
     if flags & ~_FLAGS[version]:
@@ -124,8 +124,8 @@ def _read(public_key: str, subnet: IPv4Network, body: bytes) -> Record:
     read.end()
     if seq == 0:
         raise RecordError("the sequence number is 0")
-    leaving = bool(flags & _LEAVING)
-    return Record(public_key, subnet, endpoint, seq, certificate, leaving, signature, more, version)
+    key, prefix, leaving = _public_key(wg), _subnet(subnet, overlay, length), bool(flags & _LEAVING)
+    return Record(key, prefix, endpoint, seq, certificate, leaving, signature, more, version)
 
 
 def _pack(record: Record) -> bytes:

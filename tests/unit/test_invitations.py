@@ -126,8 +126,9 @@ def test_invitation_survives_line_breaks() -> None:
         ("meshd2.", "damaged"),
         ("meshd3.", "damaged"),
         ("meshd3.!!!", "damaged"),
-        ("meshd2." + invitations.encode(INVITATION).removeprefix("meshd3."), "malformed"),
-        ("meshd3." + invitations.encode(FORMER_INVITATION).removeprefix("meshd2."), "malformed"),
+        ("meshd2." + invitations.encode(INVITATION).removeprefix("meshd3."), "cannot be read"),
+        ("meshd3." + invitations.encode(FORMER_INVITATION).removeprefix("meshd2."), "cannot be read"),
+        (invitations.encode(reusable(delegation(extensions=b"\x85\x00"))), "needs a newer version of meshd"),
     ],
 )
 def test_text_that_is_no_invitation_is_refused(text: str, message: str) -> None:
