@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from meshd.gossip.messages import AskTombstones
-from meshd.mesh.model import Record, Status
+from meshd.mesh.model import Certificate, Record, Status
 from meshd.reconcile.run import Report
 
 # Seconds before the same thing is asked again of the same hosts.
@@ -21,8 +21,8 @@ LONGEST_PAUSE = 300.0
 # Seconds until the authority is first asked to confirm a delegation's certificate. A confirmed certificate is a new
 # record, which is work for all hosts, and a host that has just joined gives them enough.
 CALM = 5.0
-# Seconds between questions of a host whose certificate is the authority's own, but of version 2: it is good as it is,
-# and an authority of version 2 never answers.
+# Seconds between questions of a host whose certificate is the authority's own, but of version 2, while no other host
+# has one of version 3: it is good as it is, and an authority of version 2 never answers.
 RENEW_PAUSE = 3600.0
 # Upper bounds of the queue for lookups of records, for asking back, and for all jobs. They bound the work that bogus
 # members and askers can cause, and keep room for what matters more.
@@ -72,7 +72,11 @@ class Asking:
     def __init__(self, own: str, now: float, dice: random.Random) -> None:
         self._own = own
         self._dice = dice
-        self._until: dict[object, float] = {"confirm": now + CALM, "anybody": now + ASK_AGAIN}
+        self._until: dict[object, float] = {
+            "confirm": now + CALM,
+            "renew": now + CALM,
+            "anybody": now + ASK_AGAIN,
+        }
         self._confirm_pause = PAUSE / 2
         self._alive: frozenset[str] = frozenset()
         self._lost: frozenset[str] = frozenset()
@@ -103,10 +107,8 @@ class Asking:
             jobs += self._soon(PullTombstones(self._anybody()), "anybody", now, max(ASK_AGAIN, len(alive)))
         jobs += self._announcement(report, again=away)
         jobs += self._lookups(report, now)
-        own = report.own.record.certificate if report.own is not None else None
-        if alive and own is not None and not own.is_final:
-            pause = self._confirm_pause if own.delegation is not None else RENEW_PAUSE
-            jobs += self._soon(RequestConfirmation(), "confirm", now, pause)
+        if alive and report.own is not None and not report.own.record.certificate.is_final:
+            jobs += self._confirmation(report.own.record.certificate, hosts.values(), now)
         return jobs
 
     def asked(
@@ -119,6 +121,11 @@ class Asking:
         asker = frozenset({question.asker})
         # Anyone who has the gossip key can ask in any host's name.
         return self._soon(PullTombstones(asker), asker, now, room=MAX_ASKED_BACK)
+
+    def _confirmation(self, own: Certificate, hosts: Iterable[Record], now: float) -> list[Job]:
+        if own.delegation is not None or any(record.certificate.is_final for record in hosts):
+            return self._soon(RequestConfirmation(), "confirm", now, self._confirm_pause)
+        return self._soon(RequestConfirmation(), "renew", now, RENEW_PAUSE)
 
     def not_confirmed(self) -> None:
         """Wait longer before the authority is asked again."""

@@ -151,12 +151,21 @@ def test_a_delegated_certificate_is_confirmed_after_a_calm_start_ever_more_slowl
 def test_a_certificate_of_version_2_is_renewed_without_haste() -> None:
     """It is good as it is, and an authority of version 2 never answers."""
     asked = asking()
-    former = replace(MET, own=Host("barge1", record(1, by=certificate("barge1", version=FORMER))))
+    old = {f"barge{n}": record(n, version=FORMER) for n in (2, 3, 4)}
+    own = Host("barge1", record(1, by=certificate("barge1", version=FORMER)))
+    former = replace(MET, roster=Roster(old), own=own)
     assert of_kind(after(asked, former, 1), RequestConfirmation) == []
     assert of_kind(after(asked, former, CALM), RequestConfirmation) == [RequestConfirmation()]
     asked.not_confirmed()
     assert of_kind(after(asked, former, RENEW_PAUSE), RequestConfirmation) == []
     assert of_kind(after(asked, former, CALM + RENEW_PAUSE), RequestConfirmation) == [RequestConfirmation()]
+    asked.not_confirmed()
+    newer = replace(former, roster=Roster({**old, "barge2": record(2)}))
+    now = CALM + RENEW_PAUSE + 1
+    assert of_kind(after(asked, newer, now), RequestConfirmation) == [RequestConfirmation()], "another one has got one"
+    asked.not_confirmed()
+    assert of_kind(after(asked, newer, now + PAUSE), RequestConfirmation) == []
+    assert of_kind(after(asked, newer, now + LONGEST_PAUSE), RequestConfirmation) == [RequestConfirmation()]
 
 
 def test_only_hosts_with_other_tombstones_are_asked_back_and_few_at_once() -> None:
