@@ -116,7 +116,8 @@ def _record_body(mesh: str, name: str, record: Record) -> bytes:
     texts = (name, record.public_key, str(record.subnet), str(record.endpoint))
     fields = [*(text.encode() for text in texts), numbers, record.certificate.identity]
     if record.version >= VERSION:
-        fields.append(record.extensions)
+        # An identity may have several certificates, and nobody puts an earlier one under a later record.
+        fields += [record.certificate.signature, record.extensions]
     return _body("record", mesh, *fields, version=record.version)
 
 

@@ -323,7 +323,7 @@ class State:
     def _guard(self, name: str, reader: Callable[[], T]) -> T:
         try:
             return reader()
-        except (KeyError, TypeError, ValueError, AttributeError, RecordError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecordError) as error:
             raise InputError(f"{self.directory / name} is damaged: {error!r}; remove it or restore it") from None
 
 

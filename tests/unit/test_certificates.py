@@ -89,10 +89,6 @@ OTHER: dict[str, object] = {
 def test_signature_covers_every_record_field(field: str) -> None:
     """A change to any field of a record invalidates it."""
     changed = replace(record(1), **{field: OTHER[field]})  # type: ignore[arg-type]
-    if field == "certificate":
-        # Another certificate of the same identity stands behind the same record: that is how one is renewed.
-        MESH.trust.check("barge1", changed)
-        changed = replace(changed, certificate=certificate("barge2"))
     with pytest.raises(CredentialError):
         MESH.trust.check("barge1", changed)
 
