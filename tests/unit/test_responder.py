@@ -148,7 +148,7 @@ def test_the_authority_confirms_its_own_host_and_those_of_version_2(state: State
 def test_a_host_of_version_2_is_confirmed_in_version_2(state: State) -> None:
     """A host that still runs version 2 could read no other certificate."""
     state.save_authority_key(AUTHORITY)
-    joined = record(2, by=delegated("barge2", delegation(version=FORMER)), version=FORMER)
+    joined = record(2, by=delegated("barge2", delegation(version=FORMER, expires=0)), version=FORMER)
     state.save_roster(Roster({"barge2": joined}))
     answer = respond(state, AskConfirmation("barge2")).answer
     assert answer
