@@ -45,6 +45,8 @@ HOSTS_A_SECOND = 20
 SETTLE = 0.02
 RETRY = 1.0
 LONGEST_SEARCH = 10.0
+# Seconds in which a host that began with an empty list of hosts may have met a thief before the owner.
+PROBATION = 600.0
 # How often a thread that waits for hints looks whether it is to end. The process does not wait for it.
 LOOK = 2.0
 LOG_LIMIT = 4 * 2**20
@@ -64,6 +66,8 @@ class Agent:
         self.exchange = Exchange(state, self.hints.put, self.stopping)
         self.search = Event()
         self.rivalry: float | None = None
+        # Until when what this host has taken for somebody's may be another host's (see conflicts.disputes).
+        self.newcomer_until = 0.0
         self.handshakes = Schedule()
         self.full_sync_due = 0.0
         self.complaints = Complaints()
@@ -89,6 +93,8 @@ class Agent:
             raise InputError(f"the mesh {settings.mesh} is down on this host: run 'meshd up'")
         with self.state.agent_lock():
             log.info("meshd of mesh %s on %s starts", settings.mesh, settings.name)
+            with suppress(MeshdError):  # of a damaged file, which each reconcile reports
+                self.newcomer_until = 0.0 if self.state.roster().hosts else time.monotonic() + PROBATION
             self._start_threads()
             self._loop()
             self.stopping.set()
@@ -218,6 +224,8 @@ class Agent:
         options = Options(
             kinds=kinds,
             heard=dict(self.exchange.heard),
+            votes=dict(self.exchange.votes),
+            is_newcomer=time.monotonic() < self.newcomer_until,
             overdue=self.handshakes.overdue(time.monotonic()),
             engine=self.engine,
             alone=bool(self.silence),

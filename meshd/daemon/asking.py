@@ -1,15 +1,20 @@
 """What to ask and to tell the other hosts after a reconcile. Pure: the caller gives the clock and the dice."""
 
+import math
 import random
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from meshd.gossip.messages import AskTombstones
-from meshd.mesh.model import Certificate, Record, Status
+from meshd.mesh.model import Certificate, Host, Record, Status
+from meshd.mesh.votes import Vote, Votes, claim_of, winner
 from meshd.reconcile.run import Report
 
 # Seconds before the same thing is asked again of the same hosts.
 PAUSE = 10.0
+# The same for disputes, and how many claims are asked about, and of how many hosts, at once: anyone with a reusable
+# invitation makes any number of claims.
+VOTE_AGAIN, MAX_CLAIMS, VOTERS = 5.0, 8, 5
 # Seconds between routine questions for tombstones, without an occasion.
 ASK_AGAIN = 60.0
 # Seconds between questions for the tombstone of a lost host, in the first ASK_AGAIN seconds after it was lost.
@@ -59,11 +64,19 @@ class LookUpRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class CollectVotes:
+    """Ask these hosts which of these claims, which are all for one place, are in force for them."""
+
+    claims: tuple[Host, ...]
+    voters: tuple[Host, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RequestConfirmation:
     """Ask the authority for its own certificate in place of a delegation's, or of one of version 2."""
 
 
-Job = PullTombstones | SyncWith | Announce | LookUpRecord | RequestConfirmation
+Job = PullTombstones | SyncWith | Announce | LookUpRecord | CollectVotes | RequestConfirmation
 
 
 class Asking:
@@ -83,9 +96,11 @@ class Asking:
         self._lost_since = 0.0
         self._announced = 0
         self._queued = 0
+        # When each open dispute was asked about, by its place.
+        self._voted: dict[str, float] = {}
 
-    def after(self, report: Report, *, queued: int, now: float) -> list[Job]:
-        """Return what to ask and to tell after a reconcile."""
+    def after(self, report: Report, votes: Votes, *, queued: int, now: float) -> list[Job]:
+        """Return what to ask and to tell after a reconcile; `votes` is what was said of claims so far."""
         if not report.members:
             return []
         self._queued = queued
@@ -107,6 +122,7 @@ class Asking:
             jobs += self._soon(PullTombstones(self._anybody()), "anybody", now, max(ASK_AGAIN, len(alive)))
         jobs += self._announcement(report, again=away)
         jobs += self._lookups(report, now)
+        jobs += self._votes(report, votes, now)
         if alive and report.own is not None and not report.own.record.certificate.is_final:
             jobs += self._confirmation(report.own.record.certificate, hosts.values(), now)
         return jobs
@@ -155,6 +171,28 @@ class Asking:
         unknown = [name for name in report.roster.refused if name not in report.roster.hosts]
         names: Iterable[str] = self._dice.sample(unknown, min(len(unknown), MAX_LOOKUPS)) if hosts else ()
         return [job for name in names for job in self._soon(LookUpRecord(name, hosts), name, now, room=MAX_LOOKUPS)]
+
+    def voted(self, now: float) -> None:
+        """Take note that votes were collected: one job of this kind at a time, as each may take seconds."""
+        self._until["votes"] = now + VOTE_AGAIN
+
+    def _votes(self, report: Report, votes: Votes, now: float) -> list[Job]:
+        """Ask about the dispute that was asked about longest ago, and first those voters that have said nothing."""
+        disputes = [d for d in report.roster.disputes if d.voters and winner(d, votes) is None]
+        if not disputes:
+            return []
+        dispute = min(disputes, key=lambda d: self._voted.get(d.place, -math.inf))
+        ranked = sorted(dispute.claims.items(), key=lambda claim: (claim[1].certificate.rank, claim[0]))[:MAX_CLAIMS]
+        said = [votes.get(claim_of(*claim), Vote()).said.keys() for claim in ranked]
+        silent = sorted(dispute.voters.keys() - frozenset.intersection(*map(frozenset, said)))
+        chosen = self._dice.sample(silent or sorted(dispute.voters), min(VOTERS, len(silent or dispute.voters)))
+        job = CollectVotes(
+            tuple(Host(*claim) for claim in ranked), tuple(Host(name, dispute.voters[name]) for name in chosen)
+        )
+        jobs = self._soon(job, "votes", now, math.inf)
+        if jobs:
+            self._voted = {d.place: self._voted.get(d.place, -math.inf) for d in disputes} | {dispute.place: now}
+        return jobs
 
     def _soon(self, job: Job, what: object, now: float, pause: float = PAUSE, *, room: int = MAX_JOBS) -> list[Job]:
         self._until = {key: until for key, until in self._until.items() if until > now}

@@ -16,6 +16,7 @@ from threading import Event, Lock
 from meshd.daemon.asking import (
     Announce,
     Asking,
+    CollectVotes,
     Job,
     LookUpRecord,
     PullTombstones,
@@ -25,12 +26,13 @@ from meshd.daemon.asking import (
 from meshd.daemon.hints import READINESS, Hint, Source
 from meshd.errors import MeshdError
 from meshd.gossip import calls, messages, serf_agent
-from meshd.gossip.messages import APPLIED, EVENT, GONE, QUERY, RECORD, Applied, AskTombstones
+from meshd.gossip.messages import APPLIED, EVENT, GONE, HOLDS, QUERY, RECORD, Applied, AskTombstones, Holds
 from meshd.gossip.responder import Reply, merge_tombstones, respond, signed
 from meshd.mesh.membership import is_news
 from meshd.mesh.model import Record
 from meshd.mesh.roster import Roster
 from meshd.mesh.tombstones import Tombstones
+from meshd.mesh.votes import Claim, Vote, claim_of
 from meshd.reconcile.run import Report
 from meshd.state.directory import State
 
@@ -44,6 +46,8 @@ MAX_HEARD = 1000
 MAX_WAITING = 1000
 
 Respond = Callable[[bytes], None]
+
+NOT_IN_FORCE = "it is not in force here"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +68,11 @@ class Exchange:
         self.stopping = stopping
         self.asking = Asking(state.settings.name, time.monotonic(), random.Random())  # noqa: S311  no secret
         self.heard: dict[str, Record] = {}
+        self.votes: dict[Claim, Vote] = {}
         self._report = Report()
         self._applied = Roster()
         self._waiting: dict[bytes, _Waiting] = {}
-        # Of `_waiting`; and of `heard` and `asking`, which each thread changes.
+        # Of `_waiting`; and of `heard`, `votes` and `asking`, which each thread changes.
         self._answering, self._sharing = Lock(), Lock()
         self._jobs: queue.Queue[Job | None] = queue.Queue()
         self._resume_at = ""
@@ -81,7 +86,9 @@ class Exchange:
         self._answer()
         with self._sharing:
             self.heard = {n: r for n, r in self.heard.items() if self._is_news(n, r)}
-            self._enqueue(self.asking.after(report, queued=self._jobs.qsize(), now=time.monotonic()))
+            claims = {claim_of(n, r) for d in report.roster.disputes for n, r in d.claims.items()}
+            self.votes = {claim: vote for claim, vote in self.votes.items() if claim in claims}
+            self._enqueue(self.asking.after(report, self.votes, queued=self._jobs.qsize(), now=time.monotonic()))
 
     # --- asking ----------------------------------------------------------------------------------------------------
 
@@ -111,6 +118,8 @@ class Exchange:
                 record = calls.look_up_record(self.state, job.name, job.of)
                 if record is not None:
                     self.hear(job.name, record)
+            case CollectVotes():
+                self._collect_votes(job)
             case RequestConfirmation():
                 self._request_confirmation()
 
@@ -121,6 +130,20 @@ class Exchange:
             self._hint_at(found)
             # The other hosts may have been away together with this one.
             calls.broadcast_tombstones(self.state, found.without(known))
+
+    def _collect_votes(self, job: CollectVotes) -> None:
+        """Store all votes together: a reconcile that saw those on one claim alone could be led by one voter."""
+        try:
+            said = {
+                claim_of(host.name, host.record): calls.ask_holds(self.state, host, job.voters) for host in job.claims
+            }
+            asked = [voter.name for voter in job.voters]
+            with self._sharing:
+                self.votes |= {c: self.votes.get(c, Vote()).with_answers(asked, answers) for c, answers in said.items()}
+        finally:
+            with self._sharing:
+                self.asking.voted(time.monotonic())
+        self.hint(Hint(Source.MESH, "votes"))
 
     def _request_confirmation(self) -> None:
         if calls.request_confirmation(self.state):
@@ -148,6 +171,9 @@ class Exchange:
             return
         if isinstance(message, Applied) and answer is not None:
             self._wait_for(message, payload, answer)
+            return
+        if isinstance(message, Holds) and answer is not None:
+            self._vote(message, payload, answer)
             return
         if isinstance(message, AskTombstones):
             self._ask_back(message)
@@ -183,6 +209,14 @@ class Exchange:
 
     def _hint_at(self, tombstones: Tombstones) -> None:
         self.hint(Hint(Source.MESH, "tombstone of " + ", ".join(sorted(tombstones.names))[:80]))
+
+    def _vote(self, question: Holds, payload: bytes, answer: Respond) -> None:
+        """Say whether a record is in force here. Nobody speaks for itself, or before it is a host."""
+        if question.name == self.state.settings.name or self._report.own is None:
+            return
+        is_in_force = question.answer(self._report.roster)
+        if is_in_force is not None:
+            answer(signed(self.state, HOLDS, payload, "" if is_in_force else NOT_IN_FORCE))
 
     def _wait_for(self, question: Applied, payload: bytes, answer: Respond) -> None:
         if question.name == self.state.settings.name:

@@ -2,6 +2,7 @@
 
 import math
 import random
+import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
@@ -13,11 +14,14 @@ from meshd.gossip.messages import (
     CONFIRM,
     EVENT_LIMIT,
     GONE,
+    HOLDS,
+    NONCE,
     RECORD,
     Answer,
     AskConfirmation,
     AskRecord,
     AskTombstones,
+    Holds,
     TellRecord,
 )
 from meshd.gossip.serf_agent import rpc
@@ -113,6 +117,12 @@ def ask_hosts(
                 yield sender, answer.refusal
             if not left:
                 return
+
+
+def ask_holds(state: State, host: Host, voters: Collection[Host]) -> dict[str, bool]:
+    """Ask hosts whether this record is the one in force; return what those say who answer. Raises SerfError."""
+    question = Holds.of(host, secrets.token_bytes(NONCE)).payload()
+    return {name: not refusal for name, refusal in ask_hosts(state, HOLDS, question, voters, ASK)}
 
 
 def pull_tombstones(state: State, names: Collection[str], known: Tombstones, begin: str = "") -> tuple[Tombstones, str]:

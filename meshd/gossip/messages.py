@@ -3,6 +3,7 @@
 | name          | kind  | says                                                                                        |
 |---------------|-------|---------------------------------------------------------------------------------------------|
 | meshd-applied | query | "Have you applied this record of NAME's?" Yes, or no and why not: an Answer.                |
+| meshd-holds   | query | "Is this record of NAME's the one in force?" Yes, or no: an Answer.                         |
 | meshd-gone    | query | "My tombstones have this digest; which are yours?" A host that has the same ones is silent. |
 | meshd-gone    | event | "Here are tombstones."                                                                      |
 | meshd-bury    | query | "Here are tombstones." A host that has all of them, now or before, says yes: an Answer.     |
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from meshd.mesh import versioned
+from meshd.mesh.certificates import SIGNATURE
 from meshd.mesh.model import FORMER, VERSION, Certificate, Host, Member, is_name
 from meshd.mesh.records import MAX_SEQ, RecordError, decode, pack_certificate, read_certificate
 from meshd.mesh.roster import Roster
@@ -31,6 +33,7 @@ from meshd.mesh.terms import Mesh
 from meshd.mesh.tombstones import Tombstones, is_within
 
 APPLIED = "meshd-applied"
+HOLDS = "meshd-holds"
 GONE = "meshd-gone"
 BURY = "meshd-bury"
 RECORD = "meshd-record"
@@ -126,6 +129,58 @@ class Applied:
 
 
 @dataclass(frozen=True, slots=True)
+class Holds:
+    """Whether the record of `name` that a host has in force is this one: of `identity`, number and `signature`.
+
+    The signature, since a host can sign two records with one number, and show them to different hosts. The `nonce` is
+    as in Applied.
+    """
+
+    name: str
+    seq: int
+    identity: bytes
+    signature: bytes
+    nonce: bytes
+
+    @classmethod
+    def of(cls, host: Host, nonce: bytes) -> Self:
+        """Return the question for a host's record."""
+        record = host.record
+        return cls(host.name, record.seq, record.certificate.identity, record.signature, nonce)
+
+    def payload(self) -> bytes:
+        return versioned.pack(self.name, self.seq, self.identity, self.signature, self.nonce)
+
+    @classmethod
+    def read(cls, payload: bytes, _: Mesh) -> Self | None:
+        match versioned.unpack(payload):
+            case [str(name), int(seq), bytes(identity), bytes(signature), bytes(nonce)] if (
+                is_name(name)
+                and is_within(seq, MAX_SEQ)
+                and len(identity) == KEY
+                and len(signature) == SIGNATURE
+                and len(nonce) == NONCE
+            ):
+                return cls(name, seq, identity, signature, nonce)
+            case _:
+                return None
+
+    def answer(self, roster: Roster) -> bool | None:
+        """Return what a host with this roster says; None if it cannot say.
+
+        It cannot while it does not know itself whose the claim is. With a newer record it says nothing of an older one:
+        someone may show that again, so that the others deny it.
+        """
+        record = roster.hosts.get(self.name)
+        if record is not None and record.certificate.identity == self.identity and record.seq > self.seq:
+            return None
+        if record is not None and record.signature == self.signature:
+            return True
+        mine = [d for d in roster.disputes if self.name in d.claims and d.claims[self.name].signature == self.signature]
+        return None if any(dispute.keeper is None for dispute in mine) else False
+
+
+@dataclass(frozen=True, slots=True)
 class AskTombstones:
     """Which tombstones a host knows, from the one after `after` on, unless theirs have this digest.
 
@@ -217,10 +272,11 @@ class AskConfirmation(AskRecord):
                 return read_certificate(answer, is_delegated=False, version=FORMER)
 
 
-Message = Applied | AskTombstones | TellTombstones | AskRecord | TellRecord | AskConfirmation
+Message = Applied | Holds | AskTombstones | TellTombstones | AskRecord | TellRecord | AskConfirmation
 
 MESSAGES: Mapping[tuple[str, str], Callable[[bytes, Mesh], Message | None]] = {
     (QUERY, APPLIED): Applied.read,
+    (QUERY, HOLDS): Holds.read,
     (QUERY, GONE): AskTombstones.read,
     (EVENT, GONE): TellTombstones.read,
     (QUERY, BURY): TellTombstones.read,

@@ -10,6 +10,7 @@ from meshd.gossip.messages import (
     AskConfirmation,
     AskRecord,
     AskTombstones,
+    Holds,
     Message,
     TellRecord,
     TellTombstones,
@@ -43,22 +44,23 @@ NOTHING = Reply()
 def respond(state: State, message: Message, query: bytes | None = None) -> Reply:
     """Take in what a message says, and return what to answer. Raises InputError for damaged state.
 
-    `query` is the payload of the query that it came by, None for an event. The answer to Applied is the caller's: it
-    knows what is in the kernel.
+    `query` is the payload of the query that it came by, None for an event. The answers to Applied and Holds are the
+    daemon's, or the handler's: these have reconciled.
     """
     match message:
-        case AskTombstones():
-            return Reply(message.page(state.roster().all_tombstones))
         case TellTombstones():
             return _told(state, message.tombstones, query)
-        case AskConfirmation():
-            return Reply(_confirmation(state, message.name))
-        case AskRecord():
-            return Reply(_record(state, message.name))
         case TellRecord():
             return _announced(state, message)
-        case Applied():
+        case Applied() | Holds():
             return NOTHING
+        case AskTombstones():
+            answer: bytes | None = message.page(state.roster().all_tombstones)
+        case AskConfirmation():
+            answer = _confirmation(state, message.name)
+        case AskRecord():
+            answer = _record(state, message.name)
+    return Reply(answer)
 
 
 def signed(state: State, name: str, query: bytes, refusal: str = "") -> bytes:

@@ -1,15 +1,90 @@
 """Who keeps a subnet, a WireGuard key or an endpoint that two hosts claim. Pure.
 
-A host that has it keeps it. Between newcomers the certificate's rank decides (Certificate.rank).
+A host that has it keeps it. Between others the word of the mesh decides (votes.winner).
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cache
 from ipaddress import IPv4Network
 
 from meshd.endpoint import LocalAddresses, destination
 from meshd.mesh.model import Host, Member, Record, Status
 from meshd.mesh.roster import View
+from meshd.mesh.votes import Dispute, Votes, winner
+
+OPEN = "{what} is claimed by {rivals} as well, and the other hosts do not agree, or have not said yet, whose it is"
+# Of any number of rivals, so many are named.
+MOST_NAMED = 3
+
+
+def disputes(
+    own: Host, hosts: Mapping[str, Record], claims: Mapping[str, Record], alive: Collection[str], *, is_newcomer: bool
+) -> tuple[Dispute, ...]:
+    """Return what several hosts claim and no known host keeps, with those who can say whose it is.
+
+    By the order in which this host meets them, a member could take the place of a host that the others know already.
+    For a newcomer nobody has kept anything for long enough.
+    """
+    kept = {name: claims.get(name, record) for name, record in hosts.items()}
+    held = {*_places(own.record)}
+    claimants: dict[str, dict[str, Record]] = defaultdict(dict)
+    for name, record in hosts.items():
+        keeps = {*_places(record, is_alive=name in alive)} & {*_places(kept[name], is_alive=name in alive)}
+        held |= keeps if not is_newcomer else set()
+    for name, record in sorted({**kept, **claims}.items()):
+        for place in _places(record, is_alive=name in alive):
+            if place not in held:
+                claimants[place][name] = record
+    certified = {n: r for n, r in sorted({**claims, **hosts}.items()) if r.certificate.delegation is None}
+    return tuple(
+        Dispute(
+            place,
+            records,
+            {name: certified[name] for name in certified.keys() - records.keys()},
+            next((name for name in records if name in hosts and place in _places(hosts[name])), None),
+        )
+        for place, records in claimants.items()
+        if len(records) > 1 and not _moves_undisturbed(hosts, records)
+    )
+
+
+def _moves_undisturbed(hosts: Mapping[str, Record], records: Mapping[str, Record]) -> bool:
+    """Return whether a known host comes before strangers that anyone with a reusable invitation can make."""
+    return sum(name in hosts or r.certificate.delegation is None for name, r in records.items()) == 1 and any(
+        name in hosts for name in records
+    )
+
+
+def losers(hosts: dict[str, Record], found: Iterable[Dispute], votes: Votes) -> dict[str, str]:
+    """Return why claims lose to another one, by name, or wait until it is known which one does.
+
+    Who has a place in `hosts` keeps it until it is known that somebody else has it, and is no host then.
+    """
+    lost: dict[str, str] = {}
+    for dispute in found:
+        has_it = winner(dispute, votes) or dispute.keeper
+        if dispute.keeper is not None and has_it != dispute.keeper:
+            hosts.pop(dispute.keeper, None)
+        for name in dispute.claims.keys() - {has_it}:
+            lost[name] = _lost(dispute, name, has_it)
+    return lost
+
+
+def _places(record: Record, *, is_alive: bool = True) -> Iterator[str]:
+    """Yield what only one host can have. An address may be handed on: only a host that is alive holds its endpoint."""
+    yield f"subnet {record.subnet}"
+    yield f"WireGuard key {record.public_key}"
+    if is_alive:
+        yield f"endpoint {destination(record.endpoint)}"
+
+
+def _lost(dispute: Dispute, name: str, has_it: str | None) -> str:
+    if has_it is not None:
+        return f"{dispute.place} is held by {has_it}"
+    rivals = [rival for rival in dispute.claims if rival != name]
+    more = ["others"] if len(rivals) > MOST_NAMED else []
+    return OPEN.format(what=dispute.place, rivals=" and ".join([*rivals[:MOST_NAMED], *more]))
 
 
 def settle(
@@ -18,18 +93,22 @@ def settle(
     claims: Mapping[str, Record],
     alive: Collection[str],
     *,
+    lost: Mapping[str, str],
     networks: Callable[[], Collection[IPv4Network]],
     local: Callable[[], LocalAddresses],
 ) -> dict[str, str]:
-    """Put the claims into `hosts` one by one, incumbents first; return the reasons for those that lose."""
-    refused: dict[str, str] = {}
+    """Put the claims into `hosts` one by one, incumbents first; return the reasons for those that lose.
+
+    `lost` are those that have lost already (see `losers`).
+    """
+    refused = dict(lost)
     ours, here = cache(networks), cache(local)
     # Incumbents keep what they have even if their newest record is refused, so they hold it from the start.
     subnets = {record.subnet: name for name, record in hosts.items()} | {own.record.subnet: own.name}
     keys = {record.public_key: name for name, record in hosts.items()} | {own.record.public_key: own.name}
     # Addresses may be handed on: only a host that is alive now can hold an endpoint.
     endpoints = {destination(own.record.endpoint): own.name}
-    for name in _by_precedence(hosts, claims):
+    for name in _by_precedence(hosts, {name: record for name, record in claims.items() if name not in lost}):
         record = claims[name]
         place = destination(record.endpoint)
         holder = subnets.get(record.subnet, name)

@@ -19,6 +19,7 @@ from meshd.mesh.records import RecordError
 from meshd.mesh.roster import REVOKED, SUPERSEDED, Roster, StaleError, View
 from meshd.mesh.terms import Mesh
 from meshd.mesh.tombstones import Tombstones
+from meshd.mesh.votes import Dispute, Votes
 
 # Upper bound of the tombstones by reusable invitations that are kept of identities that were no hosts. Anyone who ever
 # had such an invitation can sign any number of them.
@@ -40,15 +41,19 @@ def admit(
     members: Collection[Member],
     *,
     heard: Mapping[str, Record] | None = None,
+    votes: Votes | None = None,
+    is_newcomer: bool = False,
     networks: Callable[[], Collection[IPv4Network]] = tuple,
     local: Callable[[], LocalAddresses] = LocalAddresses,
     left_is_goodbye: bool = False,
 ) -> Roster:
     """Decide who is a host, from Serf's members and what this host knew before.
 
-    `heard` are records that came another way than by tags. `networks` are this host's own, which no new subnet may
-    overlap, and `local` its own addresses, which no new endpoint may be; both are asked for when there is one.
-    `left_is_goodbye` is for handlers without a daemon, where Serf's own leave is the only sign that a host left.
+    `heard` are records that came another way than by tags. `votes` are what the other hosts say of claims that this one
+    cannot settle; None where nobody asks them, and the certificate's rank decides. For a newcomer they also settle
+    whether another host has what a known one has. `networks` are this host's own, which no new subnet may overlap, and
+    `local` its own addresses, which no new endpoint may be; both are asked for when there is one. `left_is_goodbye` is
+    for handlers without a daemon, where Serf's own leave is the only sign that a host left.
     """
     own, known = view.own, view.known
     ended = {name: known.ended(name, record, view.now) for name, record in known.hosts.items()}
@@ -56,7 +61,11 @@ def admit(
     hosts = {name: record for name, record in known.hosts.items() if not ended[name] and name not in said.departed}
     claims = said.claims | _news(view, said.claims, heard or {})
     alive = {member.name for member in members if member.status is Status.ALIVE}
-    lost = conflicts.settle(own, hosts, claims, alive, networks=networks, local=local)
+    disputes: tuple[Dispute, ...] = ()
+    if votes is not None:
+        disputes = conflicts.disputes(own, hosts, claims, alive, is_newcomer=is_newcomer)
+    losers = conflicts.losers(hosts, disputes, votes or {})
+    lost = conflicts.settle(own, hosts, claims, alive, lost=losers, networks=networks, local=local)
     refused = (
         {n: why for n, why in ended.items() if why and not known.is_buried(n, known.hosts[n])} | said.refused | lost
     )
@@ -64,7 +73,7 @@ def admit(
     gone = tombstones.joined(known.gone, _kept(known, departed))
     owners = _owners(replace(known, gone=gone), hosts, refused)
     gone = tombstones.where(gone, partial(_counts, {**hosts, own.name: own.record}, owners))
-    return Roster(hosts, gone, refused, known.revoked, said.stale, owners=owners)
+    return Roster(hosts, gone, refused, known.revoked, said.stale, owners=owners, disputes=disputes)
 
 
 def _owners(known: Roster, hosts: Mapping[str, Record], refused: Mapping[str, str]) -> dict[str, Certificate]:

@@ -8,6 +8,7 @@ from meshd.mesh.model import Certificate, Graves, Host, Member, Record, Revocati
 from meshd.mesh.records import RecordError, decode
 from meshd.mesh.terms import Mesh
 from meshd.mesh.tombstones import Tombstones, latest
+from meshd.mesh.votes import Dispute
 
 REVOKED = "its certificate was revoked"
 BURIED = "it left, or was forgotten: it has to leave and to join again"
@@ -30,6 +31,7 @@ class Roster:
     certificates by which the authority has given a name to another host than before, by name. `stale` are hosts whose
     tags hold an older record than the one in force: Serf is slower than an announcement, or someone replays it.
     `dropped` are the records of hosts that an older version of meshd took, and that no host can have by this one.
+    `disputes` are what several hosts claim, and this host does not know, or does not know for long, whose it is.
     """
 
     hosts: Mapping[str, Record] = field(default_factory=dict)
@@ -39,6 +41,7 @@ class Roster:
     stale: Mapping[str, str] = field(default_factory=dict)
     dropped: Mapping[str, Record] = field(default_factory=dict)
     owners: Mapping[str, Certificate] = field(default_factory=dict)
+    disputes: tuple[Dispute, ...] = ()
 
     def sorted_hosts(self) -> tuple[Host, ...]:
         return tuple(Host(name, record) for name, record in sorted(self.hosts.items()))

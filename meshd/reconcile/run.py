@@ -14,6 +14,7 @@ from meshd.mesh import conflicts, membership, tombstones
 from meshd.mesh.model import Host, Member, Record
 from meshd.mesh.roster import Roster, View
 from meshd.mesh.terms import Mesh
+from meshd.mesh.votes import Votes
 from meshd.net.netlink import one_socket
 from meshd.net.resources import Action, Change, Engine, Peer, Port, Resource, Route, Sysctl
 from meshd.reconcile import handshakes, plan
@@ -44,14 +45,17 @@ MISPLACED = (
 class Options:
     """What one reconcile is to do.
 
-    `kinds` are the resources to look at. `heard` are records that came another way than by tags. `overdue` are the
-    peers whose first handshake is to be started again (see handshakes.restarts). `engine` is what Docker is, if that is
+    `kinds` are the resources to look at. `heard` are records that came another way than by tags, `votes` what the other
+    hosts say of claims, which for one that `is_newcomer` count more (see conflicts.disputes). `overdue` are the peers
+    whose first handshake is to be started again (see handshakes.restarts). `engine` is what Docker is, if that is
     known. `alone` says that this host's own Serf does not run, so that nobody is asked: another agent may hold its RPC
     port. With `dry` nothing is changed or written; with `force` the guard withholds nothing.
     """
 
     kinds: Collection[str] = plan.ORDER
     heard: Mapping[str, Record] = field(default_factory=dict)
+    votes: Votes = field(default_factory=dict)
+    is_newcomer: bool = False
     overdue: Mapping[str, int] = field(default_factory=dict)
     engine: Engine | None = None
     alone: bool = False
@@ -246,6 +250,8 @@ class _Run:
                 view,
                 listed,
                 heard=self.options.heard,
+                votes=self.options.votes if self.state.settings.daemon else None,
+                is_newcomer=self.options.is_newcomer,
                 networks=self.machine.networks,
                 local=self.machine.local,
                 left_is_goodbye=not self.state.settings.daemon,

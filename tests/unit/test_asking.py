@@ -13,12 +13,16 @@ from meshd.daemon.asking import (
     CALM,
     LONGEST_PAUSE,
     MAX_ASKED_BACK,
+    MAX_CLAIMS,
     MAX_JOBS,
     MAX_LOOKUPS,
     PAUSE,
     RENEW_PAUSE,
+    VOTE_AGAIN,
+    VOTERS,
     Announce,
     Asking,
+    CollectVotes,
     Job,
     LookUpRecord,
     PullTombstones,
@@ -29,6 +33,7 @@ from meshd.endpoint import Endpoint
 from meshd.gossip.messages import AskTombstones
 from meshd.mesh.model import FORMER, Host
 from meshd.mesh.roster import Roster
+from meshd.mesh.votes import Dispute, Vote, Votes, claim_of
 from meshd.reconcile.run import Report
 from tests.conftest import certificate, delegated, delegation, host, member, record
 
@@ -46,7 +51,7 @@ def asking() -> Asking:
 
 
 def after(asked: Asking, report: Report, now: float, queued: int = 0) -> list[Job]:
-    return asked.after(report, queued=queued, now=now)
+    return asked.after(report, {}, queued=queued, now=now)
 
 
 def of_kind(jobs: Sequence[Job], kind: type[Job]) -> list[Job]:
@@ -187,3 +192,61 @@ def test_nothing_is_asked_of_members_that_are_no_hosts(report: Report) -> None:
     asked = asking()
     for now in (1.0, ASK_AGAIN, 10 * ASK_AGAIN):
         assert after(asked, report, now) == []
+
+
+CLAIMS = {"barge4": record(4, seq=2), "barge5": record(5, by=certificate("barge5", serial=1))}
+IN_DISPUTE = Dispute("subnet", CLAIMS, {"barge2": record(2), "barge3": record(3)})
+
+
+def disputed(*disputes: Dispute) -> Report:
+    return replace(MET, roster=Roster(HOSTS, disputes=disputes))
+
+
+def votes_asked(asked: Asking, report: Report, now: float, votes: Votes | None = None) -> list[CollectVotes]:
+    jobs = asked.after(report, votes or {}, queued=0, now=now)
+    return [job for job in jobs if isinstance(job, CollectVotes)]
+
+
+def test_disputes_are_asked_about_until_they_are_settled() -> None:
+    """One job at a time, and the next one a while after its end."""
+    asked, report = asking(), disputed(IN_DISPUTE)
+    (job,) = votes_asked(asked, report, 1)
+    assert [claim.name for claim in job.claims] == ["barge5", "barge4"]
+    assert {voter.name for voter in job.voters} == {"barge2", "barge3"}
+    assert votes_asked(asked, report, 1000) == []
+    asked.voted(1000)
+    assert votes_asked(asked, report, 1000 + VOTE_AGAIN / 2) == []
+    said = Vote().with_answers(["barge2", "barge3"], {"barge2": True})
+    some = {claim_of(name, claim): said for name, claim in CLAIMS.items()}
+    (job,) = votes_asked(asked, report, 1000 + VOTE_AGAIN, some)
+    assert [voter.name for voter in job.voters] == ["barge3"], "who has said nothing"
+    asked.voted(1010)
+    both = {claim: vote.with_answers(["barge3"], {"barge3": True}) for claim, vote in some.items()}
+    (job,) = votes_asked(asked, report, 1020, both)
+    assert {voter.name for voter in job.voters} == {"barge2", "barge3"}, "they disagree, and may change their minds"
+    asked.voted(1020)
+    no = Vote().with_answers(["barge2", "barge3"], {"barge2": False, "barge3": False})
+    settled = {**both, claim_of("barge4", CLAIMS["barge4"]): no}
+    assert votes_asked(asked, report, 1030, settled) == []
+    assert votes_asked(asked, MET, 1030) == []
+
+
+def test_each_dispute_has_its_turn() -> None:
+    """Whoever quarrels about something else keeps no other dispute from being settled."""
+    asked, report = asking(), disputed(IN_DISPUTE, replace(IN_DISPUTE, place="endpoint"))
+    for now in (0, 10, 20, 30):
+        (job,) = votes_asked(asked, report, now)
+        assert len(job.claims) == 2
+        asked.voted(now)
+    assert sorted(asked._voted.values()) == [20, 30]
+
+
+def test_few_hosts_are_asked_at_once_about_few_claims() -> None:
+    invited = {f"name{n}": record(6, by=delegated(f"name{n}", delegation())) for n in range(2 * MAX_CLAIMS)}
+    voters = {f"barge{n}": record(n) for n in range(10, 40)}
+    (job,) = votes_asked(asking(), disputed(Dispute("subnet", {**invited, "barge5": record(5)}, voters)), 1)
+    assert (job.claims[0].name, len(job.claims), len(job.voters)) == ("barge5", MAX_CLAIMS, VOTERS)
+
+
+def test_without_voters_nobody_is_asked() -> None:
+    assert votes_asked(asking(), disputed(replace(IN_DISPUTE, voters={})), 1) == []

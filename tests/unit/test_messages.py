@@ -1,6 +1,7 @@
 """What hosts ask and tell each other over Serf, as bytes."""
 
 from contextlib import suppress
+from dataclasses import replace
 
 import msgpack
 import pytest
@@ -14,18 +15,21 @@ from meshd.gossip.messages import (
     EVENT,
     EVENT_LIMIT,
     GONE,
+    HOLDS,
     QUERY,
     RECORD,
     Answer,
     Applied,
     AskConfirmation,
     AskTombstones,
+    Holds,
     TellRecord,
 )
 from meshd.mesh.model import FORMER, VERSION, Host, Record, Tombstone
 from meshd.mesh.records import MAX_SEQ, RecordError, pack_certificate, to_wire
 from meshd.mesh.roster import Roster
 from meshd.mesh.tombstones import Tombstones, grave, of_leaving
+from meshd.mesh.votes import Dispute
 from tests.conftest import MESH, certificate, public_key, record, seed
 from tests.unit.test_tombstones import all_tombstones
 
@@ -180,3 +184,37 @@ def test_tell_record_round_trip_fits_into_a_user_event() -> None:
     message = TellRecord("barge1", to_wire(record(1)))
     assert messages.read(EVENT, RECORD, message.payload(), MESH) == message
     assert len(message.payload()) <= EVENT_LIMIT
+
+
+def holds(of: Record) -> Holds:
+    return Holds.of(Host("barge2", of), bytes(8))
+
+
+@pytest.mark.parametrize(
+    ("at", "value"), [(0, "a/b"), (0, 1), (1, 0), (2, bytes(31)), (3, bytes(63)), (3, ""), (4, b""), (4, bytes(9))]
+)
+def test_question_who_holds_refuses_nonsense(at: int, value: object) -> None:
+    """A question with a field that is none is no question."""
+    message = holds(record(2))
+    asked = ["barge2", 1, record(2).certificate.identity, record(2).signature, bytes(8)]
+    assert messages.read(QUERY, HOLDS, message.payload() + b"\n", MESH) == message
+    assert messages.read(QUERY, HOLDS, msgpack.packb(asked), MESH) == message
+    assert messages.read(QUERY, HOLDS, msgpack.packb([*asked[:at], value, *asked[at + 1 :]]), MESH) is None
+    assert messages.read(QUERY, HOLDS, msgpack.packb(asked[:at]), MESH) is None
+
+
+def test_host_says_whether_this_very_record_is_in_force() -> None:
+    """A host can sign two records with one number, and someone can show an older one again."""
+    known = Roster({"barge2": record(2, seq=5)})
+    assert holds(record(2, seq=5)).answer(known) is True
+    assert holds(record(2, seq=5, subnet=record(9).subnet)).answer(known) is False
+    assert holds(record(2, seq=6)).answer(known) is False
+    assert holds(record(2, seq=4)).answer(known) is None, "it was, perhaps"
+    assert replace(holds(record(2, seq=4)), identity=bytes(32)).answer(known) is False
+    assert holds(record(2)).answer(Roster()) is False
+    dispute = Dispute("subnet", {"barge2": record(2, seq=6), "barge3": record(3)}, {})
+    undecided = replace(known, disputes=(dispute,))
+    assert holds(record(2, seq=6)).answer(undecided) is None, "it waits for others itself"
+    assert holds(record(2, seq=7)).answer(undecided) is False
+    kept = replace(known, disputes=(replace(dispute, keeper="barge3"),))
+    assert holds(record(2, seq=6)).answer(kept) is False, "another host has it here"
