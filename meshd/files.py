@@ -9,6 +9,13 @@ from typing import Any
 
 from meshd.errors import InputError, MeshdError
 
+# As much as a file of meshd may hold. Each of them stays far below.
+LIMIT = 16 * 2**20
+
+
+class TooLargeError(InputError):
+    """A file is larger than anything that meshd has written."""
+
 
 def write(path: Path, content: bytes) -> None:
     """Replace a file atomically and durably, with mode 0600. Raises MeshdError (disk full, read-only, …)."""
@@ -40,8 +47,8 @@ def write_json(path: Path, content: Any) -> None:
     write(path, json.dumps(content, indent=2, sort_keys=True).encode() + b"\n")
 
 
-def read(path: Path, limit: int = 16 * 2**20) -> bytes | None:
-    """Return a file's content, None if there is none. Raises InputError if it cannot be read or is too large."""
+def read(path: Path, limit: int = LIMIT) -> bytes | None:
+    """Return a file's content, None if there is none. Raises InputError if it cannot be read, TooLargeError."""
     try:
         with path.open("rb") as file:
             content = file.read(limit + 1)
@@ -50,7 +57,7 @@ def read(path: Path, limit: int = 16 * 2**20) -> bytes | None:
     except OSError as error:
         raise InputError(f"reading {path}: {error.strerror}") from error
     if len(content) > limit:
-        raise InputError(f"reading {path}: larger than {limit} bytes")
+        raise TooLargeError(f"reading {path}: larger than {limit} bytes")
     return content
 
 
@@ -66,6 +73,22 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise InputError(f"{path} is damaged: it does not hold an object")
     return value
+
+
+def is_too_large(path: Path) -> bool:
+    """Return whether a file is larger than what `read` reads."""
+    try:
+        return path.stat().st_size > LIMIT
+    except OSError:
+        return False
+
+
+def set_aside(path: Path, other: Path) -> None:
+    """Give a file another name. Raises MeshdError."""
+    try:
+        path.replace(other)
+    except OSError as error:
+        raise MeshdError(f"setting aside {path}: {error.strerror}") from error
 
 
 def writable(path: Path) -> None:

@@ -83,15 +83,17 @@ def delegation(
     subnets: tuple[IPv4Network, ...] = (),
     extensions: bytes = b"",
     version: int = VERSION,
+    hosts: int = 64,
+    serial: int = 7,
 ) -> Delegation:
     """What a reusable invitation carries; its seed is seed("delegate")."""
     unsigned = Delegation(
-        7,
+        serial,
         expires,
         certificates.public(seed("delegate")),
         prefix,
         subnets,
-        hosts=64 * (version >= VERSION),
+        hosts=hosts * (version >= VERSION),
         extensions=extensions,
         version=version,
     )
@@ -204,7 +206,7 @@ LONGEST = (
     *("attacks", "partitions", "goodbyes", "subnets", "hands", "attacks_serf", "attacks_packets", "bad_input"),
     *("upgrade", "attacks_claims", "attacks_memory", "firewalls", "mesh", "chaos", "undone", "changes", "handshakes"),
     *("handlers", "alone", "invitations", "boot", "mtu", "two_meshes", "ipv6", "attacks_local", "restarts"),
-    *("attacks_inputs",),
+    *("attacks_bounds", "attacks_inputs"),
 )
 
 

@@ -14,6 +14,7 @@ from meshd.lifecycle import revoke as lifecycle
 from meshd.mesh import invitations
 from meshd.mesh.certificates import date
 from meshd.mesh.invitations import Invitation
+from meshd.mesh.model import DEFAULT_HOSTS, MAX_HOSTS
 from meshd.state import authority as keeper
 from meshd.state.authority import Terms, expiry, label
 from meshd.state.directory import State
@@ -34,26 +35,42 @@ REUSABLE = 86400
     multiple=True,
     help="A range in which the host may have its subnet. Repeatable.  [default: any]",
 )
-@click.option("--reusable", is_flag=True, help="Admit any number of hosts, whose names begin with NAME if it is given.")
+@click.option("--reusable", is_flag=True, help="Admit many hosts, whose names begin with NAME if it is given.")
+@click.option(
+    "--hosts",
+    type=click.IntRange(1, MAX_HOSTS),
+    help=f"How many hosts a reusable invitation is for, at most {MAX_HOSTS}.  [default: {DEFAULT_HOSTS}]",
+)
 @click.pass_obj
-def invite(state: State, name: str | None, ttl: int | None, subnets: tuple[IPv4Network, ...], reusable: bool) -> None:
+def invite(
+    state: State,
+    name: str | None,
+    ttl: int | None,
+    subnets: tuple[IPv4Network, ...],
+    *,
+    reusable: bool,
+    hosts: int | None,
+) -> None:
     """Print the line with which a host joins.
 
     The line is a secret: the first host that runs it becomes NAME. With --ttl the host's membership ends after that
     time, unless it joins again with a new invitation. Hosts that join with a reusable invitation become permanent
-    members as soon as the host with the authority has met them.
+    members as soon as the host with the authority has met them, as many as --hosts says.
 
     \b
     Example:
       meshd invite web3
       meshd invite db1 --subnet 172.20.7.0/24 --ttl 90d
-      meshd invite --reusable web- --ttl 30d
+      meshd invite --reusable web- --hosts 20 --ttl 30d
     """
     keeper.key(state)
+    if hosts is not None and not reusable:
+        raise InputError("--hosts is for reusable invitations: add --reusable, or leave --hosts out")
     if reusable:
-        print_invitation(state, keeper.invite_many(state, name or "", Terms(expiry(ttl or REUSABLE), subnets)))
+        terms = Terms(expiry(ttl or REUSABLE), subnets)
+        print_invitation(state, keeper.invite_many(state, name or "", terms, hosts or DEFAULT_HOSTS))
     elif name is None:
-        raise InputError("whom to invite? 'meshd invite NAME' for one host, 'meshd invite --reusable' for any number")
+        raise InputError("whom to invite? 'meshd invite NAME' for one host, 'meshd invite --reusable' for many")
     else:
         print_invitation(state, keeper.invite(state, name, Terms(expiry(ttl) if ttl else 0, subnets)))
 
@@ -66,8 +83,8 @@ def print_invitation(state: State, invitation: Invitation) -> None:
     if delegation:
         whose = f"whose name begins with {delegation.prefix!r}" if delegation.prefix else "that is to join"
         output.show(
-            f"On every host {whose}{until}, run this line. It is a secret; '{label(delegation.serial)}' is its",
-            "name for 'meshd revoke'.",
+            f"On every host {whose}, up to {delegation.most} hosts{until}, run this line. It is a secret;",
+            f"'{label(delegation.serial)}' is its name for 'meshd revoke'.",
         )
     else:
         output.show(f"On the host that is to be {invitation.name}{until}, run this line. It is a secret.")

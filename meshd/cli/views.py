@@ -198,7 +198,7 @@ def facts(state: State, report: Report, backend: str, blocked: Sequence[str], no
         peers_with_recent_handshake=sum(now - peer.handshake < plan.FRESH for peer in report.peers),
         pending=[str(change) for change in report.changes],
         refused=dict(sorted(report.roster.refused.items())),
-        problems=[*map(str, report.failures), *_contested(state, report, now), *blocked],
+        problems=[*map(str, report.failures), *report.notices, *_contested(state, report, now), *blocked],
     )
 
 

@@ -167,8 +167,9 @@ class Asking:
 
     def _lookups(self, report: Report, now: float) -> list[Job]:
         """Look up the records of members that are refused: anyone who has the gossip key can spoil tags."""
-        hosts = self._alive & report.roster.hosts.keys()
-        unknown = [name for name in report.roster.refused if name not in report.roster.hosts]
+        roster = report.roster
+        hosts = self._alive & roster.hosts.keys()
+        unknown = [n for n in roster.refused if n not in roster.hosts and n not in roster.waiting]
         names: Iterable[str] = self._dice.sample(unknown, min(len(unknown), MAX_LOOKUPS)) if hosts else ()
         return [job for name in names for job in self._soon(LookUpRecord(name, hosts), name, now, room=MAX_LOOKUPS)]
 

@@ -37,7 +37,7 @@ class Complaints:
         refused += self._replayed(report, now)
         more = {"refused more than these"} if refused[MAX_REFUSED:] else set()
         withheld = {plan.withheld_text(change) for change in report.withheld}
-        return {*map(str, report.failures), *refused[:MAX_REFUSED], *more, *withheld}
+        return {*map(str, report.failures), *report.notices, *refused[:MAX_REFUSED], *more, *withheld}
 
     def _replayed(self, report: Report, now: float) -> list[str]:
         """Return the hosts whose tags have been older than their records for longer than Serf needs."""

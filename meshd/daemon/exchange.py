@@ -128,8 +128,8 @@ class Exchange:
         found, self._resume_at = calls.pull_tombstones(self.state, job.of, known, self._resume_at)
         if found and merge_tombstones(self.state, found):
             self._hint_at(found)
-            # The other hosts may have been away together with this one.
-            calls.broadcast_tombstones(self.state, found.without(known))
+            # The other hosts may have been away together with this one. What this one did not keep, they need not hear.
+            calls.broadcast_tombstones(self.state, self.state.roster().all_tombstones.without(known))
 
     def _collect_votes(self, job: CollectVotes) -> None:
         """Store all votes together: a reconcile that saw those on one claim alone could be led by one voter."""
@@ -177,7 +177,8 @@ class Exchange:
             return
         if isinstance(message, AskTombstones):
             self._ask_back(message)
-        reply = respond(self.state, message, payload if kind == QUERY else None)
+        waiting = self._report.roster.waiting
+        reply = respond(self.state, message, payload if kind == QUERY else None, waiting=waiting)
         if reply.answer and answer is not None:
             answer(reply.answer)
         self._take_in(reply)

@@ -1,5 +1,7 @@
 """What is done with another host's message, by the daemon and by a handler without one."""
 
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from meshd.gossip.messages import (
@@ -39,12 +41,16 @@ class Reply:
 
 
 NOTHING = Reply()
+NOBODY: Mapping[str, Record] = {}
 
 
-def respond(state: State, message: Message, query: bytes | None = None) -> Reply:
+def respond(
+    state: State, message: Message, query: bytes | None = None, *, waiting: Mapping[str, Record] = NOBODY
+) -> Reply:
     """Take in what a message says, and return what to answer. Raises InputError for damaged state.
 
-    `query` is the payload of the query that it came by, None for an event. The answers to Applied and Holds are the
+    `query` is the payload of the query that it came by, None for an event. `waiting` are the records of members that
+    are no hosts only because their invitation's share is used up (see Roster). The answers to Applied and Holds are the
     daemon's, or the handler's: these have reconciled.
     """
     match message:
@@ -57,7 +63,7 @@ def respond(state: State, message: Message, query: bytes | None = None) -> Reply
         case AskTombstones():
             answer: bytes | None = message.page(state.roster().all_tombstones)
         case AskConfirmation():
-            answer = _confirmation(state, message.name)
+            answer = _confirmation(state, message.name, waiting)
         case AskRecord():
             answer = _record(state, message.name)
     return Reply(answer)
@@ -85,11 +91,11 @@ def _record(state: State, name: str) -> bytes | None:
     return to_wire(record) if record is not None else None
 
 
-def _confirmation(state: State, name: str) -> bytes | None:
+def _confirmation(state: State, name: str, waiting: Mapping[str, Record]) -> bytes | None:
     if state.authority_key is None:
         return None
     claim = state.claim() if name == state.settings.name else None
-    record = claim.record if claim is not None else state.roster().hosts.get(name)
+    record = claim.record if claim is not None else state.roster().hosts.get(name, waiting.get(name))
     certificate = authority.confirm(state, name, record) if record is not None else None
     return AskConfirmation.answer(certificate) if certificate is not None else None
 
@@ -113,7 +119,7 @@ def merge_tombstones(state: State, tombstones: Tombstones) -> bool:
             # What this host signs as it leaves is no news to itself.
             others = {name: ones for name, ones in tombstones.gone.items() if name != host.name}
             tombstones = replace(tombstones, gone=others)
-        roster = membership.merge_tombstones(known, state.mesh, tombstones, host)
+        roster = membership.merge_tombstones(known, state.mesh, tombstones, host, time.time())
         if roster.all_tombstones == known.all_tombstones:
             return False
         state.save_roster(roster)

@@ -13,17 +13,14 @@ from ipaddress import IPv4Network
 
 from meshd.endpoint import Endpoint, LocalAddresses, unusable
 from meshd.mesh import conflicts, tombstones
-from meshd.mesh.certificates import CredentialError
+from meshd.mesh.certificates import CredentialError, check_time
 from meshd.mesh.model import Certificate, Graves, Host, Member, Record, Status, Tombstone
-from meshd.mesh.records import RecordError
-from meshd.mesh.roster import REVOKED, SUPERSEDED, Roster, StaleError, View
+from meshd.mesh.records import RecordError, decode
+from meshd.mesh.roster import CROWDED, REVOKED, SUPERSEDED, Roster, StaleError, View
+from meshd.mesh.shares import Shares
 from meshd.mesh.terms import Mesh
-from meshd.mesh.tombstones import Tombstones
+from meshd.mesh.tombstones import Tombstones, grave
 from meshd.mesh.votes import Dispute, Votes
-
-# Upper bound of the tombstones by reusable invitations that are kept of identities that were no hosts. Anyone who ever
-# had such an invitation can sign any number of them.
-MAX_STRANGERS = 256
 
 
 @dataclass(slots=True)
@@ -31,7 +28,7 @@ class _Heard:
     """What Serf's members say, sorted by what it means."""
 
     claims: dict[str, Record] = field(default_factory=dict)
-    departed: dict[str, Tombstone] = field(default_factory=dict)
+    departed: dict[str, dict[bytes, Tombstone]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     stale: dict[str, str] = field(default_factory=dict)
 
@@ -55,25 +52,48 @@ def admit(
     `local` its own addresses, which no new endpoint may be; both are asked for when there is one. `left_is_goodbye` is
     for handlers without a daemon, where Serf's own leave is the only sign that a host left.
     """
-    own, known = view.own, view.known
+    own, known = view.own, replace(view.known, gone=_counting(view.known, view.now))
     ended = {name: known.ended(name, record, view.now) for name, record in known.hosts.items()}
     said = _sort(view, members, left_is_goodbye=left_is_goodbye)
-    hosts = {name: record for name, record in known.hosts.items() if not ended[name] and name not in said.departed}
+    departed = _kept(known, said.departed)
+    gone = tombstones.joined(known.gone, departed)
+    hosts = {name: record for name, record in known.hosts.items() if not ended[name] and name not in departed}
     claims = said.claims | _news(view, said.claims, heard or {})
+    waiting = _crowded(hosts, gone, claims)
+    claims = {name: record for name, record in claims.items() if name not in waiting}
     alive = {member.name for member in members if member.status is Status.ALIVE}
     disputes: tuple[Dispute, ...] = ()
     if votes is not None:
         disputes = conflicts.disputes(own, hosts, claims, alive, is_newcomer=is_newcomer)
     losers = conflicts.losers(hosts, disputes, votes or {})
     lost = conflicts.settle(own, hosts, claims, alive, lost=losers, networks=networks, local=local)
-    refused = (
-        {n: why for n, why in ended.items() if why and not known.is_buried(n, known.hosts[n])} | said.refused | lost
-    )
-    departed = {name: {tombstone.identity: tombstone} for name, tombstone in said.departed.items()}
-    gone = tombstones.joined(known.gone, _kept(known, departed))
+    refused = {n: why for n, why in ended.items() if why and not known.is_buried(n, known.hosts[n])}
+    refused |= said.refused | lost | dict.fromkeys(waiting, CROWDED)
     owners = _owners(replace(known, gone=gone), hosts, refused)
     gone = tombstones.where(gone, partial(_counts, {**hosts, own.name: own.record}, owners))
-    return Roster(hosts, gone, refused, known.revoked, said.stale, owners=owners, disputes=disputes)
+    return Roster(hosts, gone, refused, known.revoked, said.stale, owners=owners, disputes=disputes, waiting=waiting)
+
+
+def _counting(known: Roster, now: float) -> Graves:
+    """Return the tombstones without those of invitations that are revoked or have expired."""
+    return tombstones.where(known.gone, lambda _n, _i, tombstone: not known.is_over(tombstone, now))
+
+
+def _crowded(hosts: Mapping[str, Record], gone: Graves, claims: Mapping[str, Record]) -> dict[str, Record]:
+    """Return those claims for which their invitation's share has no place; who is a host by it already has one."""
+    shares, waiting = Shares(hosts, gone), dict[str, Record]()
+    for name, record in sorted(claims.items(), key=lambda claim: (claim[1].certificate.rank, claim[0])):
+        has_place = name in hosts and _is_by_same(hosts[name].certificate, record.certificate)
+        if not has_place and not shares.take_host(record):
+            waiting[name] = record
+    return waiting
+
+
+def _is_by_same(one: Certificate, other: Certificate) -> bool:
+    """Return whether two certificates are of one identity and one reusable invitation."""
+    mine, others = one.delegation, other.delegation
+    is_same = mine is not None and others is not None and mine.serial == others.serial
+    return is_same and one.identity == other.identity
 
 
 def _owners(known: Roster, hosts: Mapping[str, Record], refused: Mapping[str, str]) -> dict[str, Certificate]:
@@ -115,9 +135,11 @@ def _counts(
 
 def _sort(view: View, members: Iterable[Member], *, left_is_goodbye: bool) -> _Heard:
     """Sort what the other members say into claims, departures and what is refused."""
-    said = _Heard()
+    said, shares = _Heard(), Shares(view.known.hosts, view.known.gone)
     for member in sorted((m for m in members if m.name != view.own.name), key=lambda m: m.name):
         name = member.name
+        if member.status is not Status.ALIVE and _is_idle_stranger(view, shares, member):
+            continue
         try:
             record = view.newest(member)
         except StaleError as error:
@@ -131,25 +153,57 @@ def _sort(view: View, members: Iterable[Member], *, left_is_goodbye: bool) -> _H
         if record is None:
             continue
         if record.leaving:
-            said.departed[name] = tombstones.of_leaving(record)
+            said.departed |= grave(name, tombstones.of_leaving(record))
         elif left_is_goodbye and member.status is Status.LEFT:
-            said.departed[name] = tombstones.unproved(record)
+            said.departed |= grave(name, tombstones.unproved(record))
         else:
             said.claims[name] = record
     return said
 
 
+def _is_idle_stranger(view: View, shares: Shares, member: Member) -> bool:
+    """Return whether what a member says that is no host here changes nothing, whoever has signed it.
+
+    Serf lists the dead for a day. Checking the signatures of thousands would take longer than all else.
+    """
+    if member.name in view.known.hosts or member.name in view.known.gone:
+        return False
+    try:
+        record = decode(member.tags, view.mesh.overlay, view.mesh.subnet_length)
+    except RecordError:
+        return True
+    by = record.certificate.delegation
+    is_without_place = by is not None and not shares.has_room(by, leaving=record.leaving)
+    return is_without_place or bool(view.known.lapsed(record.certificate, view.now))
+
+
 def _kept(known: Roster, departed: Graves) -> Graves:
-    """Drop, beyond MAX_STRANGERS, tombstones of identities by reusable invitations that were no hosts."""
+    """Drop the tombstones for which their invitation's share has no place; that of a host has one already.
 
-    def is_strange(name: str, identity: bytes, tombstone: Tombstone) -> bool:
-        is_host = name in known.hosts and tombstone.is_about(known.hosts[name].certificate.identity)
-        return tombstone.is_delegated and not is_host and identity not in known.gone.get(name, {})
+    A host that the authority itself has certified is not ended by what it says by an invitation.
+    """
+    idle = {(name, identity) for name, identity, t in tombstones.each(departed) if _is_idle(known, name, t)}
+    strange = [(n, identity, t) for n, identity, t in tombstones.each(departed) if not _has_place(known, n, t)]
+    shares = Shares(known.hosts, known.gone) if strange else Shares({}, {})
+    excess = {(name, identity) for name, identity, t in strange if not shares.take_stranger(t)}
+    dropped = idle | excess
+    return tombstones.where(departed, lambda name, identity, _: (name, identity) not in dropped)
 
-    strange = [(name, identity) for name, identity, t in tombstones.each(departed) if is_strange(name, identity, t)]
-    room = MAX_STRANGERS - sum(t.is_delegated for _, _, t in tombstones.each(known.gone)) if strange else 0
-    excess = set(strange[max(room, 0) :])
-    return tombstones.where(departed, lambda name, identity, _: (name, identity) not in excess)
+
+def _is_idle(known: Roster, name: str, tombstone: Tombstone) -> bool:
+    """Return whether a tombstone is of the identity that a host has, and does not end it."""
+    host = known.hosts.get(name)
+    return host is not None and tombstone.is_about(host.certificate.identity) and not tombstone.voids(host)
+
+
+def _has_place(known: Roster, name: str, tombstone: Tombstone) -> bool:
+    """Return whether a tombstone takes over the place of its host, or of the one before, or needs none."""
+    host, before = known.hosts.get(name), known.gone.get(name, {}).get(tombstone.identity)
+    if tombstone.by is None or tombstone.delegation is None:
+        return True
+    is_hosts = host is not None and _is_by_same(host.certificate, tombstone.by)
+    was_hosts = before is not None and before.by is not None and _is_by_same(before.by, tombstone.by)
+    return is_hosts or was_hosts
 
 
 def _news(view: View, claims: Mapping[str, Record], heard: Mapping[str, Record]) -> dict[str, Record]:
@@ -205,14 +259,43 @@ def lost(contacts: Mapping[str, Endpoint], members: Iterable[Member]) -> dict[st
     return {name: endpoint for name, endpoint in sorted(contacts.items()) if name not in alive}
 
 
-def merge_tombstones(known: Roster, mesh: Mesh, news: Tombstones, own: Host | None) -> Roster:
+def merge_tombstones(known: Roster, mesh: Mesh, news: Tombstones, own: Host | None, now: float) -> Roster:
     """Return the roster with the proved tombstones that other hosts told of; the next `admit` acts on them.
 
-    Tombstones older than the current record are ignored. `own` is this host with what it has published.
+    Tombstones older than the current record are ignored. `own` is this host with what it has published, `now` Unix
+    time.
     """
     living = {**known.hosts, own.name: own.record} if own is not None else known.hosts
-    news = news.without(known.all_tombstones).proved(mesh)
-    gone = tombstones.where(news.gone, partial(_counts, living, {**known.owners, **news.owners}))
-    more = Tombstones(_kept(known, gone), news.revoked, news.owners)
+    news = news.without(known.all_tombstones)
+    # What counts no more is not worth checking its signatures.
+    news = replace(news, gone=tombstones.where(news.gone, lambda _n, _i, t: not known.is_over(t, now))).proved(mesh)
+    known = replace(known, revoked={**known.revoked, **news.revoked})
+    known = replace(known, gone=_counting(known, now))
+    owners = {name: c for name, c in news.owners.items() if not _is_too_late(living.get(name), c, now)}
+
+    def counts(name: str, identity: bytes, tombstone: Tombstone) -> bool:
+        if known.is_over(tombstone, now) or _is_too_late(living.get(name), tombstone.by, now):
+            return False
+        return _counts(living, {**known.owners, **owners}, name, identity, tombstone)
+
+    more = Tombstones(_kept(known, tombstones.where(news.gone, counts)), {}, owners)
     merged = known.all_tombstones.merged(more)
-    return replace(known, gone=merged.gone, revoked=merged.revoked, owners=merged.owners)
+    return replace(known, gone=merged.gone, owners=merged.owners)
+
+
+def _is_too_late(record: Record | None, later: Certificate | None, now: float) -> bool:
+    """Return whether a later certificate for a host's name has expired, while that host's own still holds.
+
+    Where it was known in time, the name's earlier owner has ended for good.
+    """
+    if record is None or later is None or not later.supersedes(record.certificate):
+        return False
+    return _has_expired(later, now) and not _has_expired(record.certificate, now)
+
+
+def _has_expired(certificate: Certificate, now: float) -> bool:
+    try:
+        check_time(certificate, now)
+    except CredentialError:
+        return True
+    return False

@@ -14,6 +14,8 @@ from meshd.endpoint import Endpoint, IPAddress
 
 # The version of records, certificates and delegations that this meshd makes, and the one that it reads as well.
 VERSION, FORMER = 3, 2
+# For how many hosts a reusable invitation is that does not say it, as those of version 2; and for how many at most.
+DEFAULT_HOSTS, MAX_HOSTS = 64, 1000
 
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,61}[A-Za-z0-9])?")
 
@@ -52,8 +54,8 @@ class Delegation:
     """The authority's leave to certify hosts, which a reusable invitation carries.
 
     `expires` is Unix seconds, 0 for never; names begin with `prefix`; without `subnets` every subnet is allowed.
-    `hosts` is how many hosts the authority is to confirm by it, 0 for any number, as in version 2. `extensions` are a
-    block (meshd.mesh.extensions).
+    `hosts` is how many hosts the authority confirms by it, 0 in version 2 (see `most`). `extensions` are a block
+    (meshd.mesh.extensions).
     """
 
     serial: int
@@ -65,6 +67,11 @@ class Delegation:
     hosts: int = 0
     extensions: bytes = b""
     version: int = VERSION
+
+    @property
+    def most(self) -> int:
+        """How many hosts the authority confirms by it, and how many of others are taken at once (mesh.shares)."""
+        return self.hosts or DEFAULT_HOSTS
 
 
 def identity_serial(identity: bytes) -> int:
@@ -172,9 +179,9 @@ class Tombstone:
     """The end of a host's membership. A host that joins again does so with a new key and a newer record.
 
     Its proof for others is `record`, the host's own last one, which says that it leaves, or `forgotten`, the
-    authority's signature. Without a proof it counts on this host alone. `identity` is whose membership it ends; empty,
-    it ends that of any identity, as the authority's word of version 2 does. `extensions` are those of the authority's
-    word.
+    authority's signature. Without a proof it counts on this host alone, and `certificate` is the host's. `identity` is
+    whose membership it ends; empty, it ends that of any identity, as the authority's word of version 2 does.
+    `extensions` are those of the authority's word.
     """
 
     seq: int
@@ -183,16 +190,31 @@ class Tombstone:
     forgotten: bytes = b""
     identity: bytes = b""
     extensions: bytes = b""
+    certificate: Certificate | None = None
 
     @property
     def by(self) -> Certificate | None:
-        """The certificate of the host that left; None for the authority's word, and without a proof."""
-        return self.record.certificate if self.record is not None else None
+        """The certificate of the host that left; None for the authority's word."""
+        return self.record.certificate if self.record is not None else self.certificate
+
+    @property
+    def delegation(self) -> Delegation | None:
+        """The reusable invitation that has made the identity whose word it is; None for the authority's own."""
+        return self.by.delegation if self.by is not None else None
 
     @property
     def is_delegated(self) -> bool:
         """Whether it is the word of an identity that a reusable invitation has made."""
-        return self.by is not None and self.by.delegation is not None
+        return self.delegation is not None
+
+    @property
+    def rank(self) -> tuple[bool, int]:
+        """Its place among those of one name and identity, of which the highest one is kept.
+
+        One by a reusable invitation counts no longer than that does, and never replaces one that the authority is
+        behind.
+        """
+        return not self.is_delegated, self.seq
 
     @property
     def has_proof(self) -> bool:
@@ -203,9 +225,14 @@ class Tombstone:
         return self.identity in (b"", identity)
 
     def voids(self, record: Record) -> bool:
-        """Return whether a record of this name is of the membership that has ended."""
+        """Return whether a record of this name is of the membership that has ended.
+
+        What was said by a reusable invitation ends nothing that the authority itself has certified: it counts no longer
+        than that invitation does.
+        """
         is_old = record.seq <= self.seq or record.public_key == self.public_key
-        return is_old and self.is_about(record.certificate.identity)
+        is_able = not self.is_delegated or record.certificate.delegation is not None
+        return is_old and is_able and self.is_about(record.certificate.identity)
 
 
 Graves = Mapping[str, Mapping[bytes, Tombstone]]

@@ -271,8 +271,9 @@ def _base85(text: str) -> bytes:
         raw = base64.b85decode(text)
     except ValueError:
         raise RecordError("the record is not base 85") from None
-    # One record has one spelling: what fills up the last characters is zero.
-    if _spell_85(raw) != text:
+    # One record has one spelling: what fills up the last characters is zero. Five characters are four bytes.
+    begun = len(text) // 5
+    if _spell_85(raw[4 * begun :]) != text[5 * begun :]:
         raise RecordError("the record is not base 85")
     return raw
 

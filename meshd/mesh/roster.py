@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from meshd.mesh.certificates import CredentialError, check_time
-from meshd.mesh.model import Certificate, Graves, Host, Member, Record, Revocation, Status
+from meshd.mesh.model import Certificate, Graves, Host, Member, Record, Revocation, Status, Tombstone
 from meshd.mesh.records import RecordError, decode
 from meshd.mesh.terms import Mesh
 from meshd.mesh.tombstones import Tombstones, latest
@@ -16,6 +16,10 @@ SUPERSEDED = "the authority has given its name to another host since"
 TAKEN = (
     "another host has its name and has not left: it needs an invitation for that name ('meshd invite NAME'), or that "
     "one has to be forgotten before it joins ('meshd forget NAME')"
+)
+CROWDED = (
+    "others have used up what is taken by its invitation: it is admitted once the authority has confirmed it ('meshd "
+    "status' on the authority's host says if it does not)"
 )
 
 
@@ -32,6 +36,7 @@ class Roster:
     tags hold an older record than the one in force: Serf is slower than an announcement, or someone replays it.
     `dropped` are the records of hosts that an older version of meshd took, and that no host can have by this one.
     `disputes` are what several hosts claim, and this host does not know, or does not know for long, whose it is.
+    `waiting` are those records that are refused only because their invitation's share is used up (mesh.shares).
     """
 
     hosts: Mapping[str, Record] = field(default_factory=dict)
@@ -42,6 +47,7 @@ class Roster:
     dropped: Mapping[str, Record] = field(default_factory=dict)
     owners: Mapping[str, Certificate] = field(default_factory=dict)
     disputes: tuple[Dispute, ...] = ()
+    waiting: Mapping[str, Record] = field(default_factory=dict)
 
     def sorted_hosts(self) -> tuple[Host, ...]:
         return tuple(Host(name, record) for name, record in sorted(self.hosts.items()))
@@ -89,6 +95,10 @@ class Roster:
         except CredentialError as error:
             return str(error)
         return ""
+
+    def is_over(self, tombstone: Tombstone, now: float) -> bool:
+        """Return whether all that a tombstone can end has ended anyway: what its revoked or expired invitation made."""
+        return tombstone.by is not None and tombstone.is_delegated and bool(self.lapsed(tombstone.by, now))
 
     def has(self, name: str, now: float) -> bool:
         """Return whether a host of this name is known, and nothing has ended it."""

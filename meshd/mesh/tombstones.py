@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 
-from meshd.mesh import versioned
+from meshd.mesh import shares, versioned
 from meshd.mesh.certificates import CredentialError
 from meshd.mesh.model import FORMER, VERSION, Certificate, Graves, Record, Revocation, Tombstone, is_name
 from meshd.mesh.records import (
@@ -42,7 +42,8 @@ def of_leaving(record: Record) -> Tombstone:
 
 def unproved(record: Record) -> Tombstone:
     """Return the tombstone of a host whose Serf agent left, for this host alone."""
-    return Tombstone(record.seq, record.public_key, identity=record.certificate.identity)
+    certificate = record.certificate
+    return Tombstone(record.seq, record.public_key, identity=certificate.identity, certificate=certificate)
 
 
 def dead(record: Record) -> Tombstone:
@@ -102,7 +103,7 @@ def _read_proof(raw: bytes, mesh: Mesh) -> Tombstone:
 
 
 def joined(graves: Graves, more: Graves) -> dict[str, dict[bytes, Tombstone]]:
-    """Return the tombstones of both; of two of one identity the later one."""
+    """Return the tombstones of both; of two of one identity the one that says more."""
     both = {name: dict(ones) for name, ones in graves.items()}
     for name, identity, tombstone in each(newer(more, graves)):
         both.setdefault(name, {})[identity] = tombstone
@@ -114,7 +115,7 @@ def newer(graves: Graves, than: Graves) -> dict[str, dict[bytes, Tombstone]]:
 
     def is_news(name: str, identity: bytes, tombstone: Tombstone) -> bool:
         known = than.get(name, {}).get(identity)
-        return known is None or tombstone.seq > known.seq
+        return known is None or tombstone.rank > known.rank
 
     return where(graves, is_news)
 
@@ -186,8 +187,17 @@ class Tombstones:
 
     @property
     def digest(self) -> str:
-        """16 hexadecimal digits by which two hosts see that they know the same ones."""
-        lines = [f"{name} {t.seq} {t.public_key}\n" for name, _, t in each(self.gone)]
+        """16 hexadecimal digits by which two hosts see that they know the same ones.
+
+        By an invitation whose share is used up each host knows others, and would ask for them again and again.
+        """
+        full, graves = shares.full(self.gone), each(self.gone)
+        lines = [
+            f"{name} {identity.hex()} {t.seq} {t.public_key}\n"
+            for name, identity, t in graves
+            if t.delegation is None or t.delegation.serial not in full
+        ]
+        lines += [f"{serial} is full\n" for serial in sorted(full)]
         lines += [f"{serial}\n" for serial in sorted(self.revoked)]
         lines += [f"{name} {c.serial}\n" for name, c in sorted(self.owners.items())]
         return sha256("".join(lines).encode()).hexdigest()[:16]

@@ -198,12 +198,13 @@ def _keep_roaming(wanted: Resource, old: Resource, now: float, moved: Collection
 
 
 def guard(
-    changes: Iterable[Change], observed: Iterable[Resource], departed: Collection[str]
+    changes: Iterable[Change], observed: Iterable[Resource], departed: Collection[str], *, is_forgetful: bool = False
 ) -> tuple[tuple[Change, ...], tuple[Change, ...]]:
     """Split the changes into those to make and those to withhold.
 
     Removing peers is withheld, with the routes to them, when more than half of the peers would go without evidence:
-    `departed` are the public keys that said goodbye, were forgotten, or were replaced by a newer key.
+    `departed` are the public keys that said goodbye, were forgotten, or were replaced by a newer key. A host that
+    `is_forgetful` has lost its list of hosts, and removes none without evidence.
     """
     changes = tuple(changes)
     peers = [r for r in observed if isinstance(r, Peer)]
@@ -212,7 +213,7 @@ def guard(
         for c in changes
         if c.action is Action.REMOVE and isinstance(c.resource, Peer) and c.resource.public_key not in departed
     ]
-    if len(doubtful) * 2 <= len(peers):
+    if len(doubtful) * 2 <= len(peers) and not is_forgetful:
         return changes, ()
     prefixes = {prefix for peer in doubtful for prefix in peer.allowed_ips}
 

@@ -20,6 +20,7 @@ from meshd.net.resources import Action, Change, Engine, Peer, Port, Resource, Ro
 from meshd.reconcile import handshakes, plan
 from meshd.reconcile.handshakes import Unmet
 from meshd.reconcile.machine import Area, Failure, Machine, this_machine
+from meshd.state import authority
 from meshd.state import claim as own_claim
 from meshd.state.claim import NumbersError
 from meshd.state.directory import State
@@ -74,7 +75,7 @@ class Report:
     `rival` is the host that keeps this host's subnet; `lost` are the known hosts that Serf does not see alive, with
     their gossip addresses; `unmet` the peers without a handshake, None if the peers were not read; `restarted` the
     public keys of those whose handshake was started again; `engine` is what Docker said that it is, None if it was not
-    asked.
+    asked; `notices` are problems with which nothing failed.
     """
 
     roster: Roster = field(default_factory=Roster)
@@ -89,6 +90,7 @@ class Report:
     engine: Engine | None = None
     lost: Mapping[str, Endpoint] = field(default_factory=dict)
     own: Host | None = None
+    notices: tuple[str, ...] = ()
 
     def failed(self, *areas: Area) -> tuple[Failure, ...]:
         """Return the failures of these areas."""
@@ -227,7 +229,16 @@ class _Run:
             engine=facts.engine,
             lost=membership.lost(contacts, seen.members) if seen.members else {},
             own=self.own,
+            notices=self.notices(seen.roster),
         )
+
+    def notices(self, roster: Roster) -> tuple[str, ...]:
+        """Return what is wrong though nothing failed."""
+        try:
+            used_up = authority.used_up(self.state, roster)
+        except MeshdError as error:
+            used_up = [str(error)]
+        return (*used_up, *self.state.set_aside())
 
     def tell_dropped(self, contacts: Mapping[str, Endpoint]) -> None:
         """Log what an older version of meshd kept on disk, and this one drops."""
@@ -305,7 +316,9 @@ class _Run:
         changes = plan.diff(wanted, facts.resources, now=self.now, moved=moved, patient=patient, kinds=facts.readable)
         withheld: tuple[Change, ...] = ()
         if not self.options.force:
-            changes, withheld = plan.guard(changes, facts.resources, _departed(self.known, roster))
+            is_forgetful = bool(self.state.set_aside())
+            departed = _departed(self.known, roster)
+            changes, withheld = plan.guard(changes, facts.resources, departed, is_forgetful=is_forgetful)
         return _Decision(changes, withheld, tuple(r for r in wanted if isinstance(r, Peer)), late)
 
     def write(self, roster: Roster, decision: _Decision) -> tuple[tuple[Change, ...], list[Failure]]:

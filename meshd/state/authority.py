@@ -14,8 +14,20 @@ from meshd.endpoint import Endpoint
 from meshd.errors import InputError
 from meshd.mesh import certificates
 from meshd.mesh.invitations import Invitation
-from meshd.mesh.model import VERSION, Certificate, Delegation, Record, Revocation, Tombstone, identity_serial, is_name
+from meshd.mesh.model import (
+    DEFAULT_HOSTS,
+    MAX_HOSTS,
+    VERSION,
+    Certificate,
+    Delegation,
+    Record,
+    Revocation,
+    Tombstone,
+    identity_serial,
+    is_name,
+)
 from meshd.mesh.records import MAX_PREFIX
+from meshd.mesh.roster import Roster
 from meshd.mesh.tombstones import dead
 from meshd.state.directory import State
 
@@ -23,8 +35,10 @@ EXPORT = "meshd-authority 1"
 _FOREVER = 0
 # Numbers of records begin with Unix time and grow by one: no clock ever gives this one.
 RUNAWAY = 2**40
-# How many hosts a reusable invitation is for, which nothing bounds yet.
-HOSTS = 64
+USED_UP = (
+    "{label} is used up: the authority has confirmed {most} by it, and confirms no others. Run 'meshd invite "
+    "--reusable --hosts N' for more hosts, and 'meshd revoke {label}' if others than yours come by it"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +82,18 @@ def invite(state: State, name: str, terms: Terms) -> Invitation:
     return _invitation(state, own, name=name, certificate=certificate)
 
 
-def invite_many(state: State, prefix: str, terms: Terms) -> Invitation:
-    """Return an invitation for as many hosts as come before it expires, whose names begin with `prefix`."""
+def invite_many(state: State, prefix: str, terms: Terms, hosts: int = DEFAULT_HOSTS) -> Invitation:
+    """Return an invitation for so many hosts that come before it expires, and whose names begin with `prefix`."""
     seed, own = key(state), certificates.new_seed()
     if len(prefix) > MAX_PREFIX or (prefix and not is_name(prefix.rstrip("-.") or "-")):
         raise InputError(f"the prefix {prefix!r} is not at most {MAX_PREFIX} letters, digits, dots and dashes")
     if not terms.expires:
         raise InputError("a reusable invitation must expire: pass --ttl")
+    if not 1 <= hosts <= MAX_HOSTS:
+        raise InputError(f"a reusable invitation is for 1 to {MAX_HOSTS} hosts, not {hosts}: make several")
     _check(state, terms)
     serial = _new_serial(state)
-    delegation = Delegation(serial, terms.expires, certificates.public(own), prefix, terms.subnets, hosts=HOSTS)
+    delegation = Delegation(serial, terms.expires, certificates.public(own), prefix, terms.subnets, hosts=hosts)
     delegation = certificates.delegate(seed, state.settings.mesh, delegation)
     _note(state, serial, label(serial), terms.expires, None)
     return _invitation(state, own, delegation=delegation)
@@ -145,7 +161,7 @@ def confirm(state: State, name: str, record: Record) -> Certificate | None:
     That is its own certificate for a host that joined by a reusable invitation: what the invitation allowed stays, its
     end does not. A host with a certificate of version 2 gets the same in version 3, once its record says that it can
     read it. Asked again it gives the same one. Whatever it gives, the host is a member since it was noted first. A host
-    whose membership has ended gets none.
+    whose membership has ended gets none, nor does one for which its invitation has no place left.
     """
     seed, former = state.authority_key, record.certificate
     version = min(record.version, VERSION)
@@ -154,7 +170,9 @@ def confirm(state: State, name: str, record: Record) -> Certificate | None:
     if former.delegation is None:
         certificate = replace(former, version=version)
     else:
-        serial = _confirmed_serial(state, name, former.identity, label(former.delegation.serial))
+        serial = _confirmed_serial(state, name, former.identity, former.delegation)
+        if serial is None:
+            return None
         since = certificates.since(serial)
         certificate = Certificate(
             serial, _FOREVER, former.identity, former.delegation.subnets, since=since, version=version
@@ -169,14 +187,32 @@ def _has_ended(state: State, name: str, record: Record) -> bool:
     return bool(state.roster().ended(name, record, time.time()))
 
 
-def _confirmed_serial(state: State, name: str, identity: bytes, by: str) -> int:
-    """Return the serial of an identity's certificate, which is noted unless it was before."""
-    known = [int(s) for s, e in state.issued().items() if (e["name"], e.get("identity")) == (name, identity.hex())]
+def _confirmed_serial(state: State, name: str, identity: bytes, by: Delegation) -> int | None:
+    """Return the serial of an identity's certificate, noted unless it was before; None if no more is to be noted."""
+    issued = state.issued()
+    known = [int(s) for s, e in issued.items() if (e["name"], e.get("identity")) == (name, identity.hex())]
     if known:
         return min(known)
+    if len(_confirmed_by(issued, {label(by.serial)})) >= by.most:
+        return None
     serial = _new_serial(state)
-    _note(state, serial, name, _FOREVER, identity, by=by)
+    _note(state, serial, name, _FOREVER, identity, by=label(by.serial))
     return serial
+
+
+def used_up(state: State, roster: Roster) -> list[str]:
+    """Return, for each invitation that brought more hosts than it is for, that the others are not confirmed.
+
+    Nobody is named: whoever has the invitation brings others all the time.
+    """
+    hosts = {n: r.certificate for n, r in {**roster.waiting, **roster.hosts}.items() if r.certificate.delegation}
+    if not hosts or state.authority_key is None:
+        return []
+    issued = state.issued()
+    noted = {(entry["name"], entry.get("identity")) for entry in issued.values()}
+    by = {c.delegation for name, c in hosts.items() if c.delegation and (name, c.identity.hex()) not in noted}
+    full = [d for d in by if len(_confirmed_by(issued, {label(d.serial)})) >= d.most]
+    return sorted(USED_UP.format(label=label(d.serial), most=d.most) for d in full)
 
 
 def forget(state: State, name: str, record: Record) -> Tombstone:

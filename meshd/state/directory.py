@@ -25,6 +25,12 @@ from meshd.state.settings import Settings
 
 DEFAULT = Path("/var/lib/meshd")
 T = TypeVar("T")
+# What becomes of a hosts.json that is too large to be read.
+ASIDE = "hosts.json.too-large"
+TOO_LARGE = (
+    "{path} is larger than {limit} bytes, and is not read: this host learns from the others again who is a host. Look "
+    "what filled it, then remove it"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,8 +210,14 @@ class State:
         )
 
     def roster(self) -> Roster:
-        """Return the hosts and tombstones that this host knows of."""
-        values = self._json("hosts.json") or {"hosts": {}, "gone": {}, "revoked": {}}
+        """Return the hosts and tombstones that this host knows of.
+
+        A file that is too large to be read tells of none: they are learnt again from the others.
+        """
+        try:
+            values = self._json("hosts.json") or {"hosts": {}, "gone": {}, "revoked": {}}
+        except files.TooLargeError:
+            return Roster()
         return self._guard("hosts.json", lambda: self._roster(values))
 
     def _roster(self, values: dict[str, Any]) -> Roster:
@@ -238,32 +250,35 @@ class State:
             return read_proof(seq, public_key, raw, self.mesh)
         except RecordError:
             # It counts here all the same.
-            return Tombstone(seq, public_key, identity=_bytes(values.get("identity", "")))
+            identity, by = _bytes(values.get("identity", "")), values.get("certificate")
+            certificate = _certificate(by) if by is not None else None
+            return Tombstone(seq, public_key, identity=identity, certificate=certificate)
 
     def _record(self, text: str) -> Record:
         return from_wire(_bytes(text), self.settings.overlay, self.settings.subnet_length)
 
     def save_roster(self, roster: Roster) -> None:
+        """Keep the hosts and tombstones. A file that is too large to be read is set aside before."""
+        path = self.directory / "hosts.json"
+        if files.is_too_large(path):
+            files.set_aside(path, self.directory / ASIDE)
         files.write_json(
             self.directory / "hosts.json",
             {
                 "hosts": {n: _text(to_wire(record)) for n, record in {**roster.dropped, **roster.hosts}.items()},
                 "gone": {
-                    name: [
-                        {
-                            "seq": g.seq,
-                            "public_key": g.public_key,
-                            "proof": _text(proof(g)),
-                            "identity": _text(g.identity),
-                        }
-                        for g in ones.values()
-                    ]
+                    name: [_tombstone_values(tombstone) for tombstone in ones.values()]
                     for name, ones in roster.gone.items()
                 },
                 "owners": {name: _certificate_values(c) for name, c in roster.owners.items()},
                 "revoked": {str(serial): _revocation_values(r) for serial, r in roster.revoked.items()},
             },
         )
+
+    def set_aside(self) -> list[str]:
+        """Return what is wrong with a file of hosts that was, or is, too large to be read; nothing if there is none."""
+        names = [name for name in ("hosts.json", ASIDE) if files.is_too_large(self.directory / name)]
+        return [TOO_LARGE.format(path=self.directory / names[0], limit=files.LIMIT)] if names else []
 
     def contacts(self) -> dict[str, Endpoint]:
         """Return the gossip addresses of the hosts that this one knew, to find them again, by name."""
@@ -330,12 +345,24 @@ class State:
 # Every file that this class, or what it starts, writes here.
 _OURS = {
     *("settings.json", "claim.json", "contacts.json", "hosts.json", "originals.json", "serf.json"),
-    "underlay.json",
+    *("underlay.json", ASIDE),
     *("authority.pub", "authority.key", "authority.exported", "identity.key", "certificate.json"),
     "issued.json",
     *("wireguard.key", "gossip.key", "rpc.key", "serf.log", "agent.log"),
     *("agent.pid", "agent.sock", "lock", "serf.lock", "down"),
 }
+
+
+def _tombstone_values(tombstone: Tombstone) -> dict[str, Any]:
+    values = {
+        "seq": tombstone.seq,
+        "public_key": tombstone.public_key,
+        "proof": _text(proof(tombstone)),
+        "identity": _text(tombstone.identity),
+    }
+    if tombstone.certificate is None:
+        return values
+    return {**values, "certificate": _certificate_values(tombstone.certificate)}
 
 
 def _certificate_values(certificate: Certificate) -> dict[str, Any]:

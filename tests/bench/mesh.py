@@ -6,7 +6,7 @@ import time
 from contextlib import ExitStack
 from functools import cache
 
-from meshd.lab.hosts import Lab, LabHost
+from meshd.lab.hosts import MOST, Lab, LabHost
 from tests.lab import conftest
 
 
@@ -27,7 +27,8 @@ class Mesh:
             if self.hosts:
                 conftest.join(host, self.hosts[-1], self.invitation, "--no-docker")
             else:
-                self.invitation = conftest.init(host, "--no-docker")
+                conftest.init(host, "--no-docker")
+                self.invitation = conftest.invitation(host, "--hosts", str(MOST))
             times.append(time.monotonic() - begun)
             self.hosts.append(host)
         return times

@@ -216,9 +216,9 @@ def peers(host: LabHost) -> list[str]:
     return sorted(host.run(["wg", "show", "wg0", "peers"]).stdout.split())
 
 
-def invitation(host: LabHost) -> str:
+def invitation(host: LabHost, *options: str) -> str:
     """What `meshd invite --reusable`, on the host that holds the authority, gives to the next hosts."""
-    return host.run(["meshd", "invite", "--reusable"]).stdout.split("MESHD_INVITE=")[1].split()[0]
+    return host.run(["meshd", "invite", "--reusable", *options]).stdout.split("MESHD_INVITE=")[1].split()[0]
 
 
 # In a shell, the key of the RPC as Serf wants it.

@@ -6,11 +6,11 @@ import pytest
 
 from meshd.errors import InputError
 from meshd.mesh import certificates
-from meshd.mesh.model import FORMER, Record
+from meshd.mesh.model import DEFAULT_HOSTS, FORMER, MAX_HOSTS, Record
 from meshd.mesh.roster import REVOKED, Roster
 from meshd.mesh.tombstones import is_proved
 from meshd.state import authority
-from meshd.state.authority import HOSTS, RUNAWAY, Terms, label
+from meshd.state.authority import RUNAWAY, Terms, label
 from meshd.state.directory import State
 from tests.conftest import AUTHORITY, NOW, delegated, delegation, record
 
@@ -120,7 +120,54 @@ def test_forget_names_the_identity(holder: State) -> None:
 
 
 def test_reusable_invitation_says_for_how_many_hosts(holder: State) -> None:
-    """The bound is signed. Nothing acts on it yet."""
+    """The bound is signed, and at most a thousand. That of version 2, which says none, is for as many as by default."""
     invitation = authority.invite_many(holder, "web-", Terms(expires=int(NOW)))
     assert invitation.delegation is not None
-    assert invitation.delegation.hosts == HOSTS
+    assert invitation.delegation.hosts == DEFAULT_HOSTS
+    few = authority.invite_many(holder, "web-", Terms(expires=int(NOW)), 3)
+    assert few.delegation is not None
+    assert few.delegation.most == 3
+    assert delegation(version=FORMER).most == DEFAULT_HOSTS
+    for hosts in (0, MAX_HOSTS + 1):
+        with pytest.raises(InputError, match=f"for 1 to 1000 hosts, not {hosts}"):
+            authority.invite_many(holder, "web-", Terms(expires=int(NOW)), hosts)
+
+
+# --- no more hosts than an invitation is for ------------------------------------------------------------------------
+
+FEW = delegation(expires=0, hosts=2, serial=9)
+
+
+def came(number: int) -> Record:
+    return record(number, by=delegated(f"barge{number}", FEW))
+
+
+def test_no_more_hosts_are_confirmed_than_an_invitation_is_for(holder: State) -> None:
+    """The third one of an invitation for two gets nothing; the first two are confirmed again and again, at no cost."""
+    first = [authority.confirm(holder, f"barge{n}", came(n)) for n in (2, 3)]
+    assert None not in first
+    before = holder.issued()
+    assert authority.confirm(holder, "barge4", came(4)) is None
+    assert [authority.confirm(holder, f"barge{n}", came(n)) for n in (2, 3)] == first
+    assert holder.issued() == before
+    elsewhere = record(5, by=delegated("barge5", LASTING))
+    assert authority.confirm(holder, "barge5", elsewhere) is not None, "another invitation has its own number"
+
+
+def test_the_authority_says_whom_it_does_not_confirm_and_what_to_do(holder: State) -> None:
+    """There is one line for an invitation, whoever waits, and none before its number is reached."""
+    hosts = {f"barge{n}": came(n) for n in (2, 3, 4)}
+    roster = Roster(hosts, waiting={"barge5": came(5)})
+    authority.confirm(holder, "barge2", hosts["barge2"])
+    assert authority.used_up(holder, roster) == []
+    authority.confirm(holder, "barge3", hosts["barge3"])
+    name = label(FEW.serial)
+    (text,) = authority.used_up(holder, roster)
+    assert text == (
+        f"{name} is used up: the authority has confirmed 2 by it, and confirms no others. Run 'meshd invite "
+        f"--reusable --hosts N' for more hosts, and 'meshd revoke {name}' if others than yours come by it"
+    )
+    assert authority.used_up(holder, Roster(waiting={"barge6": came(6)})) == [text], "whoever waits, it is logged once"
+    assert authority.used_up(holder, Roster({"barge2": hosts["barge2"], "barge6": record(6)})) == []
+    (holder.directory / "authority.key").unlink()
+    assert authority.used_up(holder, roster) == []

@@ -166,6 +166,32 @@ def test_join_refuses_subnet_before_writing(state: State, tmp_path: Path) -> Non
     assert not directory.exists()
 
 
+def test_reusable_invitation_is_for_so_many_hosts(state: State) -> None:
+    """`--hosts` says for how many, and is an error where it means nothing."""
+    state.save_authority_key(AUTHORITY)
+    _ = state.gossip_key
+
+    def invite(*arguments: str) -> tuple[int, str]:
+        result = CliRunner().invoke(main, ["--state-dir", str(state.directory), "invite", *arguments])
+        return result.exit_code, result.output
+
+    for arguments, most in (([], 64), (["--hosts", "7"], 7)):
+        code, said = invite("--reusable", "web-", *arguments)
+        assert code == 0, said
+        assert f"whose name begins with 'web-', up to {most} hosts, until " in said
+        offer = invitations.decode(said.split("MESHD_INVITE=")[1].split()[0])
+        assert offer.delegation is not None
+        assert offer.delegation.hosts == most
+    for wrong, message in (
+        (["web", "--hosts", "7"], "--hosts is for reusable invitations"),
+        (["--reusable", "--hosts", "0"], "0 is not in the range 1<=x<=1000"),
+        (["--reusable", "--hosts", "1001"], "1001 is not in the range 1<=x<=1000"),
+    ):
+        code, said = invite(*wrong)
+        assert code == 2
+        assert message in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from meshd.endpoint import Endpoint, LocalAddresses
 from meshd.mesh import certificates, conflicts, membership, tombstones
-from meshd.mesh.membership import MAX_STRANGERS, admit, contacts
+from meshd.mesh.membership import admit, contacts
 from meshd.mesh.model import Certificate, Host, Member, Record, Status, Tombstone
 from meshd.mesh.roster import BURIED, REVOKED, SUPERSEDED, TAKEN, Roster, View
 from meshd.mesh.terms import Mesh
@@ -38,7 +38,7 @@ def admitted(members: Sequence[Member], known: Roster | None = None, *, left_is_
 
 
 def merge_tombstones(known: Roster, mesh: Mesh, graves: Tombstones, own: Host | None = OWN) -> Roster:
-    return membership.merge_tombstones(known, mesh, graves, own)
+    return membership.merge_tombstones(known, mesh, graves, own, NOW)
 
 
 def test_admit_valid_members() -> None:
@@ -658,32 +658,6 @@ def test_delegated_tombstone_does_not_replace_own_one() -> None:
         assert admitted([member(2, of=record(2, seq=4))], roster).hosts == {}
 
 
-def test_tombstones_of_unknown_names_are_bounded() -> None:
-    """The number of tombstones for unknown names is bounded, and those of hosts are always kept."""
-    noise: dict[str, dict[bytes, Tombstone]] = {}
-    for number in range(3, MAX_STRANGERS + 9):
-        noise |= grave(f"barge{number}", tombstones.of_leaving(by_noise(number)))
-    known = merge_tombstones(
-        admitted([member(2, of=record(2, by=delegated("barge2", delegation())))]), MESH, Tombstones(noise)
-    )
-    assert len(known.gone) == MAX_STRANGERS
-    assert (
-        len(merge_tombstones(known, MESH, Tombstones(grave("barge999", tombstones.of_leaving(by_noise(999))))).gone)
-        == MAX_STRANGERS
-    )
-    assert len(admitted([replace(member(3, of=by_noise(999)), name="barge999")], known).gone) == MAX_STRANGERS
-    mine = tombstones.of_leaving(record(2, seq=2, leaving=True, by=delegated("barge2", delegation())))
-    others = tombstones.of_leaving(record(1, leaving=True))
-    more = merge_tombstones(known, MESH, Tombstones(grave("barge2", mine) | grave("barge1", others)), own=None)
-    assert len(more.gone) == MAX_STRANGERS + 2, "a host's own, and one by the authority's certificate"
-
-
-def by_noise(number: int) -> Record:
-    spelled = by_thief(3, leaving=True)
-    certificate = thiefs(f"barge{number}")
-    return certificates.sign(THIEF, "meshd", f"barge{number}", replace(spelled, certificate=certificate))
-
-
 def test_tombstone_of_own_name_is_kept_until_outdone() -> None:
     """A tombstone of this host's own identity is kept until its number exceeds it; that of another never counts."""
     word = tombstones.of_leaving(record(1, seq=2**40, key="earlier", leaving=True))
@@ -693,6 +667,34 @@ def test_tombstone_of_own_name_is_kept_until_outdone() -> None:
     assert admit(View(beyond, MESH, known, NOW), []).gone == {}
     other = tombstones.of_leaving(by_thief(1, leaving=True))
     assert merge_tombstones(Roster(), MESH, Tombstones(grave("barge1", other))) == Roster()
+
+
+LATE = int(NOW) - 1
+
+
+def by_late(*, leaving: bool = False) -> Record:
+    """What a later owner of barge2's name publishes whose certificate has expired."""
+    given = Certificate(AFTER, LATE, certificates.public(THIEF))
+    given = certificates.certify(AUTHORITY, "meshd", "barge2", given)
+    made = replace(by_another(2, AFTER, leaving=leaving), certificate=given, signature=b"")
+    return certificates.sign(THIEF, "meshd", "barge2", made)
+
+
+def test_expired_certificate_is_no_news_over_a_living_owner() -> None:
+    """A later certificate of the authority that has expired takes no name; where it is known, it stays."""
+    word = tombstones.of_leaving(by_late(leaving=True))
+    for told in (Tombstones(owners={"barge2": by_late().certificate}), Tombstones(grave("barge2", word))):
+        known = admitted([member(2)])
+        assert merge_tombstones(known, MESH, told) == known
+        expired = Roster({"barge2": record(2, by=certificate("barge2", expires=LATE))})
+        assert merge_tombstones(expired, MESH, told) != expired, "nobody living has the name"
+    before = replace(admitted([member(2)]), owners={"barge2": by_late().certificate})
+    roster = admitted([member(2)], before)
+    assert roster.refused == {"barge2": SUPERSEDED}
+    assert roster.owners == before.owners
+    own = replace(by_late().certificate, serial=certificate("barge1").serial + 1)
+    own = certificates.certify(AUTHORITY, "meshd", "barge1", own)
+    assert merge_tombstones(Roster(), MESH, Tombstones(owners={"barge1": own})) == Roster()
 
 
 def test_contacts_drop_revoked_hosts() -> None:

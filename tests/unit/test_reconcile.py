@@ -6,6 +6,8 @@ from typing import ClassVar, TypeVar
 
 import pytest
 
+from meshd import files
+from meshd.daemon.complaints import Complaints
 from meshd.endpoint import Endpoint, LocalAddresses
 from meshd.errors import ApplyError, InputError, MeshdError, MissingError, SerfError
 from meshd.gossip.messages import Applied
@@ -20,10 +22,11 @@ from meshd.reconcile.handshakes import Unmet
 from meshd.reconcile.machine import Area, Machine, this_machine
 from meshd.reconcile.renumber import renumber
 from meshd.reconcile.run import MEMBERSHIP, WITHOUT_DOCKER, Options, Report, reconcile, tear_down
+from meshd.state.authority import confirm
 from meshd.state.claim import UnfinishedError, publish
-from meshd.state.directory import State
+from meshd.state.directory import ASIDE, State
 from tests.adapters import InMemory, keeps_its_promises
-from tests.conftest import AUTHORITY, MESH, NOW, certificate, member, public_key, record
+from tests.conftest import AUTHORITY, MESH, NOW, certificate, delegated, delegation, member, public_key, record
 
 ENGINE = Engine("29.0")
 FORWARD = Sysctl(plan.IP_FORWARD, "0")
@@ -375,6 +378,47 @@ def test_hosts_that_older_version_took_are_dropped(host: State, caplog: pytest.L
     assert "barge2" not in host.saved_contacts()
     again = run(host, fake)
     assert (again.changes, caplog.messages) == ((), [])
+
+
+def test_a_host_that_cannot_read_its_hosts_removes_none(host: State) -> None:
+    """A hosts.json that is too large is set aside. Hosts are learnt again, and whoever is not listed keeps its peer."""
+    fake = Fake()
+    fake.members = [member(n) for n in (1, 2, 3, 4)]
+    run(host, fake)
+    with (host.directory / "hosts.json").open("r+b") as file:
+        file.truncate(files.LIMIT + 1)
+    fake.members = [member(n) for n in (1, 2, 3)]
+    dry = run(host, fake, dry=True)
+    assert [text for text in dry.notices if "is larger than" in text]
+    for _ in range(2):
+        report = run(host, fake)
+        assert (report.failures, fake.peers) == ((), {key(2), key(3), key(4)})
+        assert [c.resource.key for c in report.withheld if isinstance(c.resource, Peer)] == [key(4)]
+        assert [text for text in report.notices if f"{ASIDE} is larger than" in text]
+        assert host.roster().hosts == {"barge2": record(2), "barge3": record(3)}
+    fake.members = [member(n) for n in (1, 2, 3, 4)]
+    assert run(host, fake).withheld == ()
+    (host.directory / ASIDE).unlink()
+    assert run(host, fake).notices == ()
+
+
+def test_an_invitation_that_is_used_up_is_a_problem_where_the_authority_is(host: State) -> None:
+    """It is no failure: nothing is tried again for it. What is damaged does not end the reconcile."""
+    host.save_authority_key(AUTHORITY)
+    few = delegation(expires=0, hosts=1)
+    joined = {f"barge{n}": record(n, by=delegated(f"barge{n}", few)) for n in (2, 3)}
+    fake = Fake()
+    fake.members = [member(1), *(member(int(name[-1]), of=r) for name, r in joined.items())]
+    run(host, fake)
+    confirm(host, "barge2", joined["barge2"])
+    report = run(host, fake)
+    (text,) = report.notices
+    assert "is used up: the authority has confirmed 1 by it" in text
+    assert report.failures == ()
+    assert text in Complaints().of(report, 0)
+    (host.directory / "issued.json").write_text("{")
+    (text,) = run(host, fake).notices
+    assert "issued.json is damaged" in text
 
 
 def test_dropped_host_is_named_once_while_serf_is_silent(host: State, caplog: pytest.LogCaptureFixture) -> None:

@@ -83,7 +83,7 @@ def test_a_record_with_unknown_extensions_is_passed_on_bit_by_bit(state: State, 
     block = extensions.pack({5: b"of a later version", 9: b""})
     signed = {
         "authority": certificate("barge2", extensions=block),
-        "delegation": delegated("barge2", delegation(extensions=block)),
+        "delegation": delegated("barge2", delegation(expires=0, extensions=block)),
     }[by]
     newer = record(2, by=signed, extensions=block)
     wire = to_wire(newer)
@@ -126,6 +126,29 @@ def test_the_authority_alone_confirms_and_only_known_hosts(state: State) -> None
     assert certificate.identity == joined.certificate.identity
     assert respond(state, AskConfirmation("barge3")).answer is None, "certified by the authority already"
     assert respond(state, AskConfirmation("barge4")).answer is None
+
+
+def test_the_authority_confirms_whom_it_cannot_take_before(state: State) -> None:
+    """A host that waits since its invitation's share is used up waits for nothing else."""
+    state.save_authority_key(AUTHORITY)
+    waiting = {"barge2": record(2, by=delegated("barge2", delegation(expires=0)))}
+    assert respond(state, AskConfirmation("barge2"), b"").answer is None
+    answer = respond(state, AskConfirmation("barge2"), b"", waiting=waiting).answer
+    assert answer
+    MESH.trust.check_certificate("barge2", AskConfirmation.read_answer(answer))
+
+
+def test_a_revocation_alone_makes_the_file_small_again(state: State) -> None:
+    """All tombstones by a reusable invitation go with it, in the moment in which the host hears of that."""
+    by = delegation(expires=0)
+    left = {n: tombstones.of_leaving(record(n, by=delegated(f"barge{n}", by), leaving=True)) for n in range(20, 120)}
+    assert merge_tombstones(state, Tombstones({f"barge{n}": {t.identity: t} for n, t in left.items()}))
+    size = (state.directory / "hosts.json").stat().st_size
+    word = certificates.revoke(AUTHORITY, "meshd", by.serial, "invitation")
+    assert merge_tombstones(state, Tombstones(revoked={by.serial: word}))
+    assert state.roster() == Roster(revoked={by.serial: word})
+    assert (state.directory / "hosts.json").stat().st_size < size / 50
+    assert not merge_tombstones(state, Tombstones(grave("barge20", left[20]))), "no news any more"
 
 
 def test_the_authority_confirms_its_own_host_and_those_of_version_2(state: State) -> None:

@@ -22,7 +22,7 @@ from meshd.mesh.records import MAX_SEQ
 from meshd.mesh.roster import Roster
 from meshd.mesh.tombstones import Tombstones, dead, grave, of_leaving
 from meshd.state.claim import LAST, USED_UP, NumbersError, ended, endpoint, publish, refresh
-from meshd.state.directory import _OURS, Claim, State
+from meshd.state.directory import _OURS, ASIDE, Claim, State
 from meshd.state.settings import Settings
 from tests.conftest import GOLDEN, MESH, certificate, delegated, delegation, public_key, record, seed
 
@@ -209,6 +209,26 @@ def test_damaged_state_file_is_named_and_kept(state: State, name: str, content: 
     with pytest.raises(InputError, match=name):
         DAMAGE[name](State(state.directory))
     assert path.read_bytes() == content
+
+
+def test_hosts_that_are_too_large_to_read_stop_nothing(state: State) -> None:
+    """The file is as if it were not there. What is written next sets it aside, and that is said until it is removed."""
+    state.save_roster(Roster({"barge2": record(2)}))
+    assert state.set_aside() == []
+    path, aside = state.directory / "hosts.json", state.directory / ASIDE
+    with path.open("r+b") as file:
+        file.truncate(files.LIMIT + 1)
+    assert State(state.directory).roster() == Roster()
+    assert path.exists(), "who only reads writes nothing"
+    (text,) = state.set_aside()
+    assert text.startswith(f"{path} is larger than 16777216 bytes, and is not read: ")
+    state.save_roster(Roster({"barge3": record(3)}))
+    assert state.roster().hosts == {"barge3": record(3)}
+    assert aside.stat().st_size == files.LIMIT + 1
+    assert state.set_aside()[0].startswith(f"{aside} is larger")
+    aside.unlink()
+    assert state.set_aside() == []
+    assert ASIDE in _OURS
 
 
 def test_write_failure_keeps_old_file(state: State) -> None:
