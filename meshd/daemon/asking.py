@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from meshd.gossip.messages import AskTombstones
 from meshd.mesh.model import Certificate, Host, Record, Status
-from meshd.mesh.votes import Vote, Votes, claim_of, winner
+from meshd.mesh.votes import Vote, Votes, claim_of, is_open
 from meshd.reconcile.run import Report
 
 # Seconds before the same thing is asked again of the same hosts.
@@ -178,15 +178,17 @@ class Asking:
         self._until["votes"] = now + VOTE_AGAIN
 
     def _votes(self, report: Report, votes: Votes, now: float) -> list[Job]:
-        """Ask about the dispute that was asked about longest ago, and first those voters that have said nothing."""
-        disputes = [d for d in report.roster.disputes if d.voters and winner(d, votes) is None]
+        """Ask about the dispute that was asked about longest ago, and first those that were not asked or are silent."""
+        disputes = [d for d in report.roster.disputes if d.voters and is_open(d, votes, self._own)]
         if not disputes:
             return []
         dispute = min(disputes, key=lambda d: self._voted.get(d.place, -math.inf))
         ranked = sorted(dispute.claims.items(), key=lambda claim: (claim[1].certificate.rank, claim[0]))[:MAX_CLAIMS]
-        said = [votes.get(claim_of(*claim), Vote()).said.keys() for claim in ranked]
-        silent = sorted(dispute.voters.keys() - frozenset.intersection(*map(frozenset, said)))
-        chosen = self._dice.sample(silent or sorted(dispute.voters), min(VOTERS, len(silent or dispute.voters)))
+        so_far = [votes.get(claim_of(*claim), Vote()) for claim in ranked]
+        unasked = dispute.voters.keys() - frozenset.intersection(*(vote.asked for vote in so_far))
+        silent = dispute.voters.keys() - frozenset.intersection(*(frozenset(vote.said) for vote in so_far))
+        some = sorted(unasked or silent or dispute.voters)
+        chosen = self._dice.sample(some, min(VOTERS, len(some)))
         job = CollectVotes(
             tuple(Host(*claim) for claim in ranked), tuple(Host(name, dispute.voters[name]) for name in chosen)
         )

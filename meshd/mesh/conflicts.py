@@ -11,7 +11,7 @@ from ipaddress import IPv4Network
 from meshd.endpoint import LocalAddresses, destination
 from meshd.mesh.model import Host, Member, Record, Status
 from meshd.mesh.roster import View
-from meshd.mesh.votes import Dispute, Votes, winner
+from meshd.mesh.votes import Dispute, Votes, most_voted, winner
 
 OPEN = "{what} is claimed by {rivals} as well, and the other hosts do not agree, or have not said yet, whose it is"
 # Of any number of rivals, so many are named.
@@ -82,9 +82,14 @@ def _places(record: Record, *, is_alive: bool = True) -> Iterator[str]:
 def _lost(dispute: Dispute, name: str, has_it: str | None) -> str:
     if has_it is not None:
         return f"{dispute.place} is held by {has_it}"
+    return OPEN.format(what=dispute.place, rivals=rivals_of(dispute, name))
+
+
+def rivals_of(dispute: Dispute, name: str | None) -> str:
+    """Return the names of the others that claim the same, for people."""
     rivals = [rival for rival in dispute.claims if rival != name]
     more = ["others"] if len(rivals) > MOST_NAMED else []
-    return OPEN.format(what=dispute.place, rivals=" and ".join([*rivals[:MOST_NAMED], *more]))
+    return " and ".join([*rivals[:MOST_NAMED], *more])
 
 
 def settle(
@@ -159,20 +164,35 @@ def subnet_rivals(view: View, members: Iterable[Member]) -> dict[str, Record]:
     return dict(view.claims(member for member in members if member.tags.get("subnet") == subnet))
 
 
-def superseded_by(view: View, members: Iterable[Member]) -> str | None:
-    """Return the name of the member to which this host must leave its subnet, None if it may keep it.
+def over_own_subnet(view: View, members: Iterable[Member]) -> Dispute | None:
+    """Return the dispute about the own subnet with strangers that claim it; None if there are none.
 
-    Two claims of one subnet are settled by the certificates alone: after a partition, the answer to who was first
-    depends on who is asked. Only hosts that have not known each other can have come to claim the same: a host that was
-    here under another subnet, or has left, takes no other's.
+    Only hosts that have not known each other can have come to claim the same: a host that was here under another
+    subnet, or has left, takes no other's.
     """
-    met = view.known.hosts.keys() | view.known.gone.keys()
-    strangers = (member for member in members if member.status is Status.ALIVE and member.name not in met)
-    rivals = subnet_rivals(view, strangers)
-    winner = min(rivals, key=lambda name: rivals[name].certificate.rank, default=None)
-    if winner is None or rivals[winner].certificate.rank > view.own.record.certificate.rank:
+    own, known = view.own, view.known
+    met = known.hosts.keys() | known.gone.keys()
+    rivals = subnet_rivals(view, (m for m in members if m.status is Status.ALIVE and m.name not in met))
+    voters = {name: r for name, r in sorted(known.hosts.items()) if r.certificate.delegation is None}
+    if not rivals:
         return None
-    return winner
+    return Dispute(f"subnet {own.record.subnet}", {own.name: own.record, **rivals}, voters, own.name)
+
+
+def superseded_by(dispute: Dispute | None, votes: Votes | None, *, is_newcomer: bool) -> str | None:
+    """Return to whom the keeper of a disputed place must leave it, None if the keeper may keep it.
+
+    The host has it that most of the voters know as its holder. Who is a newcomer, or has nobody to ask, goes by the
+    certificates alone: after a partition, the answer to who was first depends on who is asked. Others wait for the
+    voters, since a stranger can have an older certificate.
+    """
+    if dispute is None:
+        return None
+    claims = dispute.claims
+    has_it = most_voted(dispute, votes or {})
+    if has_it is None and (is_newcomer or votes is None or not dispute.voters):
+        has_it = min(claims, key=lambda name: (claims[name].certificate.rank, name))
+    return has_it if has_it != dispute.keeper else None
 
 
 def contested(view: View, members: Iterable[Member]) -> list[str]:

@@ -76,3 +76,26 @@ def winner(dispute: Dispute, votes: Votes) -> str | None:
     if voters:
         return first if all(vote.has(False, voters) == voters for vote in said.values()) else None
     return first if certified == {first} else None
+
+
+def most_voted(dispute: Dispute, votes: Votes) -> str | None:
+    """Return which of the hosts most voters know as the holder; None if that is not known yet, or nobody is.
+
+    Of two with the same number of voters it is the one whose certificate's rank is first. Both parties come to the same
+    answer once all voters have been asked, also after a partition in which each side knew another holder.
+    """
+    voters, claims = dispute.voters.keys(), dispute.claims
+    said = {name: votes.get(claim_of(name, record), Vote()) for name, record in claims.items()}
+    holders = {name: len(vote.has(True, voters)) for name, vote in said.items()}
+    counted = {name for name, count in holders.items() if count or name == dispute.keeper}
+    if not any(holders.values()) or not all(said[name].is_heard(voters) for name in counted):
+        return None
+    return min(counted, key=lambda name: (-holders[name], claims[name].certificate.rank, name))
+
+
+def is_open(dispute: Dispute, votes: Votes, own: str) -> bool:
+    """Return whether more voters are to be asked: until the place is somebody's, and all of them about the own one."""
+    if dispute.keeper == own:
+        asked = votes.get(claim_of(own, dispute.claims[own]), Vote()).asked
+        return most_voted(dispute, votes) is None or not dispute.voters.keys() <= asked
+    return winner(dispute, votes) is None

@@ -37,6 +37,10 @@ WITHOUT_DOCKER = frozenset(plan.ORDER) - {"network", "iptables"}
 MUST_MOVE = (
     "the subnet {subnet} is also claimed by {rival}, which keeps it: 'meshd renumber' gives this host another one"
 )
+CLAIMED = (
+    "the subnet {subnet} is also claimed by {rivals}: that host keeps it which the others know as its holder. If this "
+    "one has to move, its log says so"
+)
 MISPLACED = (
     "the other hosts refuse this one, since its {problem}: run 'meshd leave', then join again with --advertise ADDRESS"
 )
@@ -229,16 +233,19 @@ class _Run:
             engine=facts.engine,
             lost=membership.lost(contacts, seen.members) if seen.members else {},
             own=self.own,
-            notices=self.notices(seen.roster),
+            notices=self.notices(seen),
         )
 
-    def notices(self, roster: Roster) -> tuple[str, ...]:
+    def notices(self, seen: _Seen) -> tuple[str, ...]:
         """Return what is wrong though nothing failed."""
+        own = self.own
+        over_own = [d for d in seen.roster.disputes if d.keeper == own.name and seen.rival is None]
+        claimed = [CLAIMED.format(subnet=own.record.subnet, rivals=conflicts.rivals_of(d, own.name)) for d in over_own]
         try:
-            used_up = authority.used_up(self.state, roster)
+            used_up = authority.used_up(self.state, seen.roster)
         except MeshdError as error:
             used_up = [str(error)]
-        return (*used_up, *self.state.set_aside())
+        return (*claimed, *used_up, *self.state.set_aside())
 
     def tell_dropped(self, contacts: Mapping[str, Endpoint]) -> None:
         """Log what an older version of meshd kept on disk, and this one drops."""
@@ -255,13 +262,14 @@ class _Run:
         if ended := own_claim.ended(own, known, self.now):
             failures.append(Failure(Area.MEMBERSHIP, MeshdError(ended)))
         roster, listed = replace(known, dropped={}), list[Member]()
+        votes = self.options.votes if self.state.settings.daemon else None
         try:
             listed = [] if self.options.alone else self.machine.members()
             roster = membership.admit(
                 view,
                 listed,
                 heard=self.options.heard,
-                votes=self.options.votes if self.state.settings.daemon else None,
+                votes=votes,
                 is_newcomer=self.options.is_newcomer,
                 networks=self.machine.networks,
                 local=self.machine.local,
@@ -269,7 +277,8 @@ class _Run:
             )
         except (SerfError, ApplyError) as error:
             failures.append(Failure(Area.MEMBERS, error))
-        rival = conflicts.superseded_by(view, listed)
+        dispute = conflicts.over_own_subnet(view, listed)
+        rival = conflicts.superseded_by(dispute, votes, is_newcomer=self.options.is_newcomer)
         if rival is not None and not ended:
             text = MUST_MOVE.format(subnet=own.record.subnet, rival=rival)
             failures.append(Failure(Area.SUBNET, ConflictError(text)))
@@ -277,6 +286,8 @@ class _Run:
             failures.append(Failure(Area.MEMBERSHIP, NumbersError(own_claim.USED_UP)))
         if problem := self.state.mesh.misplaced(own.record):
             failures.append(Failure(Area.UNDERLAY, InputError(MISPLACED.format(problem=problem))))
+        if dispute is not None:
+            roster = replace(roster, disputes=(*roster.disputes, dispute))
         return _Seen(tuple(listed), roster, rival, tuple(failures))
 
     def read(self, *, silent: bool) -> _Facts:

@@ -7,15 +7,22 @@ the other one has: all that know them refuse it.
 import base64
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import pytest
 
+from meshd.daemon.exchange import PATIENCE
+from meshd.endpoint import Endpoint
 from meshd.gossip.messages import HOLDS
 from meshd.lab.hosts import Lab, LabHost
+from meshd.mesh import certificates, invitations
 from meshd.mesh.model import Record
+from meshd.mesh.records import encode
+from meshd.reconcile.run import CLAIMED
+from tests.conftest import public_key
 from tests.lab.conftest import (
     assemble,
     eventually,
@@ -69,11 +76,23 @@ def scene(lab: Lab) -> Scene:
 def agent(host: LabHost, tags: Mapping[str, str], join: Sequence[LabHost], *handlers: str) -> Iterator[None]:
     """Run a Serf agent of the host's own name in place of its daemon's; afterwards the daemon is back."""
     stop_agents(host)
+    try:
+        with bare_agent(host, host.name, state(host).gossip_key, tags, join, *handlers):
+            yield
+    finally:
+        host.run(["meshd", "up", "--timeout", "1"])
+
+
+@contextmanager
+def bare_agent(
+    host: LabHost, name: str, gossip_key: bytes, tags: Mapping[str, str], join: Sequence[LabHost], *handlers: str
+) -> Iterator[None]:
+    """Run a Serf agent of any name."""
     path = host.directory / "rogue.json"
     config = {
-        "node_name": host.name,
+        "node_name": name,
         "bind": str(host.address),
-        "encrypt_key": base64.b64encode(state(host).gossip_key).decode(),
+        "encrypt_key": base64.b64encode(gossip_key).decode(),
         "tags": dict(tags),
         "event_handlers": list(handlers),
         "disable_name_resolution": True,
@@ -87,7 +106,6 @@ def agent(host: LabHost, tags: Mapping[str, str], join: Sequence[LabHost], *hand
     finally:
         host.run(["pkill", "-KILL", "-f", str(path)], check=False)
         process.wait(timeout=10)
-        host.run(["meshd", "up", "--timeout", "1"])
 
 
 @contextmanager
@@ -149,6 +167,31 @@ def test_newcomer_gives_it_to_nobody_while_the_others_disagree(scene: Scene) -> 
             assert f"{scene.victim.name}: subnet {victim.subnet} is claimed by {scene.attacker.name} as well" in said
             lying.close()
             eventually(lambda: ping(host, str(victim.address)), 60, "it reaches the victim")
+
+
+def test_older_invitation_takes_no_subnet_of_a_host(scene: Scene) -> None:
+    """Its holder has never joined, so that no host knows it, and has an older certificate than the host it harms."""
+    one = scene.voters[0]
+    old = invitations.decode(one.run(["meshd", "invite", "late"]).stdout.split("MESHD_INVITE=")[1].split()[0])
+    assert old.certificate is not None
+    stranger = scene.lab.power_on("barge6")
+    with nothing_in_clear(scene.lab), newcomer(scene) as host:
+        eventually(lambda: keys(host)[1].certificate.delegation is None, 60, "it is confirmed")
+        eventually(lambda: settled([*scene.voters, scene.attacker, scene.victim, host]), 40, "and all know that")
+        before = keys(host)[1]
+        assert old.certificate.rank < before.certificate.rank
+        claim = Record(public_key("late"), before.subnet, Endpoint(stranger.address, 51820), 1, old.certificate)
+        tags = encode(certificates.sign(old.seed, "meshd", "late", claim))
+        with unbroken([(one, host), (scene.victim, host)]) as wrong:
+            with bare_agent(stranger, "late", old.gossip_key, tags, scene.voters):
+                for other in (*scene.voters, host):
+                    eventually(lambda h=other: is_refused(h, "late", f"held by {host.name}"), 30, "all refuse it")  # type: ignore[misc]
+                said = CLAIMED.format(subnet=before.subnet, rivals="late")
+                assert said in host.run(["meshd", "status"], check=False).stdout
+                eventually(lambda: said in log(host), 10, "its daemon has seen it")
+                time.sleep(2 * PATIENCE)
+            assert keys(host)[1] == before
+        assert wrong == []
 
 
 def serf_tags(host: LabHost, name: str) -> dict[str, str]:

@@ -15,13 +15,14 @@ from meshd.mesh import certificates, tombstones
 from meshd.mesh.model import Host, Member, Status
 from meshd.mesh.roster import Roster
 from meshd.mesh.tombstones import grave
+from meshd.mesh.votes import Vote, claim_of
 from meshd.net.links import Links
 from meshd.net.resources import Action, Change, Engine, Link, Network, Peer, Resource, Route, Sysctl, Table, Tags
 from meshd.reconcile import plan
 from meshd.reconcile.handshakes import Unmet
 from meshd.reconcile.machine import Area, Machine, this_machine
 from meshd.reconcile.renumber import renumber
-from meshd.reconcile.run import MEMBERSHIP, WITHOUT_DOCKER, Options, Report, reconcile, tear_down
+from meshd.reconcile.run import CLAIMED, MEMBERSHIP, WITHOUT_DOCKER, Options, Report, reconcile, tear_down
 from meshd.state.authority import confirm
 from meshd.state.claim import UnfinishedError, publish
 from meshd.state.directory import ASIDE, State
@@ -344,7 +345,23 @@ def test_a_rival_for_the_subnet_is_named(host: State) -> None:
         fake.members = [member(1), member(2, of=claim)]
         report = run(host, fake)
         assert (report.rival, areas(report)) == (rival, failures)
+        assert bool(report.notices) == (rival is None)
         assert fake.peers == set()
+
+
+def test_whoever_claims_the_subnet_of_this_host_is_named_until_it_is_known_who_keeps_it(host: State) -> None:
+    fake, claim = Fake(), record(2, subnet=record(1).subnet, by=certificate("barge2", serial=1))
+    fake.members = [member(1), member(3)]
+    run(host, fake)
+    fake.members += [member(2, of=claim)]
+    report = run(host, fake)
+    assert (report.rival, report.failures) == (None, ())
+    assert report.notices == (CLAIMED.format(subnet=claim.subnet, rivals="barge2"),)
+    (dispute,) = report.roster.disputes
+    said = {
+        claim_of(n, r): Vote().with_answers(["barge3"], {"barge3": n == "barge2"}) for n, r in dispute.claims.items()
+    }
+    assert run(host, fake, votes=said).rival == "barge2"
 
 
 def test_heard_records_count_before_the_tags_bring_them(host: State) -> None:

@@ -1,16 +1,18 @@
 """Whose a claim is that a host cannot settle by itself: what the others say of it."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from meshd.endpoint import Endpoint
+from meshd.mesh import conflicts
 from meshd.mesh.membership import admit
 from meshd.mesh.model import Member, Record, Status
 from meshd.mesh.roster import Roster, View
-from meshd.mesh.votes import Dispute, Vote, Votes, claim_of, winner
+from meshd.mesh.votes import Dispute, Vote, Votes, claim_of, is_open, winner
 from tests.conftest import MESH, NOW, certificate, delegated, delegation, host, member, record
 
 # barge2, whose certificate has the lower serial, claims the subnet of barge3.
@@ -226,3 +228,74 @@ def test_order_of_members_does_not_matter(order: list[int], holder: int) -> None
         for name, r in records.items()
     }
     assert sorted(admitted(members, said).hosts) == sorted([f"barge{holder}", "barge5"])
+
+
+# --- this host's own subnet ------------------------------------------------------------------------------------------
+
+# barge3 is this host, and barge2 is a stranger with an older certificate.
+OWN_DISPUTE = replace(DISPUTE, keeper="barge3")
+
+
+def superseded(said: Votes | None, dispute: Dispute = OWN_DISPUTE, *, is_newcomer: bool = False) -> str | None:
+    return conflicts.superseded_by(dispute, said, is_newcomer=is_newcomer)
+
+
+@pytest.mark.parametrize("is_newcomer", [True, False])
+def test_no_older_certificate_takes_the_subnet_of_a_host_that_the_others_know(is_newcomer: bool) -> None:
+    """An invitation that was never used may be older than most hosts."""
+    said = votes(barge2=vote(no=VOTERS), barge3=vote(VOTERS[:2], VOTERS[2:]))
+    assert superseded(said, is_newcomer=is_newcomer) is None
+    one_lies = votes(barge2=vote(VOTERS[:1], VOTERS[1:]), barge3=vote(VOTERS[1:], VOTERS[:1]))
+    assert superseded(one_lies, is_newcomer=is_newcomer) is None
+    assert superseded(votes(barge2=vote(VOTERS), barge3=vote(no=VOTERS)), is_newcomer=is_newcomer) == "barge2"
+
+
+def test_a_host_with_an_older_certificate_moves_if_the_others_know_another_holder() -> None:
+    """Else two hosts would keep one subnet: the other one does not move."""
+    own = replace(DISPUTE, keeper="barge2")
+    said = votes(barge2=vote(no=VOTERS), barge3=vote(VOTERS))
+    assert (superseded(said, own), superseded(said)) == ("barge3", None)
+
+
+def test_newcomer_goes_by_the_rank_until_the_voters_speak_and_others_wait() -> None:
+    for said in ({}, votes(barge3=vote(asked=VOTERS)), votes(barge2=vote(["barge5"], asked=VOTERS), barge3=vote())):
+        assert superseded(said, is_newcomer=True) == "barge2"
+        assert superseded(said) is None
+    nobody = replace(OWN_DISPUTE, voters={})
+    assert superseded({}, nobody) == superseded(None) == "barge2", "nobody can be asked"
+
+
+VERDICTS = st.dictionaries(st.sampled_from(VOTERS), st.tuples(st.booleans(), st.booleans()), min_size=2)
+
+
+@given(VERDICTS)
+def test_both_parties_come_to_the_same_answer(verdicts: Mapping[str, tuple[bool, bool]]) -> None:
+    """Whatever the voters say, exactly one of two hosts that have heard the same moves, if any of them is a holder."""
+    two, three = ({voter: said[n] for voter, said in verdicts.items()} for n in (0, 1))
+    said = votes(barge2=Vote().with_answers(VOTERS, two), barge3=Vote().with_answers(VOTERS, three))
+    moves = superseded(said, replace(DISPUTE, keeper="barge2")), superseded(said)
+    if any(two.values()) or any(three.values()):
+        assert moves in {("barge3", None), (None, "barge2")}
+    else:
+        assert moves == (None, None)
+
+
+def test_all_voters_are_asked_about_the_own_subnet() -> None:
+    """After a partition, those who were asked first may all be of one side."""
+    some = votes(barge2=vote(no=VOTERS[:2], asked=VOTERS[:2]), barge3=vote(VOTERS[:2], asked=VOTERS[:2]))
+    assert is_open(OWN_DISPUTE, some, "barge3")
+    assert not is_open(DISPUTE, some, "barge1"), "of others it is enough to know the holder"
+    every = votes(barge2=vote(no=VOTERS), barge3=vote(VOTERS))
+    assert not is_open(OWN_DISPUTE, every, "barge3")
+    assert is_open(OWN_DISPUTE, votes(barge2=vote(), barge3=vote()), "barge3")
+
+
+def test_only_strangers_that_are_alive_dispute_the_own_subnet() -> None:
+    own, certified = host(3), {"barge5": record(5), "barge6": invited(6)}
+    listed = [member(2, of=CLAIMS["barge2"]), member(5), member(6, of=invited(6))]
+    view = View(own, MESH, Roster(certified), NOW)
+    dispute = conflicts.over_own_subnet(view, listed)
+    assert dispute == Dispute(f"subnet {own.record.subnet}", CLAIMS, {"barge5": record(5)}, "barge3")
+    known = View(own, MESH, Roster({**certified, "barge2": record(2)}), NOW)
+    assert conflicts.over_own_subnet(known, listed) is None
+    assert conflicts.over_own_subnet(view, [member(2, Status.FAILED, CLAIMS["barge2"])]) is None
