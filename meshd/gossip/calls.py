@@ -187,9 +187,14 @@ def request_confirmation(state: State) -> bool:
     The next reconcile publishes it.
     """
     certificate = _ask_confirmation(state)
-    if certificate is not None:
-        state.save_certificate(certificate)
-    return certificate is not None
+    if certificate is None:
+        return False
+    with state.lock():
+        # A command may have made this host another one while it asked.
+        is_news = certificate.improves(state.certificate)
+        if is_news:
+            state.save_certificate(certificate)
+    return is_news
 
 
 def _ask_confirmation(state: State) -> Certificate | None:

@@ -225,7 +225,7 @@ def why_ended(log_path: Path) -> ConflictError | SerfError:
 
 
 def last_words(log_path: Path) -> str:
-    """Return for what Go has ended the agent, according to its log; the empty string if Go has not.
+    """Return why Go ended the agent, according to its log; the empty string if Go did not.
 
     The state of each thread comes after that, in which any word may be, and the names of members before.
     """
