@@ -123,9 +123,9 @@ def settle(
         if holder != name:
             refused[name] = f"subnet {record.subnet} is held by {holder}"
         elif owner != name:
-            refused[name] = f"its WireGuard key is {owner}'s"
+            refused[name] = f"WireGuard key {record.public_key} is held by {owner}"
         elif neighbour != name:
-            refused[name] = f"its endpoint {record.endpoint} is {neighbour}'s"
+            refused[name] = f"endpoint {place} is held by {neighbour}"
         elif (old is None or old.endpoint != record.endpoint) and (
             taken := here().occupied(place, own.record.endpoint.port)
         ):

@@ -419,7 +419,7 @@ def test_member_claims_endpoint_of_another_host(scene: Scene, insider: LabHost) 
     """A member that claims the endpoint of another host is refused."""
     own, victim = keys(insider)[1], keys(scene.mesh[1])[1]
     with scene.agent("barge4", signed(insider, replace(own, endpoint=victim.endpoint))):
-        scene.refused("barge4", "its endpoint 10.10.10.102:51820 is barge2's")
+        scene.refused("barge4", "endpoint 10.10.10.102:51820 is held by barge2")
 
 
 def test_member_uses_second_name(scene: Scene, insider: LabHost) -> None:
