@@ -199,7 +199,7 @@ def test_own_and_broadcast_addresses_are_no_endpoints_of_others(scene: Scene) ->
     rogue = Member(scene, "barge6", "172.20.106.0/24")
     for address, port, reason, hosts in (
         ("10.10.10.255", 7, "a broadcast address", scene.mesh),
-        (str(one.address), 51820, "is held by barge1", scene.mesh),
+        (str(one.address), 51820, "held by barge1", scene.mesh),
         ("192.0.2.7", 51820, "this host's own", [two]),
     ):
         wrong = rogue.at(address, port)
