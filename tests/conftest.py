@@ -203,10 +203,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # The files that take longest, the longest first: workers end at about the same time only if none of these comes last.
 LONGEST = (
-    *("attacks", "partitions", "goodbyes", "subnets", "hands", "attacks_serf", "attacks_packets", "bad_input"),
-    *("upgrade", "attacks_claims", "attacks_memory", "firewalls", "mesh", "chaos", "undone", "changes", "handshakes"),
-    *("handlers", "alone", "invitations", "boot", "mtu", "two_meshes", "ipv6", "attacks_local", "restarts"),
-    *("attacks_bounds", "attacks_inputs"),
+    *("attacks", "attacks_bounds", "partitions", "goodbyes", "subnets", "hands", "attacks_serf", "attacks_packets"),
+    *("bad_input", "upgrade", "attacks_claims", "attacks_memory", "firewalls", "mesh", "chaos", "undone", "changes"),
+    *("handshakes", "handlers", "alone", "invitations", "boot", "mtu", "two_meshes", "ipv6", "attacks_local"),
+    *("restarts", "attacks_inputs"),
 )
 
 

@@ -165,33 +165,32 @@ def subnet_rivals(view: View, members: Iterable[Member]) -> dict[str, Record]:
 
 
 def over_own_subnet(view: View, members: Iterable[Member]) -> Dispute | None:
-    """Return the dispute about the own subnet with strangers that claim it; None if there are none.
-
-    Only hosts that have not known each other can have come to claim the same: a host that was here under another
-    subnet, or has left, takes no other's.
-    """
+    """Return the dispute about the own subnet with others that claim it and are alive; None if there are none."""
     own, known = view.own, view.known
-    met = known.hosts.keys() | known.gone.keys()
-    rivals = subnet_rivals(view, (m for m in members if m.status is Status.ALIVE and m.name not in met))
-    voters = {name: r for name, r in sorted(known.hosts.items()) if r.certificate.delegation is None}
+    # A host that has left takes no other's.
+    rivals = subnet_rivals(view, (m for m in members if m.status is Status.ALIVE and m.name not in known.gone))
+    certified = {n: r for n, r in sorted(known.hosts.items()) if r.certificate.delegation is None and n not in rivals}
     if not rivals:
         return None
-    return Dispute(f"subnet {own.record.subnet}", {own.name: own.record, **rivals}, voters, own.name)
+    return Dispute(f"subnet {own.record.subnet}", {own.name: own.record, **rivals}, certified, own.name)
 
 
-def superseded_by(dispute: Dispute | None, votes: Votes | None, *, is_newcomer: bool) -> str | None:
+def superseded_by(
+    dispute: Dispute | None, votes: Votes | None, *, known: Collection[str], is_newcomer: bool
+) -> str | None:
     """Return to whom the keeper of a disputed place must leave it, None if the keeper may keep it.
 
     The host has it that most of the voters know as its holder. Who is a newcomer, or has nobody to ask, goes by the
     certificates alone: after a partition, the answer to who was first depends on who is asked. Others wait for the
-    voters, since a stranger can have an older certificate.
+    voters, since a stranger can have an older certificate. Only hosts that have not known each other can have come to
+    claim the same by themselves: one of the `known`, which was here under another subnet, wins by votes alone.
     """
     if dispute is None:
         return None
-    claims = dispute.claims
     has_it = most_voted(dispute, votes or {})
     if has_it is None and (is_newcomer or votes is None or not dispute.voters):
-        has_it = min(claims, key=lambda name: (claims[name].certificate.rank, name))
+        strangers = {name: record for name, record in dispute.claims.items() if name not in known}
+        has_it = min(strangers, key=lambda name: (strangers[name].certificate.rank, name))
     return has_it if has_it != dispute.keeper else None
 
 

@@ -94,8 +94,8 @@ def most_voted(dispute: Dispute, votes: Votes) -> str | None:
 
 
 def is_open(dispute: Dispute, votes: Votes, own: str) -> bool:
-    """Return whether more voters are to be asked: until the place is somebody's, and all of them about the own one."""
-    if dispute.keeper == own:
-        asked = votes.get(claim_of(own, dispute.claims[own]), Vote()).asked
-        return most_voted(dispute, votes) is None or not dispute.voters.keys() <= asked
-    return winner(dispute, votes) is None
+    """Return whether voters are to be asked: until the place is somebody's, and about the own one as long as it lasts.
+
+    Voters change their minds. Two parties that have heard of different times could both keep it.
+    """
+    return dispute.keeper == own or winner(dispute, votes) is None

@@ -239,7 +239,12 @@ class _Run:
     def notices(self, seen: _Seen) -> tuple[str, ...]:
         """Return what is wrong though nothing failed."""
         own = self.own
-        over_own = [d for d in seen.roster.disputes if d.keeper == own.name and seen.rival is None]
+        # What a known host does, `meshd status` says in other words (see conflicts.contested).
+        over_own = [
+            d
+            for d in seen.roster.disputes
+            if d.keeper == own.name and seen.rival is None and not d.claims.keys() <= {own.name, *self.known.hosts}
+        ]
         claimed = [CLAIMED.format(subnet=own.record.subnet, rivals=conflicts.rivals_of(d, own.name)) for d in over_own]
         try:
             used_up = authority.used_up(self.state, seen.roster)
@@ -278,7 +283,8 @@ class _Run:
         except (SerfError, ApplyError) as error:
             failures.append(Failure(Area.MEMBERS, error))
         dispute = conflicts.over_own_subnet(view, listed)
-        rival = conflicts.superseded_by(dispute, votes, is_newcomer=self.options.is_newcomer)
+        newcomer = self.options.is_newcomer
+        rival = conflicts.superseded_by(dispute, votes, known=known.hosts, is_newcomer=newcomer)
         if rival is not None and not ended:
             text = MUST_MOVE.format(subnet=own.record.subnet, rival=rival)
             failures.append(Failure(Area.SUBNET, ConflictError(text)))

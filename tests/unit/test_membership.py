@@ -724,7 +724,7 @@ def rival_record(serial: int) -> Record:
 
 def superseded(own: Host, *members: Member, known: Roster | None = None) -> str | None:
     dispute = conflicts.over_own_subnet(View(own, MESH, known or Roster(), NOW), members)
-    return conflicts.superseded_by(dispute, None, is_newcomer=False)
+    return conflicts.superseded_by(dispute, None, known=known.hosts if known is not None else (), is_newcomer=False)
 
 
 @pytest.mark.parametrize("seq", [1, 2**40], ids=["its clock is behind", "its clock is ahead"])

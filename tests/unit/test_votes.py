@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from meshd.endpoint import Endpoint
 from meshd.mesh import conflicts
 from meshd.mesh.membership import admit
-from meshd.mesh.model import Member, Record, Status
+from meshd.mesh.model import Member, Record, Status, Tombstone
 from meshd.mesh.roster import Roster, View
+from meshd.mesh.tombstones import grave
 from meshd.mesh.votes import Dispute, Vote, Votes, claim_of, is_open, winner
-from tests.conftest import MESH, NOW, certificate, delegated, delegation, host, member, record
+from tests.conftest import MESH, NOW, certificate, delegated, delegation, host, member, public_key, record
 
 # barge2, whose certificate has the lower serial, claims the subnet of barge3.
 OLDER = certificate("barge2", serial=1)
@@ -236,8 +237,10 @@ def test_order_of_members_does_not_matter(order: list[int], holder: int) -> None
 OWN_DISPUTE = replace(DISPUTE, keeper="barge3")
 
 
-def superseded(said: Votes | None, dispute: Dispute = OWN_DISPUTE, *, is_newcomer: bool = False) -> str | None:
-    return conflicts.superseded_by(dispute, said, is_newcomer=is_newcomer)
+def superseded(
+    said: Votes | None, dispute: Dispute = OWN_DISPUTE, *, known: Collection[str] = (), is_newcomer: bool = False
+) -> str | None:
+    return conflicts.superseded_by(dispute, said, known=known, is_newcomer=is_newcomer)
 
 
 @pytest.mark.parametrize("is_newcomer", [True, False])
@@ -265,6 +268,15 @@ def test_newcomer_goes_by_the_rank_until_the_voters_speak_and_others_wait() -> N
     assert superseded({}, nobody) == superseded(None) == "barge2", "nobody can be asked"
 
 
+@pytest.mark.parametrize("is_newcomer", [True, False])
+def test_known_host_takes_a_subnet_by_votes_alone(is_newcomer: bool) -> None:
+    """It has left another subnet for this one: an older certificate gives it nothing."""
+    assert superseded({}, known={"barge2"}, is_newcomer=is_newcomer) is None
+    assert superseded({}, replace(OWN_DISPUTE, voters={}), known={"barge2"}, is_newcomer=is_newcomer) is None
+    said = votes(barge2=vote(VOTERS), barge3=vote(no=VOTERS))
+    assert superseded(said, known={"barge2"}, is_newcomer=is_newcomer) == "barge2"
+
+
 VERDICTS = st.dictionaries(st.sampled_from(VOTERS), st.tuples(st.booleans(), st.booleans()), min_size=2)
 
 
@@ -280,22 +292,24 @@ def test_both_parties_come_to_the_same_answer(verdicts: Mapping[str, tuple[bool,
         assert moves == (None, None)
 
 
-def test_all_voters_are_asked_about_the_own_subnet() -> None:
-    """After a partition, those who were asked first may all be of one side."""
+def test_voters_are_asked_about_the_own_subnet_as_long_as_it_is_disputed() -> None:
+    """After a partition, those who were asked first may all be of one side; and what they say changes."""
     some = votes(barge2=vote(no=VOTERS[:2], asked=VOTERS[:2]), barge3=vote(VOTERS[:2], asked=VOTERS[:2]))
     assert is_open(OWN_DISPUTE, some, "barge3")
     assert not is_open(DISPUTE, some, "barge1"), "of others it is enough to know the holder"
     every = votes(barge2=vote(no=VOTERS), barge3=vote(VOTERS))
-    assert not is_open(OWN_DISPUTE, every, "barge3")
-    assert is_open(OWN_DISPUTE, votes(barge2=vote(), barge3=vote()), "barge3")
+    assert is_open(OWN_DISPUTE, every, "barge3")
+    assert not is_open(DISPUTE, every, "barge1")
 
 
-def test_only_strangers_that_are_alive_dispute_the_own_subnet() -> None:
-    own, certified = host(3), {"barge5": record(5), "barge6": invited(6)}
-    listed = [member(2, of=CLAIMS["barge2"]), member(5), member(6, of=invited(6))]
+def test_only_who_is_alive_and_has_not_left_disputes_the_own_subnet() -> None:
+    own, certified = host(3), {"barge5": record(5), "barge6": invited(6, 6)}
+    listed = [member(2, of=CLAIMS["barge2"]), member(5), member(6, of=invited(6, 6))]
     view = View(own, MESH, Roster(certified), NOW)
     dispute = conflicts.over_own_subnet(view, listed)
     assert dispute == Dispute(f"subnet {own.record.subnet}", CLAIMS, {"barge5": record(5)}, "barge3")
     known = View(own, MESH, Roster({**certified, "barge2": record(2)}), NOW)
-    assert conflicts.over_own_subnet(known, listed) is None
+    assert conflicts.over_own_subnet(known, listed) is None, "the record of this number is another one"
+    left = View(own, MESH, Roster(certified, grave("barge2", Tombstone(1, public_key("old")))), NOW)
+    assert conflicts.over_own_subnet(left, listed) is None
     assert conflicts.over_own_subnet(view, [member(2, Status.FAILED, CLAIMS["barge2"])]) is None
