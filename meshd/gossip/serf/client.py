@@ -124,7 +124,9 @@ class Serf:
         entries = body.get("Members")
         if not isinstance(entries, list):
             raise SerfError("members: the agent's answer has no list of members")
-        return [member for entry in entries if (member := decode_member(entry)) is not None]
+        # Each entry is dropped once it is read: somebody can make Serf list thousands.
+        entries.reverse()
+        return [member for _ in range(len(entries)) if (member := decode_member(entries.pop())) is not None]
 
     def join(self, addresses: Sequence[str], *, replay: bool = False) -> int:
         """Join through the members at `address:port`; return the number that answered. Raises SerfError if none did."""
