@@ -26,6 +26,8 @@ def disputes(
     By the order in which this host meets them, a member could take the place of a host that the others know already.
     For a newcomer nobody has kept anything for long enough.
     """
+    if not is_newcomer and all(hosts.get(name) == record for name, record in claims.items()):
+        return ()  # nobody claims anything else than before, as in most reconciles
     kept = {name: claims.get(name, record) for name, record in hosts.items()}
     held = {*_places(own.record)}
     claimants: dict[str, dict[str, Record]] = defaultdict(dict)
@@ -169,9 +171,9 @@ def over_own_subnet(view: View, members: Iterable[Member]) -> Dispute | None:
     own, known = view.own, view.known
     # A host that has left takes no other's.
     rivals = subnet_rivals(view, (m for m in members if m.status is Status.ALIVE and m.name not in known.gone))
-    certified = {n: r for n, r in sorted(known.hosts.items()) if r.certificate.delegation is None and n not in rivals}
     if not rivals:
         return None
+    certified = {n: r for n, r in sorted(known.hosts.items()) if r.certificate.delegation is None and n not in rivals}
     return Dispute(f"subnet {own.record.subnet}", {own.name: own.record, **rivals}, certified, own.name)
 
 

@@ -81,12 +81,17 @@ def _counting(known: Roster, now: float) -> Graves:
 
 def _crowded(hosts: Mapping[str, Record], gone: Graves, claims: Mapping[str, Record]) -> dict[str, Record]:
     """Return those claims for which their invitation's share has no place; who is a host by it already has one."""
-    shares, waiting = Shares(hosts, gone), dict[str, Record]()
-    for name, record in sorted(claims.items(), key=lambda claim: (claim[1].certificate.rank, claim[0])):
-        has_place = name in hosts and _is_by_same(hosts[name].certificate, record.certificate)
-        if not has_place and not shares.take_host(record):
-            waiting[name] = record
-    return waiting
+    without = {
+        name: record
+        for name, record in claims.items()
+        if record.certificate.delegation is not None
+        and not (name in hosts and _is_by_same(hosts[name].certificate, record.certificate))
+    }
+    if not without:
+        return without
+    shares = Shares(hosts, gone)
+    ranked = sorted(without.items(), key=lambda claim: (claim[1].certificate.rank, claim[0]))
+    return {name: record for name, record in ranked if not shares.take_host(record)}
 
 
 def _is_by_same(one: Certificate, other: Certificate) -> bool:
