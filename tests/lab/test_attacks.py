@@ -84,24 +84,8 @@ class Scene:
         self, name: str, tags: Mapping[str, str], *, key: bytes | None = None, handlers: Sequence[str] = ()
     ) -> Iterator[None]:
         """Run a plain Serf agent on the stranger, which joins the mesh's gossip if its key is the mesh's."""
-        path = self.stranger.directory / "rogue.json"
-        config = {
-            "node_name": name,
-            "bind": str(self.stranger.address),
-            "encrypt_key": base64.b64encode(key or self.gossip_key).decode(),
-            "tags": dict(tags),
-            "event_handlers": list(handlers),
-            "disable_name_resolution": True,
-            "retry_join": [str(host.address) for host in self.mesh],
-            "retry_interval": "1s",
-        }
-        path.write_text(json.dumps(config))
-        process = self.stranger.popen(["serf", "agent", f"-config-file={path}"], stdout=-3, stderr=-3)
-        try:
+        with bare_agent(self.stranger, name, key or self.gossip_key, tags, self.mesh, *handlers):
             yield
-        finally:
-            self.stranger.run(["pkill", "-KILL", "-f", str(path)], check=False)
-            process.wait(timeout=10)
 
     def told(self, text: str, *hosts: LabHost, count: int = 1) -> Callable[[], None]:
         """Return a call that waits until each Serf, by default all, has logged this so many times from now on."""
@@ -155,6 +139,31 @@ class Scene:
     def alive(self, host: LabHost) -> set[str]:
         """Return the names of the members that Serf on a host takes for alive."""
         return {name for name, row in self.listed(host).items() if row["status"] == "alive"}
+
+
+@contextmanager
+def bare_agent(
+    host: LabHost, name: str, gossip_key: bytes, tags: Mapping[str, str], join: Sequence[LabHost], *handlers: str
+) -> Iterator[None]:
+    """Run a Serf agent of any name and tags on a host, without a daemon."""
+    path = host.directory / "rogue.json"
+    config = {
+        "node_name": name,
+        "bind": str(host.address),
+        "encrypt_key": base64.b64encode(gossip_key).decode(),
+        "tags": dict(tags),
+        "event_handlers": list(handlers),
+        "disable_name_resolution": True,
+        "retry_join": [str(other.address) for other in join],
+        "retry_interval": "1s",
+    }
+    path.write_text(json.dumps(config))
+    process = host.popen(["serf", "agent", f"-config-file={path}"], stdout=-3, stderr=-3)
+    try:
+        yield
+    finally:
+        host.run(["pkill", "-KILL", "-f", str(path)], check=False)
+        process.wait(timeout=10)
 
 
 def serf_log(host: LabHost) -> str:

@@ -4,7 +4,6 @@ barge1 to barge4 are the mesh, and barge5 joins. Of barge2 and barge3, the one w
 the other one has: all that know them refuse it.
 """
 
-import base64
 import json
 import sys
 import time
@@ -35,7 +34,7 @@ from tests.lab.conftest import (
     serf,
     settled,
 )
-from tests.lab.test_attacks import is_refused, keys, signed, state, stop_agents
+from tests.lab.test_attacks import bare_agent, is_refused, keys, signed, state, stop_agents
 from tests.lab.traffic import unbroken
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
@@ -81,31 +80,6 @@ def agent(host: LabHost, tags: Mapping[str, str], join: Sequence[LabHost], *hand
             yield
     finally:
         host.run(["meshd", "up", "--timeout", "1"])
-
-
-@contextmanager
-def bare_agent(
-    host: LabHost, name: str, gossip_key: bytes, tags: Mapping[str, str], join: Sequence[LabHost], *handlers: str
-) -> Iterator[None]:
-    """Run a Serf agent of any name."""
-    path = host.directory / "rogue.json"
-    config = {
-        "node_name": name,
-        "bind": str(host.address),
-        "encrypt_key": base64.b64encode(gossip_key).decode(),
-        "tags": dict(tags),
-        "event_handlers": list(handlers),
-        "disable_name_resolution": True,
-        "retry_join": [str(other.address) for other in join],
-        "retry_interval": "1s",
-    }
-    path.write_text(json.dumps(config))
-    process = host.popen(["serf", "agent", f"-config-file={path}"], stdout=-3, stderr=-3)
-    try:
-        yield
-    finally:
-        host.run(["pkill", "-KILL", "-f", str(path)], check=False)
-        process.wait(timeout=10)
 
 
 @contextmanager
