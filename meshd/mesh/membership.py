@@ -237,10 +237,13 @@ def usable_contacts(contacts: Mapping[str, Endpoint], overlay: IPv4Network) -> d
     return {name: endpoint for name, endpoint in contacts.items() if not unusable(endpoint.address, overlay)}
 
 
-def contacts(before: Mapping[str, Endpoint], members: Iterable[Member], roster: Roster) -> dict[str, Endpoint]:
+def contacts(
+    before: Mapping[str, Endpoint], members: Iterable[Member], roster: Roster, port: int
+) -> dict[str, Endpoint]:
     """Return gossip addresses by host name: what was known before, and what Serf says of them now.
 
     Serf's address is taken only if it equals the one the host signed: otherwise someone may be using its name.
+    A host of which Serf has not heard yet is looked for at the address that it signed, and at this host's own `port`.
     """
     kept = {
         name: endpoint
@@ -255,7 +258,8 @@ def contacts(before: Mapping[str, Endpoint], members: Iterable[Member], roster: 
     if named:
         # The address that was joined through has no name yet; it goes when the first host is known by its name.
         kept.pop("", None)
-    return kept | named
+    signed = {name: Endpoint(record.endpoint.address, port) for name, record in roster.hosts.items()}
+    return signed | kept | named
 
 
 def lost(contacts: Mapping[str, Endpoint], members: Iterable[Member]) -> dict[str, Endpoint]:

@@ -209,7 +209,7 @@ class _Run:
         decision = self.decide(seen, facts)
         before = self.state.saved_contacts()
         usable = membership.usable_contacts(before, self.state.settings.overlay)
-        contacts = membership.contacts(usable, seen.members, seen.roster)
+        contacts = membership.contacts(usable, seen.members, seen.roster, self.state.settings.gossip_port)
         restarts: tuple[Change, ...] = ()
         if self.options.dry:
             changes, failures = decision.changes, _tried("disk", partial(files.writable, self.state.directory))

@@ -704,9 +704,23 @@ def test_contacts_drop_revoked_hosts() -> None:
     word = certificates.revoke(AUTHORITY, "meshd", certificate("barge2").serial, "barge2")
     before = {f"barge{n}": Endpoint(record(n).endpoint.address, 7946) for n in (2, 3)}
     roster = admitted([], merge_tombstones(known, MESH, Tombstones(revoked={word.serial: word})))
-    assert sorted(contacts(before, [], roster)) == ["barge3"]
+    assert sorted(contacts(before, [], roster, 7946)) == ["barge3"]
     usurper = replace(roster, hosts={"barge2": record(2)})
-    assert sorted(contacts(before, [], usurper)) == ["barge2", "barge3"], "who uses the name does not hide its host"
+    assert sorted(contacts(before, [], usurper, 7946)) == ["barge2", "barge3"], "whose name is used is still a contact"
+
+
+def test_host_that_serf_does_not_list_is_looked_for_where_it_signed() -> None:
+    """A host that is known by its record alone is a contact: its gossip address follows from its endpoint."""
+    roster = admitted([member(2), member(3)])
+    listed = [replace(member(2), port=7000)]
+    found = contacts({}, listed, roster, 7946)
+    assert found == {
+        "barge2": Endpoint(record(2).endpoint.address, 7000),
+        "barge3": Endpoint(record(3).endpoint.address, 7946),
+    }
+    assert sorted(membership.lost(found, listed)) == ["barge3"]
+    kept = {"barge3": Endpoint(record(3).endpoint.address, 7001)}
+    assert contacts(kept, listed, roster, 7946) == found | kept, "what Serf once said of it counts"
 
 
 def test_own_membership_ends_by_tombstone() -> None:
