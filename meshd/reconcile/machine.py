@@ -141,7 +141,8 @@ def _links(settings: Settings) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the links that meshd makes and the sysctls that it sets."""
     if not settings.docker:
         return (settings.wireguard,), ()
-    return (settings.wireguard, settings.bridge), plan.sysctls(settings.bridge)
+    names = (settings.wireguard, settings.bridge)
+    return names, (plan.IP_FORWARD, *(sysctl.path for sysctl in plan.sysctls(*names)))
 
 
 class NoWireGuard:

@@ -82,9 +82,19 @@ def desired(local: Local, hosts: Iterable[Host]) -> tuple[Resource, ...]:
     return tuple(resources)
 
 
-def sysctls(bridge: str) -> tuple[str, ...]:
-    """Return the kernel parameters that are set on a host with this bridge, as paths below /proc/sys."""
-    return IP_FORWARD, f"net/ipv4/conf/{bridge}/proxy_arp", f"net/ipv4/neigh/{bridge}/proxy_delay"
+def sysctls(wireguard: str, bridge: str) -> tuple[Sysctl, ...]:
+    """Return the kernel parameters of meshd's links that are set on a host with this bridge. They end with the links.
+
+    The kernel asks for `forwarding` where a packet comes in, and for none on a bridge's ports. A link that is made
+    while `default/forwarding` is 0, as hardening sets it, has none, whatever `ip_forward` says. Docker, which asks
+    `ip_forward` alone, takes no notice of these. Of rp_filter every value will do: the way back is by the same link.
+    """
+    return (
+        *(Sysctl(f"net/ipv4/conf/{link}/forwarding", "1") for link in (wireguard, bridge)),
+        Sysctl(f"net/ipv4/conf/{bridge}/proxy_arp", "1"),
+        # The kernel's default of 0.8 s delays the first packet to each address.
+        Sysctl(f"net/ipv4/neigh/{bridge}/proxy_delay", "0"),
+    )
 
 
 def _bridge(local: Local, bridge: str) -> list[Resource]:
@@ -95,9 +105,7 @@ def _bridge(local: Local, bridge: str) -> list[Resource]:
         # The whole overlay is on-link here: Docker adopts the address, and no packet for an unknown subnet can
         # leave by the default route.
         Address(bridge, IPv4Interface((record.address, local.settings.overlay.prefixlen))),
-        Sysctl(f"net/ipv4/conf/{bridge}/proxy_arp", "1"),
-        # The kernel's default of 0.8 s delays the first packet to each address.
-        Sysctl(f"net/ipv4/neigh/{bridge}/proxy_delay", "0"),
+        *sysctls(local.settings.wireguard, bridge),
     ]
     if local.engine is not None:
         # Not before the engine runs: Docker closes its FORWARD policy only when it turns forwarding on itself.

@@ -58,6 +58,12 @@ HANDS = {
     "proxy_arp off": Hand(
         "sysctl -qw net.ipv4.conf.ovl0.proxy_arp=0", "set sysctl .*proxy_arp = 1", "netlink: sysctls", docker=True
     ),
+    "forwarding of wg0 off": Hand(
+        "sysctl -qw net.ipv4.conf.wg0.forwarding=0", "set .*wg0/forwarding = 1", "netlink: sysctls", docker=True
+    ),
+    "forwarding of ovl0 off": Hand(
+        "sysctl -qw net.ipv4.conf.ovl0.forwarding=0", "set .*ovl0/forwarding = 1", "netlink: sysctls", docker=True
+    ),
     "ip_forward off": Hand(
         "sysctl -qw net.ipv4.ip_forward=0", "set sysctl .*ip_forward = 1", "netlink: sysctls", docker=True
     ),

@@ -29,6 +29,9 @@ from tests.lab.traffic import lost_pings
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
+# What guides to hardening set for the links to come, at its strictest.
+HARDENED = {"forwarding": 0, "rp_filter": 1, "arp_ignore": 2, "arp_announce": 2, "arp_filter": 1}
+HARDENED |= {"accept_redirects": 0, "secure_redirects": 0, "send_redirects": 0, "shared_media": 0, "log_martians": 1}
 # What a pass itself may take on a machine that is busy with other tests, where it has to wait for the timer.
 SLACK = 0.5
 
@@ -91,6 +94,27 @@ def _settle(hosts: Sequence[LabHost]) -> None:
 
 def _logged_at(line: str) -> float:
     return datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S,%f").astimezone().timestamp()
+
+
+@pytest.mark.parametrize("link", ["wg0", "ovl0"])
+def test_link_made_anew_on_a_hardened_host_forwards(lab: Lab, hosts: list[LabHost], link: str) -> None:
+    """Where hardening lets no new link forward, containers still reach each other by a link that is made anew."""
+    one, two = hosts
+    _settle(hosts)
+    paths = [f"net.ipv4.conf.default.{name}" for name in HARDENED]
+    found, before = one.run(["sysctl", *paths]).stdout, len(log(one))
+    one.run(["sysctl", "-qw", *map("{}={}".format, paths, HARDENED.values())])
+    try:
+        with nothing_in_clear(lab, *hosts):
+            begun = time.time()
+            one.run(["ip", "link", "del", link])
+            eventually(lambda: rtt(one, "box", overlay(two, 1)), 10, "a container reaches the other side")
+            eventually(lambda: rtt(two, "box", overlay(one, 1)), 5, "and is reached from there")
+        (line,) = re.findall(rf".*add sysctl net/ipv4/conf/{link}/forwarding = 1.*", log(one)[before:])
+        assert _logged_at(line) - begun <= TOLD + SLACK
+        assert one.run(["sysctl", "-n", f"net.ipv4.conf.{link}.rp_filter"]).stdout == "1\n", "it is as hardened"
+    finally:
+        one.run(["sysctl", "-q", "-p", "-"], text=found)
 
 
 @pytest.mark.parametrize("number", ["TERM", "KILL"])

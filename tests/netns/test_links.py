@@ -58,6 +58,19 @@ def test_links_round_trip(adapter: links.Links) -> None:
     ]
 
 
+def test_hardened_link_forwards() -> None:
+    """A link that is made while hardening lets no new one forward is read as it is, and set alone."""
+    found = Sysctl("net/ipv4/conf/ovl0/forwarding", "0")
+    kept = links.Links(["ovl0"], [found.path, "net/ipv4/ip_forward"])
+    add(kept, Sysctl("net/ipv4/ip_forward", "1"))
+    Path("/proc/sys/net/ipv4/conf/default/forwarding").write_text("0\n")
+    add(kept, BRIDGE, Sysctl("net/ipv4/ip_forward", "1"))
+    assert found in kept.read(), "ip_forward, which is 1 already, turns nothing on"
+    kept.apply(Change(Action.SET, replace(found, value="1"), found))
+    assert kept.read() == [BRIDGE, replace(found, value="1"), Sysctl("net/ipv4/ip_forward", "1")]
+    assert Path("/proc/sys/net/ipv4/conf/default/forwarding").read_text() == "0\n"
+
+
 def test_bridge_keeps_connected_route(adapter: links.Links) -> None:
     """The address of the bridge brings its connected route."""
     add(adapter, BRIDGE, ADDRESS)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from ipaddress import IPv4Network
+from pathlib import Path
 
 import pytest
 
@@ -111,6 +112,18 @@ def test_watch_reports_own_links_and_routes_only() -> None:
             pass
         ip("link", "add", "ovl0", "type", "bridge")
         assert hint() == "link ovl0 changed"
+
+
+@pytest.mark.usefixtures("_underlay")
+def test_watch_reports_sysctls_of_own_links_only() -> None:
+    """The watch reports that forwarding or rp_filter of one of meshd's links was set, and of no other link."""
+    ip("link", "add", "ovl0", "type", "bridge")
+    with watching("ovl0") as hint:
+        for link, name, value in (("u0", "forwarding", 1), ("ovl0", "forwarding", 1), ("ovl0", "rp_filter", 2)):
+            Path(f"/proc/sys/net/ipv4/conf/{link}/{name}").write_text(f"{value}\n")
+        assert [hint(), hint()] == ["sysctls of ovl0 changed"] * 2
+        give_sign()
+        assert hint() == f"route {SIGN} changed"
 
 
 @pytest.mark.usefixtures("_underlay")
