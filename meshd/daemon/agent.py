@@ -228,6 +228,7 @@ class Agent:
             is_newcomer=time.monotonic() < self.newcomer_until,
             overdue=self.handshakes.overdue(time.monotonic()),
             engine=self.engine,
+            unended=self.report.unended,
             alone=bool(self.silence),
         )
         try:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from meshd.errors import ApplyError, MissingError
 from meshd.interrupts import uninterrupted
-from meshd.net.netlink import notifications, subscribe
+from meshd.net.netlink import NETLINK_NETFILTER, notifications, subscribe
 from meshd.net.resources import Action, Chain, Change, IptablesRule, Resource, Rule, Table
 
 PACKAGES = {"nft": "nftables", "iptables": "iptables", "iptables-save": "iptables", "ip6tables-save": "iptables"}
@@ -194,7 +194,7 @@ def saved(version: int) -> str:
 
 # --- changes by others ---------------------------------------------------------------------------------------------
 
-NETLINK_NETFILTER, NFNLGRP_NFTABLES = 12, 7
+NFNLGRP_NFTABLES = 7
 
 
 def watch(table: str, hint: Callable[[str], None], stop: Event) -> None:

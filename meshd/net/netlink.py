@@ -22,10 +22,12 @@ RT_TABLE_MAIN, RT_TABLE_LOCAL = 254, 255
 RTN_UNICAST, RTN_LOCAL, RTN_BROADCAST, RTN_UNREACHABLE = 1, 2, 3, 7
 RTMSG_LENGTH, RTA_DST = 12, 1
 SOL_NETLINK, NETLINK_ADD_MEMBERSHIP = 270, 1
+NETLINK_NETFILTER = 12
 _BUFFER = 1 << 20  # room for a burst such as a whole mesh's routes going with their link
 _TICK = 2.0  # seconds between looks at `stop`
 _RTM_GETROUTE = 26
-_NLM_F_REQUEST, _NLM_F_DUMP_INTR, _NLM_F_DUMP = 0x1, 0x10, 0x300
+NLM_F_ACK, NLM_F_DUMP, NLA_TYPE_MASK = 0x4, 0x300, 0x3FFF
+_NLM_F_REQUEST, _NLM_F_DUMP_INTR = 0x1, 0x10
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _NLMSG_HEADER, _RTMSG = struct.Struct("=IHHII"), struct.Struct("=8BI")
 _NETLINK_GET_STRICT_CHK, _ANSWER_TIME = 12, 5.0
@@ -103,17 +105,27 @@ def dump_routes(doing: str, protocol: int, *, family: int = socket.AF_INET, tabl
     pyroute2 takes 90 µs to read one route, which a host with 1,000 peers would pay each time. Raises ApplyError.
     """
     request = _RTMSG.pack(family, 0, 0, 0, table, protocol, 0, 0, 0)
-    length = _NLMSG_HEADER.size + len(request)
-    header = _NLMSG_HEADER.pack(length, _RTM_GETROUTE, _NLM_F_REQUEST | _NLM_F_DUMP, 1, 0)
     try:
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as sock:
+        with ask_socket(socket.NETLINK_ROUTE) as sock:
             # With strict checks the kernel filters by table and protocol.
             sock.setsockopt(SOL_NETLINK, _NETLINK_GET_STRICT_CHK, 1)
-            sock.settimeout(_ANSWER_TIME)
-            sock.sendto(header + request, (0, 0))
-            return list(_parts(sock))
+            return list(asked(sock, _RTM_GETROUTE, NLM_F_DUMP, request))
     except OSError as error:
         raise ApplyError(f"{doing}: {error.strerror or error}") from error
+
+
+def ask_socket(protocol: int) -> socket.socket:
+    """Return a socket for `asked`, whose answers take no longer than 5 s. Raises OSError."""
+    sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol)
+    sock.settimeout(_ANSWER_TIME)
+    return sock
+
+
+def asked(sock: socket.socket, kind: int, flags: int, request: bytes) -> Iterator[bytes]:
+    """Ask with NLM_F_DUMP or NLM_F_ACK, and yield the bodies of the answer. Raises OSError for the kernel's refusal."""
+    header = _NLMSG_HEADER.pack(_NLMSG_HEADER.size + len(request), kind, _NLM_F_REQUEST | flags, 1, 0)
+    sock.sendto(header + request, (0, 0))
+    return _parts(sock)
 
 
 def _parts(sock: socket.socket) -> Iterator[bytes]:
@@ -124,7 +136,7 @@ def _parts(sock: socket.socket) -> Iterator[bytes]:
         while offset + _NLMSG_HEADER.size <= len(data):
             length, kind, flags, *_ = _NLMSG_HEADER.unpack_from(data, offset)
             if flags & _NLM_F_DUMP_INTR:
-                raise InterruptedError(errno.EINTR, "the routes changed while they were read")
+                raise InterruptedError(errno.EINTR, "what was read changed meanwhile")
             body = data[offset + _NLMSG_HEADER.size : offset + length]
             if kind in (_NLMSG_ERROR, _NLMSG_DONE):
                 if code := -int.from_bytes(body[:4], sys.byteorder, signed=True):
@@ -135,13 +147,13 @@ def _parts(sock: socket.socket) -> Iterator[bytes]:
 
 
 def attributes(data: bytes, offset: int) -> dict[int, bytes]:
-    """Read the attributes of a message from `offset` on: type -> value."""
+    """Read the attributes of a message from `offset` on: type, without its flags -> value."""
     found = {}
     while offset + 4 <= len(data):
         length, kind = struct.unpack_from("=HH", data, offset)
         if length < 4:
             break
-        found[kind] = data[offset + 4 : offset + length]
+        found[kind & NLA_TYPE_MASK] = data[offset + 4 : offset + length]
         offset += (length + 3) & ~3
     return found
 

@@ -1,5 +1,6 @@
 """All adapters of one mesh on this host, read and changed together."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -12,7 +13,7 @@ from meshd.errors import ApplyError, MeshdError
 from meshd.gossip.serf_agent import access, members
 from meshd.mesh.model import Member
 from meshd.mesh.records import NAMES
-from meshd.net import links, underlay
+from meshd.net import conntrack, links, underlay
 from meshd.net.docker import DockerNetwork
 from meshd.net.firewall import Iptables, Nftables
 from meshd.net.ports import Ports
@@ -56,7 +57,8 @@ class Machine:
     """What one reconcile reads and changes. `members` asks Serf; `engine` asks Docker and returns None without it.
 
     `mtu` is the underlay's, `networks` are this host's own inside the overlay, `local` its own addresses. All five
-    raise MeshdError. `ipv6` says whether the kernel has IPv6.
+    raise MeshdError. `ipv6` says whether the kernel has IPv6. `end` ends the connections that contradict the rules
+    (see conntrack.end).
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Machine:
         networks: Callable[[], Collection[IPv4Network]],
         local: Callable[[], LocalAddresses] = LocalAddresses,
         ipv6: bool = True,
+        end: Callable[[conntrack.Admission], tuple[Counter[str], int]] = lambda _: (Counter(), 0),
     ) -> None:
         self.adapters = tuple(adapters)
         self.members = members
@@ -77,6 +80,7 @@ class Machine:
         self.networks = networks
         self.local = local
         self.ipv6 = ipv6
+        self.end = end
 
     def observe(self, kinds: Collection[str]) -> tuple[list[Resource], frozenset[str], list[Failure]]:
         """Read every adapter of one of `kinds`: return the resources, the kinds that were read, and the failures."""
@@ -129,6 +133,7 @@ def this_machine(state: State) -> Machine:
         networks=lambda: underlay.networks(settings.overlay, {settings.wireguard, settings.bridge}),
         local=underlay.local,
         ipv6=ipv6,
+        end=conntrack.end,
     )
 
 

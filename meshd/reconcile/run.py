@@ -8,15 +8,16 @@ from functools import partial
 
 from meshd import files
 from meshd.endpoint import Endpoint
-from meshd.errors import ApplyError, ConflictError, InputError, MeshdError, SerfError
+from meshd.errors import ApplyError, ConflictError, InputError, MeshdError, MissingError, SerfError
 from meshd.gossip.messages import Applied
 from meshd.mesh import conflicts, membership, tombstones
 from meshd.mesh.model import Host, Member, Record
 from meshd.mesh.roster import Roster, View
 from meshd.mesh.terms import Mesh
 from meshd.mesh.votes import Votes
+from meshd.net import conntrack
 from meshd.net.netlink import one_socket
-from meshd.net.resources import Action, Change, Engine, Peer, Port, Resource, Route, Sysctl
+from meshd.net.resources import Action, Change, Engine, Peer, Port, Resource, Route, Sysctl, Table
 from meshd.reconcile import handshakes, plan
 from meshd.reconcile.handshakes import Unmet
 from meshd.reconcile.machine import Area, Failure, Machine, this_machine
@@ -53,8 +54,9 @@ class Options:
     `kinds` are the resources to look at. `heard` are records that came another way than by tags, `votes` what the other
     hosts say of claims, which for one that `is_newcomer` count more (see conflicts.disputes). `overdue` are the peers
     whose first handshake is to be started again (see handshakes.restarts). `engine` is what Docker is, if that is
-    known. `alone` says that this host's own Serf does not run, so that nobody is asked: another agent may hold its RPC
-    port. With `dry` nothing is changed or written; with `force` the guard withholds nothing.
+    known, `unended` the last report's. `alone` says that this host's own Serf does not run, so that nobody is asked:
+    another agent may hold its RPC port. With `dry` nothing is changed or written; with `force` the guard withholds
+    nothing.
     """
 
     kinds: Collection[str] = plan.ORDER
@@ -63,6 +65,7 @@ class Options:
     is_newcomer: bool = False
     overdue: Mapping[str, int] = field(default_factory=dict)
     engine: Engine | None = None
+    unended: str = ""
     alone: bool = False
     dry: bool = False
     force: bool = False
@@ -79,7 +82,8 @@ class Report:
     `rival` is the host that keeps this host's subnet; `lost` are the known hosts that Serf does not see alive, with
     their gossip addresses; `unmet` the peers without a handshake, None if the peers were not read; `restarted` the
     public keys of those whose handshake was started again; `engine` is what Docker said that it is, None if it was not
-    asked; `notices` are problems with which nothing failed.
+    asked; `notices` are problems with which nothing failed; `unended` is the one of them that says why connections that
+    contradict the rules were not ended, which is then still to be done.
     """
 
     roster: Roster = field(default_factory=Roster)
@@ -95,6 +99,7 @@ class Report:
     lost: Mapping[str, Endpoint] = field(default_factory=dict)
     own: Host | None = None
     notices: tuple[str, ...] = ()
+    unended: str = ""
 
     def failed(self, *areas: Area) -> tuple[Failure, ...]:
         """Return the failures of these areas."""
@@ -211,10 +216,12 @@ class _Run:
         usable = membership.usable_contacts(before, self.state.settings.overlay)
         contacts = membership.contacts(usable, seen.members, seen.roster, self.state.settings.gossip_port)
         restarts: tuple[Change, ...] = ()
+        unended = ""
         if self.options.dry:
             changes, failures = decision.changes, _tried("disk", partial(files.writable, self.state.directory))
         else:
             changes, failures = self.write(seen.roster, decision)
+            unended = self.end_connections(changes, failures)
             restarts, failed = self.restart_handshakes(decision)
             failures += failed
             self.tell_dropped({name: before[name] for name in before.keys() - usable.keys()})
@@ -233,7 +240,8 @@ class _Run:
             engine=facts.engine,
             lost=membership.lost(contacts, seen.members) if seen.members else {},
             own=self.own,
-            notices=self.notices(seen),
+            notices=(*self.notices(seen), *filter(None, [unended])),
+            unended=unended,
         )
 
     def notices(self, seen: _Seen) -> tuple[str, ...]:
@@ -344,6 +352,34 @@ class _Run:
         missing = {failure.subject for failure in unsaved}
         changes = tuple(c for c in decision.changes if _needs_memory(c) not in missing)
         return changes, unsaved + self.machine.apply(changes)
+
+    def end_connections(self, changes: Collection[Change], failures: Collection[Failure]) -> str:
+        """End the connections that contradict the firewall's rules if these were just laid, or if that is still to do.
+
+        Return why it was not done, the empty string if nothing is left to do. To look at all connections is for these
+        moments alone: there may be hundreds of thousands.
+        """
+        laid = {str(c) for c in changes if isinstance(c.resource, Table) and c.resource.family == "ip"}
+        if not (laid or self.options.unended) or not laid.isdisjoint(failure.subject for failure in failures):
+            return self.options.unended
+        settings = self.state.settings
+        try:
+            admission = conntrack.Admission(
+                overlay=settings.overlay,
+                subnet=self.own.record.subnet,
+                bridge=settings.docker,
+                allow=settings.allow,
+                local=self.machine.local().addresses,
+            )
+            ended, left = self.machine.end(admission)
+        except MissingError as error:
+            log.warning("%s", error)
+            return ""
+        except MeshdError as error:
+            return str(error)
+        for why, count in sorted(ended.items()):
+            log.warning("ended %d connection%s %s", count, "s" * (count != 1), why)
+        return f"connections that contradict the firewall's rules cannot be ended yet: {left}" if left else ""
 
     def restart_handshakes(self, decision: _Decision) -> tuple[tuple[Change, ...], list[Failure]]:
         """Start again what is overdue: return the changes, and failures. The peers are read once more right before.

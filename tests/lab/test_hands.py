@@ -2,8 +2,10 @@
 
 import re
 import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 
 import pytest
@@ -24,7 +26,7 @@ from tests.lab.conftest import (
     run_container,
     tcpdump,
 )
-from tests.lab.faults import FLUSHED, FOUND, HANDS, TOLD, restart_docker
+from tests.lab.faults import FLUSHED, FOUND, HANDS, STATE, TOLD, restart_docker
 from tests.lab.traffic import lost_pings
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
@@ -156,6 +158,98 @@ def test_foreign_masquerade_changes_no_source(lab: Lab, hosts: list[LabHost]) ->
         assert f"IP {overlay(one, 1)} > {overlay(two, 1)}" in dump.communicate(timeout=10)[0]
     finally:
         one.run(["iptables", "-w", "-t", "nat", "-D", "POSTROUTING", "-j", "MASQUERADE"])
+
+
+# In a shell, the handle of the rule that keeps sources, which Docker's MASQUERADE rewrites without it.
+EXEMPTION = "$(nft -a list chain ip meshd_wg0 postrouting | awk '/snat to/ {print $NF}')"
+# Answers each line with the address that it came from.
+ANSWER = """
+import socket, sys, threading
+def answer(connection):
+    while connection.recv(99):
+        connection.sendall(connection.getpeername()[0].encode())
+def serve():
+    while True: threading.Thread(target=answer, args=(server.accept()[0],), daemon=True).start()
+server = socket.create_server(("", 7000))
+threading.Thread(target=serve, daemon=True).start()
+print("here", flush=True)
+sys.stdin.read()
+"""
+# Sends each line of its input, and prints what comes back.
+CALL = """
+import socket, sys
+connection = socket.create_connection((sys.argv[1], 7000), 5)
+print("here", flush=True)
+for line in sys.stdin:
+    try:
+        connection.sendall(line.encode())
+        print(connection.recv(99).decode() or "ended", flush=True)
+    except ConnectionError:
+        print("ended", flush=True)
+"""
+
+
+def test_flow_that_began_without_its_rule_gets_its_own_source(lab: Lab, hosts: list[LabHost]) -> None:
+    """A ping goes on with the container's address, a TCP connection ends, and what was right goes on."""
+    one, two = hosts
+    _settle(hosts)
+    before, target = len(log(one)), overlay(two, 1)
+    with nothing_in_clear(lab, *hosts), _in_box(two, ANSWER), _in_box(one, CALL, target) as kept, ExitStack() as stack:
+        assert _said(kept) == overlay(one, 1)
+        with _daemon_held(one):
+            one.run(["sh", "-ec", f"nft delete rule ip meshd_wg0 postrouting handle {EXEMPTION}"])
+            pings = one.popen(["docker", "exec", "box", "ping", "-i", "0.1", target], stdout=subprocess.DEVNULL)
+            stack.callback(pings.wait, timeout=10)
+            stack.callback(one.run, ["pkill", "-INT", "-x", "ping"])
+            assert _source(two) == overlay(one), "the ping has the host's source, or this test shows nothing"
+            lost = stack.enter_context(_in_box(one, CALL, target))
+            assert _said(lost) == overlay(one), "and so has a TCP connection"
+        begun = time.time()
+        eventually(lambda: "another rule had rewritten" in log(one)[before:], 5, "it is logged")
+        (line,) = re.findall(r".* ended \d+ connections whose source another rule had rewritten", log(one)[before:])
+        assert _logged_at(line) - begun <= TOLD
+        assert _source(two) == overlay(one, 1), "the ping goes on with its own source"
+        assert _said(lost) == "ended"
+        assert _said(kept) == overlay(one, 1)
+
+
+@contextmanager
+def _daemon_held(host: LabHost) -> Iterator[None]:
+    """Let a host's daemon do nothing while the block runs."""
+    host.run(["sh", "-ec", f"kill -STOP $(cat {STATE}/agent.pid)"])
+    try:
+        yield
+    finally:
+        host.run(["sh", "-ec", f"kill -CONT $(cat {STATE}/agent.pid)"])
+
+
+@contextmanager
+def _in_box(host: LabHost, script: str, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
+    """Run a script in the network of a host's container that has said `here`; it ends with its input."""
+    box = host.run(["docker", "inspect", "-f", "{{.State.Pid}}", "box"]).stdout.strip()
+    command = ["nsenter", f"--target={box}", "--net", sys.executable, "-I", "-c", script, *arguments]
+    process = host.popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "here\n"
+        yield process
+    finally:
+        process.communicate(timeout=10)
+
+
+def _said(caller: "subprocess.Popen[str]") -> str:
+    """Give what a caller is answered to one more line."""
+    assert caller.stdin is not None
+    assert caller.stdout is not None
+    caller.stdin.write("hello\n")
+    caller.stdin.flush()
+    return caller.stdout.readline().strip()
+
+
+def _source(host: LabHost) -> str:
+    """Give the source of a ping that comes in by the tunnel now."""
+    line = tcpdump(host, "wg0", "inbound and icmp[icmptype] == icmp-echo").communicate(timeout=25)[0]
+    return line.partition("IP ")[2].partition(" >")[0]
 
 
 def test_removed_docker_network_is_made_again(lab: Lab, hosts: list[LabHost]) -> None:

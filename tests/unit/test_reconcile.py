@@ -1,5 +1,6 @@
 """One reconcile from Serf's members to changes, on a machine in memory; tests/lab has it on real hosts."""
 
+from collections import Counter
 from dataclasses import replace
 from ipaddress import IPv4Network, ip_address
 from typing import ClassVar, TypeVar
@@ -16,6 +17,7 @@ from meshd.mesh.model import Host, Member, Status
 from meshd.mesh.roster import Roster
 from meshd.mesh.tombstones import grave
 from meshd.mesh.votes import Vote, claim_of
+from meshd.net import conntrack
 from meshd.net.links import Links
 from meshd.net.resources import Action, Change, Engine, Link, Network, Peer, Resource, Route, Sysctl, Table, Tags
 from meshd.reconcile import plan
@@ -532,3 +534,73 @@ def test_damaged_wireguard_key_is_an_error(state: State) -> None:
     (state.directory / "wireguard.key").write_text("{")
     with pytest.raises(InputError, match=r"wireguard\.key is damaged"):
         this_machine(state)
+
+
+REWRITTEN = conntrack.REWRITTEN
+
+
+class Tracked:
+    """What the kernel answers when it is to end connections, each time it is asked."""
+
+    def __init__(self, *answers: tuple[Counter[str], int] | MeshdError) -> None:
+        self.answers = list(answers)
+        self.asked: list[conntrack.Admission] = []
+
+    def end(self, admission: conntrack.Admission) -> tuple[Counter[str], int]:
+        self.asked.append(admission)
+        return raised(self.answers.pop(0))
+
+
+def test_connections_are_ended_once_the_table_is_laid_and_then_no_more(
+    host: State, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake, tracked = Fake(), Tracked((Counter({REWRITTEN: 2}), 0), (Counter({REWRITTEN: 1}), 0))
+    fake.machine.end = tracked.end
+    run(host, fake, dry=True)
+    assert tracked.asked == [], "a look changes nothing"
+    assert run(host, fake).unended == ""
+    (admission,) = tracked.asked
+    assert (admission.overlay, admission.subnet, admission.bridge) == (MESH.overlay, record(1).subnet, True)
+    assert caplog.messages == ["ended 2 connections whose source another rule had rewritten"]
+    for _ in range(3):
+        assert run(host, fake).changes == ()
+    fake.adapters["table"].resources.pop(("table", "ip6 meshd_wg0"))
+    assert run(host, fake).changes != ()
+    assert len(tracked.asked) == 1, "that of IPv6 keeps no connection"
+    fake.adapters["table"].resources.pop(("table", "ip meshd_wg0"))
+    run(host, fake)
+    assert caplog.messages[1:] == ["ended 1 connection whose source another rule had rewritten"]
+
+
+def test_connections_that_could_not_be_ended_are_ended_later(host: State) -> None:
+    """The reconcile has not failed; each next one tries it again until it is done, also one about members alone."""
+    fake = Fake()
+    tracked = Tracked(ApplyError("no buffer space"), (Counter(), 3), (Counter(), 0))
+    fake.machine.end = tracked.end
+    first = run(host, fake)
+    assert (first.failures, first.unended) == ((), "no buffer space")
+    assert "no buffer space" in Complaints().of(first, 0.0), "which the log tells"
+    second = run(host, fake, unended=first.unended, kinds=MEMBERSHIP)
+    assert second.unended == "connections that contradict the firewall's rules cannot be ended yet: 3"
+    third = run(host, fake, unended=second.unended)
+    assert (third.unended, third.notices) == ("", ())
+    assert len(tracked.asked) == 3
+
+
+def test_connections_wait_for_the_table(host: State) -> None:
+    """What ends while the rules are not there would begin again without them."""
+    fake, tracked = Fake(), Tracked((Counter(), 0))
+    fake.machine.end = tracked.end
+    fake.adapters["table"].broken = ApplyError("nft hangs")
+    report = run(host, fake, unended="no buffer space")
+    assert (tracked.asked, report.unended) == ([], "no buffer space")
+    fake.adapters["table"].broken = None
+    assert run(host, fake, unended=report.unended).unended == ""
+
+
+def test_kernel_that_lists_no_connections_is_told_of_once(host: State, caplog: pytest.LogCaptureFixture) -> None:
+    fake = Fake()
+    fake.machine.end = Tracked(MissingError("this kernel lists no connections")).end
+    report = run(host, fake)
+    assert (report.failures, report.notices, report.unended) == ((), (), "")
+    assert caplog.messages == ["this kernel lists no connections"]
