@@ -10,7 +10,7 @@ from meshd.errors import MeshdError
 from meshd.mesh import conflicts
 from meshd.mesh.model import Member, Record, Status
 from meshd.mesh.roster import View
-from meshd.net import firewall, underlay
+from meshd.net import firewall, rules, underlay
 from meshd.net.resources import Change
 from meshd.printable import printable
 from meshd.reconcile import plan
@@ -134,7 +134,8 @@ def changes_json(report: Report) -> dict[str, Any]:
 class Facts:
     """What `meshd status` shows. Its JSON has these names and values; None is what is not known or not there.
 
-    `refused` gives the reason by name. A handshake is recent if it proves that the peer is reachable now.
+    `refused` gives the reason by name, `dropped` the packets by the counter of the firewall's rules. A handshake is
+    recent if it proves that the peer is reachable now.
     """
 
     mesh: str
@@ -160,6 +161,7 @@ class Facts:
     peers_with_recent_handshake: int
     pending: list[str]
     refused: dict[str, str]
+    dropped: dict[str, int]
     problems: list[str]
 
 
@@ -198,7 +200,14 @@ def facts(state: State, report: Report, backend: str, blocked: Sequence[str], no
         peers_with_recent_handshake=sum(now - peer.handshake < plan.FRESH for peer in report.peers),
         pending=[str(change) for change in report.changes],
         refused=dict(sorted(report.roster.refused.items())),
-        problems=[*map(str, report.failures), *report.notices, *_contested(state, report, now), *blocked],
+        dropped=dict(report.dropped),
+        problems=[
+            *map(str, report.failures),
+            *report.notices,
+            *(report.misplaced or ()),
+            *_contested(state, report, now),
+            *blocked,
+        ],
     )
 
 
@@ -226,6 +235,9 @@ def status_lines(facts: Facts) -> list[str]:
         "peers": f"{facts.peers}, {facts.peers_with_recent_handshake} with a handshake in the last 3 minutes",
         "pending": facts.pending,
         "refused": [f"{name}: {reason}" for name, reason in facts.refused.items()],
+        "dropped": [
+            f"{n}: {packets} packets {rules.DROPPED.get(n, '')}".rstrip() for n, packets in facts.dropped.items()
+        ],
         "problems": facts.problems,
         "state directory": facts.state_dir,
     }

@@ -19,6 +19,7 @@ class Complaints:
     def __init__(self) -> None:
         self._known: set[str] = set()
         self._stale_since: dict[str, float] = {}
+        self._misplaced: tuple[str, ...] = ()
 
     def __contains__(self, text: str) -> bool:
         return text in self._known
@@ -37,7 +38,10 @@ class Complaints:
         refused += self._replayed(report, now)
         more = {"refused more than these"} if refused[MAX_REFUSED:] else set()
         withheld = {plan.withheld_text(change) for change in report.withheld}
-        return {*map(str, report.failures), *report.notices, *refused[:MAX_REFUSED], *more, *withheld}
+        if report.misplaced is not None:
+            self._misplaced = report.misplaced
+        said = {*map(str, report.failures), *report.notices, *self._misplaced}
+        return {*said, *refused[:MAX_REFUSED], *more, *withheld}
 
     def _replayed(self, report: Report, now: float) -> list[str]:
         """Return the hosts whose tags have been older than their records for longer than Serf needs."""

@@ -13,7 +13,7 @@ from threading import Event, Thread
 from typing import Any, ClassVar
 
 from meshd.errors import ApplyError, ConflictError, MeshdError, MissingError
-from meshd.net.resources import Action, Change, Engine, Network, Resource
+from meshd.net.resources import Action, Change, Container, Engine, Network, Resource
 
 LABEL = "meshd.mesh"
 # Making or removing a network takes Docker seconds on a busy host; an answer to a question does not. A reconcile waits
@@ -55,8 +55,10 @@ class DockerNetwork:
 
     def read(self) -> list[Resource]:
         with _client("listing Docker networks", self._base_url) as client:
-            listed = (network.attrs for network in client.networks.list(names=[self.name]))
-            return [_network(attributes) for attributes in listed if self._is_ours(attributes)]
+            attributes = self._find(client)
+            if attributes is None or not self._is_ours(attributes):
+                return []
+            return [_network(attributes), *_containers(attributes)]
 
     def apply(self, change: Change) -> None:
         network = change.resource
@@ -135,8 +137,12 @@ class DockerNetwork:
 
     def _find(self, client: Any) -> dict[str, Any] | None:
         """Return what `docker network inspect` says of the network; the API's filter by name matches parts of names."""
+        from docker.errors import NotFound  # noqa: PLC0415  160 ms of imports
+
         found = [n for n in client.networks.list(names=[self.name]) if n.name == self.name]
-        return dict(client.networks.get(found[0].id).attrs) if found else None
+        with suppress(NotFound):  # removed a moment ago
+            return dict(client.networks.get(found[0].id).attrs) if found else None
+        return None
 
     def _aliases(self, client: Any, container: str) -> tuple[str, ...]:
         from docker.errors import NotFound  # noqa: PLC0415  160 ms of imports
@@ -289,6 +295,14 @@ def _network(attributes: dict[str, Any]) -> Network:
         mtu=int(mtu) if mtu.isdigit() else 0,
         options=tuple(sorted(options.items())),
     )
+
+
+def _containers(attributes: dict[str, Any]) -> Iterator[Container]:
+    """Yield the containers on a network that run and have an IPv4 address there."""
+    for container in (attributes.get("Containers") or {}).values():
+        address = str(container.get("IPv4Address") or "").partition("/")[0]
+        if address:
+            yield Container(str(container.get("Name")), IPv4Address(address))
 
 
 def _endpoint(container: dict[str, Any], network: str) -> dict[str, Any]:

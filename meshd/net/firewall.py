@@ -83,6 +83,8 @@ class Nftables:
 def render(table: Table) -> str:
     """Return the table in nft's language. nft 1.0.6 wants each closing brace on a line of its own."""
     lines = [f"table {table.key} {{"]
+    for name, _ in table.counters:
+        lines += [f"  counter {name} {{", "  }"]
     for chain in table.chains:
         lines += [
             f"  chain {chain.name} {{",
@@ -110,6 +112,7 @@ def parse(family: str, name: str, entries: list[dict[str, Any]]) -> Table:
             )
             for chain in chains
         ),
+        tuple((e["counter"]["name"], int(e["counter"]["packets"])) for e in entries if "counter" in e),
     )
 
 

@@ -182,12 +182,17 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """meshd's own nftables table of a family, `ip` or `ip6`, replaced as a whole and atomically."""
+    """meshd's own nftables table of a family, `ip` or `ip6`, replaced as a whole and atomically.
+
+    `counters` are the named ones that its rules count in: their names and, where observed, the packets since the table
+    was laid.
+    """
 
     kind: ClassVar[str] = "table"
     family: str
     name: str
     chains: tuple[Chain, ...]
+    counters: tuple[tuple[str, int], ...] = field(default=(), compare=False)
 
     @property
     def key(self) -> str:
@@ -234,6 +239,22 @@ class Network:
 
     def __str__(self) -> str:
         return f"docker network {self.name} ({self.subnet}, range {self.ip_range}, gateway {self.gateway})"
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """A container on the Docker network, and its address there. It is only observed."""
+
+    kind: ClassVar[str] = "container"
+    name: str
+    address: IPv4Address
+
+    @property
+    def key(self) -> str:
+        return self.name
+
+    def __str__(self) -> str:
+        return f"container {self.name} ({self.address})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,10 +21,34 @@ BEFORE_SRCNAT = 99
 # Before the filter chains of others, so that what is dropped here is not accepted there first.
 BEFORE_FILTER = -10
 
+# What the named counters of the rules count: packets, and which ones. Normal life causes each of them, as by a scan, or
+# in a host's first second, so that none is a problem by itself.
+DROPPED = {
+    "in_clear": "for the overlay, which would have left unencrypted",
+    "foreign_source": "of containers, to other hosts and with a source outside of this host's subnet",
+    "foreign_target": "through the tunnel, to an address outside of this host's subnet",
+    "not_of_overlay": "to other hosts, from this host's other networks",
+    "into_bridge": "to containers, from outside of the overlay and not by a published port",
+    "to_host": "of the overlay to this host itself, which --allow does not admit",
+    "to_loopback": "of containers to loopback of this host",
+    "to_nobody": "of this host to containers that are none of its own and no other host's",
+    "ipv6": "of IPv6 on the mesh's links",
+}
+
 
 def table_name(wireguard: str) -> str:
     """Return the name of the mesh's nftables tables."""
     return "meshd_" + re.sub(r"[^A-Za-z0-9_]", "_", wireguard)
+
+
+def _drop(counter: str, match: str = "", verdict: str = "drop") -> str:
+    """Return a rule that drops, and counts what it has dropped."""
+    return f'{match} counter name "{counter}" {verdict}'.lstrip()
+
+
+def _counters(chains: Collection[Chain]) -> tuple[tuple[str, int], ...]:
+    texts = [rule.text for chain in chains for rule in chain.rules]
+    return tuple((name, 0) for name in DROPPED if any(f'counter name "{name}"' in text for text in texts))
 
 
 def rule(text: str) -> Rule:
@@ -47,19 +71,16 @@ def table(
     `all`.
     """
     inside = _names(wireguard, bridge, "lo")
-    in_clear = f"ip daddr {overlay} oifname != {inside} drop"
-    return Table(
-        "ip",
-        table_name(wireguard),
-        (
-            _chain("prerouting", "filter", RAW, *_prerouting(wireguard, bridge, subnet)),
-            # A plain accept would not stop a later MASQUERADE: each nat chain is asked until one has decided.
-            _chain("postrouting", "nat", BEFORE_SRCNAT, f'ip saddr {subnet} oifname "{wireguard}" snat to ip saddr'),
-            _chain("forward", "filter", BEFORE_FILTER, *_forward(wireguard, bridge, subnet, in_clear)),
-            _chain("output", "filter", BEFORE_FILTER, in_clear, *_output(port, bridge, overlay, subnet)),
-            _chain("input", "filter", BEFORE_FILTER, *_input(_names(wireguard, bridge), allow)),
-        ),
+    in_clear = _drop("in_clear", f"ip daddr {overlay} oifname != {inside}")
+    chains = (
+        _chain("prerouting", "filter", RAW, *_prerouting(wireguard, bridge, subnet)),
+        # A plain accept would not stop a later MASQUERADE: each nat chain is asked until one has decided.
+        _chain("postrouting", "nat", BEFORE_SRCNAT, f'ip saddr {subnet} oifname "{wireguard}" snat to ip saddr'),
+        _chain("forward", "filter", BEFORE_FILTER, *_forward(wireguard, bridge, subnet, in_clear)),
+        _chain("output", "filter", BEFORE_FILTER, in_clear, *_output(port, bridge, overlay, subnet)),
+        _chain("input", "filter", BEFORE_FILTER, *_input(_names(wireguard, bridge), allow)),
     )
+    return Table("ip", table_name(wireguard), chains, _counters(chains))
 
 
 def ipv6_table(*, wireguard: str, bridge: str | None) -> Table:
@@ -68,16 +89,13 @@ def ipv6_table(*, wireguard: str, bridge: str | None) -> Table:
     They have no IPv6 either (see Link): this holds while someone has turned it on.
     """
     links = _names(wireguard, bridge)
-    inward, outward = f"iifname {links} drop", f"oifname {links} drop"
-    return Table(
-        "ip6",
-        table_name(wireguard),
-        (
-            _chain("forward", "filter", BEFORE_FILTER, inward, outward),
-            _chain("output", "filter", BEFORE_FILTER, outward),
-            _chain("input", "filter", BEFORE_FILTER, inward),
-        ),
+    inward, outward = (_drop("ipv6", f"{side} {links}") for side in ("iifname", "oifname"))
+    chains = (
+        _chain("forward", "filter", BEFORE_FILTER, inward, outward),
+        _chain("output", "filter", BEFORE_FILTER, outward),
+        _chain("input", "filter", BEFORE_FILTER, inward),
     )
+    return Table("ip6", table_name(wireguard), chains, _counters(chains))
 
 
 def _names(*links: str | None) -> str:
@@ -90,18 +108,18 @@ def _prerouting(wireguard: str, bridge: str | None, subnet: IPv4Network) -> list
     The tunnel is no way to the host's other addresses, to what Docker has published on one of them (127.0.0.1, for
     instance), or to the networks behind the host.
     """
-    tunnel = f'iifname "{wireguard}" ip daddr != {subnet} drop'
+    tunnel = _drop("foreign_target", f'iifname "{wireguard}" ip daddr != {subnet}')
     if bridge is None:
         return [tunnel]
     # Without its userland proxy, Docker lets the bridge route packets for loopback (route_localnet).
-    return [tunnel, f'iifname "{bridge}" ip daddr 127.0.0.0/8 drop']
+    return [tunnel, _drop("to_loopback", f'iifname "{bridge}" ip daddr 127.0.0.0/8')]
 
 
 def _forward(wireguard: str, bridge: str | None, subnet: IPv4Network, in_clear: str) -> list[str]:
     """Let this host's containers and the overlay speak. Nearly every packet is one of theirs and meets few rules."""
     # Who is not on the bridge is not on the overlay: not Docker's other networks, and not those of another mesh here.
     # They answer what has come to them by a published port.
-    unasked = f'oifname "{wireguard}" ct state != {{ established, related }} drop'
+    unasked = _drop("not_of_overlay", f'oifname "{wireguard}" ct state != {{ established, related }}')
     if bridge is None:
         return [in_clear, unasked]
     # With the path's ICMP lost, only a segment size that fits gets large answers through (RFC 2923).
@@ -113,7 +131,7 @@ def _forward(wireguard: str, bridge: str | None, subnet: IPv4Network, in_clear: 
         f'iifname "{wireguard}" oifname "{bridge}" ip daddr {subnet} accept',
         # The others' WireGuard drops a source that is not in this host's subnet as well: no container speaks for
         # another host's.
-        f'iifname "{bridge}" oifname "{wireguard}" drop',
+        _drop("foreign_source", f'iifname "{bridge}" oifname "{wireguard}"'),
         in_clear,
         unasked,
         *_guard(bridge),
@@ -128,7 +146,7 @@ def _output(port: int, bridge: str | None, overlay: IPv4Network, subnet: IPv4Net
         return [fragment]
     # The whole overlay is on-link on the bridge, where any container can answer for an address that nobody has.
     outside = f'oifname "{bridge}" ip daddr {overlay} ip daddr != {subnet}'
-    return [fragment, f"{outside} reject with icmp type host-unreachable"]
+    return [fragment, _drop("to_nobody", outside, "reject with icmp type host-unreachable")]
 
 
 def _input(links: str, allow: Collection[str]) -> list[str]:
@@ -141,7 +159,7 @@ def _input(links: str, allow: Collection[str]) -> list[str]:
         "ct state established,related accept",
         "ip protocol icmp accept",
         *(f"{protocol} dport {port} accept" for protocol, port in ports),
-        "drop",
+        _drop("to_host"),
     ]
 
 
@@ -154,7 +172,7 @@ def _guard(bridge: str) -> list[str]:
         f'oifname "{bridge}" iifname "{bridge}" accept',
         f'oifname "{bridge}" ct state established,related accept',
         f'oifname "{bridge}" ct status dnat accept',
-        f'oifname "{bridge}" drop',
+        _drop("into_bridge", f'oifname "{bridge}"'),
     ]
 
 

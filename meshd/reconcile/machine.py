@@ -57,8 +57,7 @@ class Machine:
     """What one reconcile reads and changes. `members` asks Serf; `engine` asks Docker and returns None without it.
 
     `mtu` is the underlay's, `networks` are this host's own inside the overlay, `local` its own addresses. All five
-    raise MeshdError. `ipv6` says whether the kernel has IPv6. `end` ends the connections that contradict the rules
-    (see conntrack.end).
+    raise MeshdError. `ipv6` says whether the kernel has IPv6. `end_connections` is conntrack.end.
     """
 
     def __init__(
@@ -71,7 +70,7 @@ class Machine:
         networks: Callable[[], Collection[IPv4Network]],
         local: Callable[[], LocalAddresses] = LocalAddresses,
         ipv6: bool = True,
-        end: Callable[[conntrack.Admission], tuple[Counter[str], int]] = lambda _: (Counter(), 0),
+        end_connections: Callable[[conntrack.Admission], tuple[Counter[str], int]] = lambda _: (Counter(), 0),
     ) -> None:
         self.adapters = tuple(adapters)
         self.members = members
@@ -80,7 +79,7 @@ class Machine:
         self.networks = networks
         self.local = local
         self.ipv6 = ipv6
-        self.end = end
+        self.end_connections = end_connections
 
     def observe(self, kinds: Collection[str]) -> tuple[list[Resource], frozenset[str], list[Failure]]:
         """Read every adapter of one of `kinds`: return the resources, the kinds that were read, and the failures."""
@@ -133,7 +132,7 @@ def this_machine(state: State) -> Machine:
         networks=lambda: underlay.networks(settings.overlay, {settings.wireguard, settings.bridge}),
         local=underlay.local,
         ipv6=ipv6,
-        end=conntrack.end,
+        end_connections=conntrack.end,
     )
 
 

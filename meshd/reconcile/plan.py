@@ -11,6 +11,7 @@ from meshd.net.resources import (
     Action,
     Address,
     Change,
+    Container,
     Device,
     Engine,
     Link,
@@ -237,6 +238,28 @@ def guard(
 def withheld_text(change: Change) -> str:
     """Return what users are told of a change that `guard` withheld."""
     return f"not removed, because nobody said that it left: {change.resource}; 'meshd sync --force' removes it"
+
+
+def misplaced(containers: Iterable[Container], own: Host, hosts: Iterable[Host]) -> tuple[str, ...]:
+    """Return what users are told of each container outside of its host's subnet, as `docker run --ip` may put it.
+
+    Docker's network has the whole overlay for its subnet, so that Docker takes the address. To give it to the container
+    of another host twice, Docker does not hinder either.
+    """
+    subnet = own.record.subnet
+    found = sorted(containers, key=lambda container: container.name)
+    taken = {int(container.address) for container in found}
+    # From the end, since Docker gives addresses from the beginning.
+    numbers = range(int(subnet.broadcast_address) - 1, int(subnet.network_address), -1)
+    free = next((str(IPv4Address(number)) for number in numbers if number not in taken), "")
+    advice = f"start it again with --ip {free}, which is free, or without --ip" if free else "start it without --ip"
+    outside = [container for container in found if container.address not in subnet]
+    of = {c: next((h.name for h in hosts if c.address in h.record.subnet), "") for c in outside} if outside else {}
+    return tuple(
+        f"container {container.name} has the address {container.address} outside of this host's subnet {subnet}"
+        f"{f', in that of {of[container]}' if of[container] else ''}: other hosts do not reach it; {advice}"
+        for container in outside
+    )
 
 
 def restored(originals: Mapping[str, str]) -> tuple[Sysctl, ...]:

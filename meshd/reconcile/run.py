@@ -17,7 +17,7 @@ from meshd.mesh.terms import Mesh
 from meshd.mesh.votes import Votes
 from meshd.net import conntrack
 from meshd.net.netlink import one_socket
-from meshd.net.resources import Action, Change, Engine, Peer, Port, Resource, Route, Sysctl, Table
+from meshd.net.resources import Action, Change, Container, Engine, Peer, Port, Resource, Route, Sysctl, Table
 from meshd.reconcile import handshakes, plan
 from meshd.reconcile.handshakes import Unmet
 from meshd.reconcile.machine import Area, Failure, Machine, this_machine
@@ -83,7 +83,8 @@ class Report:
     their gossip addresses; `unmet` the peers without a handshake, None if the peers were not read; `restarted` the
     public keys of those whose handshake was started again; `engine` is what Docker said that it is, None if it was not
     asked; `notices` are problems with which nothing failed; `unended` is the one of them that says why connections that
-    contradict the rules were not ended, which is then still to be done.
+    contradict the rules were not ended, which is then still to be done. `misplaced` are problems with containers, None
+    if Docker was not asked; `dropped` is what the firewall's named counters (see rules.DROPPED) have counted.
     """
 
     roster: Roster = field(default_factory=Roster)
@@ -100,6 +101,8 @@ class Report:
     own: Host | None = None
     notices: tuple[str, ...] = ()
     unended: str = ""
+    misplaced: tuple[str, ...] | None = None
+    dropped: Mapping[str, int] = field(default_factory=dict)
 
     def failed(self, *areas: Area) -> tuple[Failure, ...]:
         """Return the failures of these areas."""
@@ -242,7 +245,16 @@ class _Run:
             own=self.own,
             notices=(*self.notices(seen), *filter(None, [unended])),
             unended=unended,
+            misplaced=self.misplaced(seen, facts),
+            dropped=dict(sorted(n for r in facts.resources if isinstance(r, Table) for n in r.counters if n[1])),
         )
+
+    def misplaced(self, seen: _Seen, facts: _Facts) -> tuple[str, ...] | None:
+        """Return what is wrong with the addresses of containers, None if Docker was not asked."""
+        if "network" not in facts.readable:
+            return None
+        containers = [r for r in facts.resources if isinstance(r, Container)]
+        return plan.misplaced(containers, self.own, seen.roster.sorted_hosts())
 
     def notices(self, seen: _Seen) -> tuple[str, ...]:
         """Return what is wrong though nothing failed."""
@@ -371,7 +383,7 @@ class _Run:
                 allow=settings.allow,
                 local=self.machine.local().addresses,
             )
-            ended, left = self.machine.end(admission)
+            ended, left = self.machine.end_connections(admission)
         except MissingError as error:
             log.warning("%s", error)
             return ""

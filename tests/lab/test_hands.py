@@ -1,5 +1,6 @@
 """Other people's hands: what somebody else undoes is put right by itself, soon, and logged with how it was seen."""
 
+import json
 import re
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
+from ipaddress import IPv4Address, IPv4Network
 
 import pytest
 
@@ -269,6 +271,43 @@ def test_removed_docker_network_is_made_again(lab: Lab, hosts: list[LabHost]) ->
         eventually(lambda: one.run(["docker", "network", "ls", "-q", "-f", "name=ovl0"]).stdout, 5, "it is there")
         run_box(one)
         assert rtt(two, "box", overlay(one, 1))
+
+
+@pytest.mark.parametrize("address", ["172.20.250.9", "172.20.102.77"])
+def test_container_outside_of_its_hosts_subnet_is_named(lab: Lab, hosts: list[LabHost], address: str) -> None:
+    """Docker takes any address of the overlay. `status` and the log name the container and an address that would do."""
+    one, two = hosts
+    _settle(hosts)
+    before, counted = len(log(one)), _dropped(one)
+    theirs = IPv4Address(address) in IPv4Network(f"{overlay(two)}/24")
+    said = f"container outside has the address {address} outside of this host's subnet {overlay(one)}/24"
+    said += f", in that of {two.name}: " if theirs else ": "
+    try:
+        with nothing_in_clear(lab, *hosts):
+            run_container(one, "outside", "--ip", address, "meshd/serf", "sleep", "1000")
+            assert not rtt(one, "outside", overlay(two, 1)), "meshd drops what it sends"
+            done = one.run(["meshd", "status"], check=False)
+            (line,) = [line.strip() for line in done.stdout.splitlines() if said in line]
+            assert done.returncode == 1
+            if not theirs:  # those the kernel drops first where rp_filter is on
+                assert _dropped(one) > counted, "which is counted"
+                assert re.search(r"\n  foreign_source: \d+ packets of containers", done.stdout)
+            eventually(lambda: f"WARNING {line}" in log(one)[before:], FOUND + 5, "the log says so")
+        one.run(["docker", "rm", "-f", "outside"])
+        found = re.search(r"with --ip (\S+), which is free", line)
+        assert found
+        run_container(one, "outside", "--ip", found[1], "meshd/serf", "sleep", "1000")
+        assert rtt(one, "outside", overlay(two, 1)), "that address does"
+        assert one.run(["meshd", "status"]).returncode == 0, "what was dropped before is no problem"
+        eventually(lambda: f"no longer: {line}" in log(one)[before:], FOUND + 5, "the log says that it is over")
+    finally:
+        one.run(["docker", "rm", "-f", "outside"])
+
+
+def _dropped(host: LabHost) -> int:
+    """Return how many packets of containers with a source outside of the host's subnet were dropped."""
+    facts = json.loads(host.run(["meshd", "status", "--json"], check=False).stdout)
+    return int(facts["dropped"].get("foreign_source", 0))
 
 
 def test_containers_come_and_go_without_changes(lab: Lab, hosts: list[LabHost]) -> None:

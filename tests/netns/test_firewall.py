@@ -182,6 +182,25 @@ def test_table_drops_overlay_packets_in_clear(leaky: tuple[Namespace, Namespace]
     assert clear_packets(leaky) == []
 
 
+def test_dropped_packets_are_counted_until_the_table_changes(leaky: tuple[Namespace, Namespace]) -> None:
+    """A named counter counts what its rules drop. An unchanged table keeps it, and it makes no table a changed one."""
+    one, _ = leaky
+    nft = Nftables(TABLE.name, FAMILIES)
+    with one.entered():
+        nft.apply(Change(Action.ADD, TABLE))
+        (before,) = nft.read()
+        assert isinstance(before, Table)
+        assert dict(before.counters) == dict(TABLE.counters), "all of them are there and at 0"
+    assert clear_packets(leaky) == []
+    with one.entered():
+        for _ in range(2):
+            (found,) = nft.read()
+            assert isinstance(found, Table)
+            # The host's own ping gives up when it is told that its first packet was dropped.
+            assert dict(found.counters) == dict(TABLE.counters) | {"in_clear": 3}
+            assert plan.diff([TABLE], [found], now=0.0, kinds={"table"}) == ()
+
+
 SERVE = "import socket; s = socket.create_server(('10.9.0.2', 80)); print(1, flush=True); print(s.accept()[1][0])"
 CONNECT = f"{sys.executable} -c \"import socket; socket.create_connection(('10.9.0.2', 80), 5, ('172.20.101.0', 0))\""
 

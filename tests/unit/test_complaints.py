@@ -46,3 +46,10 @@ def test_old_tags_are_named_after_longer_than_serf_needs() -> None:
     assert complaints.of(report, 101 + LAG) == {"refused the tags of barge2: older"}
     assert complaints.of(Report(), 102 + LAG) == set()
     assert complaints.of(report, 103 + LAG) == set(), "the time begins again"
+
+
+def test_misplaced_containers_are_wrong_until_docker_is_asked_again() -> None:
+    """A reconcile about members alone does not ask Docker, and says nothing of them."""
+    complaints = Complaints()
+    for misplaced, found in ((("web is",), {"web is"}), (None, {"web is"}), ((), set())):
+        assert complaints.of(Report(misplaced=misplaced), 0) == found

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from meshd.errors import MissingError
-from meshd.net.docker import DockerNetwork, _differences, _network, _subnets
-from meshd.net.resources import Network
+from meshd.net.docker import DockerNetwork, _containers, _differences, _network, _subnets
+from meshd.net.resources import Container, Network
 
 INSPECTED: dict[str, Any] = {
     "Name": "ovl0",
@@ -39,6 +39,13 @@ NETWORK = Network(
 def test_network_from_inspect_output() -> None:
     """The output of `docker network inspect` is read as a network."""
     assert _network(INSPECTED) == NETWORK
+
+
+def test_containers_from_inspect_output() -> None:
+    """Containers are read with their addresses; one without an address is left out."""
+    listed = {"1": {"Name": "box", "IPv4Address": "172.20.101.1/16"}, "2": {"Name": "six", "IPv4Address": ""}}
+    assert [*_containers({"Containers": listed})] == [Container("box", IPv4Address("172.20.101.1"))]
+    assert [*_containers({"Containers": None})] == [*_containers({})] == []
 
 
 @pytest.mark.parametrize("ipam", [None, {}, {"Config": None}, {"Config": [{"Subnet": "10.0.0.0/8"}]}], ids=str)

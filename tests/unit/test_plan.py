@@ -13,6 +13,7 @@ from meshd.net.resources import (
     Action,
     Address,
     Change,
+    Container,
     Engine,
     Link,
     Network,
@@ -281,3 +282,29 @@ def test_loose_port_is_attached_after_bridge() -> None:
 def test_port_is_never_removed() -> None:
     """The port of a container is never removed."""
     assert plan.diff((), [Port("veth1", None)], now=NOW) == ()
+
+
+def boxes(*addresses: str) -> list[Container]:
+    return [Container(f"box{number}", IPv4Address(address)) for number, address in enumerate(addresses)]
+
+
+def test_container_outside_of_the_subnet_is_named_with_a_free_address() -> None:
+    """The container, its address, whose that is, and one that would do."""
+    assert plan.misplaced(boxes("172.20.101.1", "172.20.101.254"), host(1), [host(2)]) == ()
+    nobodys, theirs = plan.misplaced(
+        boxes("172.20.101.1", "172.20.250.9", "172.20.102.7", "172.20.101.254"), host(1), [host(2), host(3)]
+    )
+    assert nobodys == (
+        "container box1 has the address 172.20.250.9 outside of this host's subnet 172.20.101.0/24: other hosts do not "
+        "reach it; start it again with --ip 172.20.101.253, which is free, or without --ip"
+    )
+    assert theirs.startswith(
+        "container box2 has the address 172.20.102.7 outside of this host's subnet 172.20.101.0/24, in that of barge2: "
+    )
+
+
+def test_container_is_misplaced_also_where_no_address_is_free() -> None:
+    """A full subnet leaves no address to name."""
+    full = boxes(*(f"172.20.101.{last}" for last in range(1, 255)), "172.20.250.9")
+    (text,) = plan.misplaced(full, host(1), [])
+    assert text.endswith("other hosts do not reach it; start it without --ip")

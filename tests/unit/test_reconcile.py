@@ -19,7 +19,20 @@ from meshd.mesh.tombstones import grave
 from meshd.mesh.votes import Vote, claim_of
 from meshd.net import conntrack
 from meshd.net.links import Links
-from meshd.net.resources import Action, Change, Engine, Link, Network, Peer, Resource, Route, Sysctl, Table, Tags
+from meshd.net.resources import (
+    Action,
+    Change,
+    Container,
+    Engine,
+    Link,
+    Network,
+    Peer,
+    Resource,
+    Route,
+    Sysctl,
+    Table,
+    Tags,
+)
 from meshd.reconcile import plan
 from meshd.reconcile.handshakes import Unmet
 from meshd.reconcile.machine import Area, Machine, this_machine
@@ -555,7 +568,7 @@ def test_connections_are_ended_once_the_table_is_laid_and_then_no_more(
     host: State, caplog: pytest.LogCaptureFixture
 ) -> None:
     fake, tracked = Fake(), Tracked((Counter({REWRITTEN: 2}), 0), (Counter({REWRITTEN: 1}), 0))
-    fake.machine.end = tracked.end
+    fake.machine.end_connections = tracked.end
     run(host, fake, dry=True)
     assert tracked.asked == [], "a look changes nothing"
     assert run(host, fake).unended == ""
@@ -576,7 +589,7 @@ def test_connections_that_could_not_be_ended_are_ended_later(host: State) -> Non
     """The reconcile has not failed; each next one tries it again until it is done, also one about members alone."""
     fake = Fake()
     tracked = Tracked(ApplyError("no buffer space"), (Counter(), 3), (Counter(), 0))
-    fake.machine.end = tracked.end
+    fake.machine.end_connections = tracked.end
     first = run(host, fake)
     assert (first.failures, first.unended) == ((), "no buffer space")
     assert "no buffer space" in Complaints().of(first, 0.0), "which the log tells"
@@ -590,7 +603,7 @@ def test_connections_that_could_not_be_ended_are_ended_later(host: State) -> Non
 def test_connections_wait_for_the_table(host: State) -> None:
     """What ends while the rules are not there would begin again without them."""
     fake, tracked = Fake(), Tracked((Counter(), 0))
-    fake.machine.end = tracked.end
+    fake.machine.end_connections = tracked.end
     fake.adapters["table"].broken = ApplyError("nft hangs")
     report = run(host, fake, unended="no buffer space")
     assert (tracked.asked, report.unended) == ([], "no buffer space")
@@ -600,7 +613,31 @@ def test_connections_wait_for_the_table(host: State) -> None:
 
 def test_kernel_that_lists_no_connections_is_told_of_once(host: State, caplog: pytest.LogCaptureFixture) -> None:
     fake = Fake()
-    fake.machine.end = Tracked(MissingError("this kernel lists no connections")).end
+    fake.machine.end_connections = Tracked(MissingError("this kernel lists no connections")).end
     report = run(host, fake)
     assert (report.failures, report.notices, report.unended) == ((), (), "")
     assert caplog.messages == ["this kernel lists no connections"]
+
+
+def test_misplaced_container_is_told_of_and_left_alone(host: State) -> None:
+    fake = Fake()
+    run(host, fake)
+    outside = Container("web", record(2).address + 7)
+    fake.adapters["network"].resources["container", "web"] = outside
+    report = run(host, fake)
+    assert (report.changes, report.failures) == ((), ())
+    (text,) = report.misplaced or ()
+    assert text.startswith(f"container web has the address {outside.address} outside of this host's subnet")
+    assert run(host, fake, kinds=MEMBERSHIP).misplaced is None
+    fake.docker = MissingError("hangs")
+    assert run(host, fake).misplaced is None
+
+
+def test_report_has_what_the_counters_have_counted(host: State) -> None:
+    fake = Fake()
+    assert run(host, fake).dropped == {}
+    (table, *_) = (r for r in fake.has("table") if isinstance(r, Table))
+    counted = replace(table, counters=(("in_clear", 3), ("to_host", 0)))
+    fake.adapters["table"].resources["table", table.key] = counted
+    report = run(host, fake, dry=True)
+    assert (report.dropped, report.changes) == ({"in_clear": 3}, ())

@@ -34,6 +34,16 @@ def test_the_packets_between_containers_meet_few_rules() -> None:
     assert len(prerouting.rules) == 2
 
 
+def test_whatever_drops_is_counted_by_name() -> None:
+    """Each rule that drops or rejects counts, and its table has the counter. Each counter is explained."""
+    for table in (TABLE, rules.ipv6_table(wireguard="wg0", bridge="ovl0")):
+        texts = [rule.text for chain in table.chains for rule in chain.rules]
+        dropping = [text for text in texts if text.endswith("drop") or " reject " in text]
+        named = {name for name, _ in table.counters}
+        assert {text.partition('counter name "')[2].partition('"')[0] for text in dropping} == named <= {*rules.DROPPED}
+        assert all(f"counter {name} {{" in render(table) for name in named)
+
+
 def test_rule_digest_depends_on_rule_only() -> None:
     """A digest changes with its rule and with nothing else."""
     assert rules.rule("drop") == rules.rule("drop")
@@ -66,6 +76,15 @@ def test_parse_reads_rule_by_digest() -> None:
     (chain,) = parse("ip", "t", json.loads(entries(comment="meshd:abc"))).chains
     assert (chain.type, chain.hook, chain.priority) == ("filter", "output", -10)
     assert [rule.digest for rule in chain.rules] == ["abc"]
+
+
+def test_parse_reads_counters_which_make_no_difference() -> None:
+    """What the counters have counted is read, and two tables that differ in it alone are the same."""
+    listed = json.loads(entries(comment="meshd:abc"))
+    counter = {"counter": {"family": "ip", "name": "in_clear", "table": "t", "handle": 3, "packets": 7, "bytes": 588}}
+    found = parse("ip", "t", [*listed, counter])
+    assert found.counters == (("in_clear", 7),)
+    assert found == parse("ip", "t", listed)
 
 
 def test_parse_detects_foreign_changes() -> None:

@@ -155,6 +155,7 @@ def test_status_json_has_values(state: State) -> None:
         "peers_with_recent_handshake": 1,
         "pending": [],
         "refused": {"mallory": "no record"},
+        "dropped": {},
         "problems": ["UDP port 51820 is blocked"],
     }
 
@@ -177,11 +178,25 @@ def test_status_text_renders_facts(state: State) -> None:
         "peers:                    0, 0 with a handshake in the last 3 minutes",
         "pending:                  none",
         "refused:                  none",
+        "dropped:                  none",
         "problems:                 2",
         "  a",
         "  b",
         f"state directory:          {state.directory}",
     ]
+
+
+def test_status_says_what_was_dropped_and_which_containers_are_misplaced(state: State) -> None:
+    """What was dropped is no problem, since normal life does that as well; a container that is cut off is one."""
+    shown = facts(state, Report(dropped={"in_clear": 3, "of_a_later_version": 1}))
+    assert (shown.dropped, shown.problems) == ({"in_clear": 3, "of_a_later_version": 1}, [])
+    lines = views.status_lines(shown)
+    place = lines.index("dropped:                  2")
+    assert lines[place + 1 : place + 3] == [
+        "  in_clear: 3 packets for the overlay, which would have left unencrypted",
+        "  of_a_later_version: 1 packets",
+    ]
+    assert facts(state, Report(misplaced=("container web is",))).problems == ["container web is"]
 
 
 def test_status_text_shows_what_does_not_answer(state: State) -> None:
