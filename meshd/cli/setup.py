@@ -40,7 +40,7 @@ def init(state: State, /, **options: Any) -> None:
       meshd init
       meshd init --mesh staging --overlay 10.80.0.0/16 --bind 203.0.113.5
     """
-    lifecycle.init(state, Settings(**given(options)))
+    lifecycle.init(state, lifecycle.with_overlay(given(options)))
     settings, claim = state.settings, state.claim()
     subnet = claim.record.subnet if claim else "?"
     output.show(
