@@ -13,6 +13,12 @@ PREFIX ?= /opt/meshd
 WORKERS ?= 2
 DOCKERS ?= trixie sid
 
+# Python may be upgraded under a virtual environment, which then has no pip, or not even a python: it is made anew. What is
+# no virtual environment is left alone: --clear removes whatever is there.
+define venv
+$(1)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $$(test ! -e $(1)/pyvenv.cfg || echo --clear) $(1)
+endef
+
 # What the benchmarks compare with and measure by, unpacked and not installed: iperf3, tinc and Nebula bring services.
 TOOLS := iperf3 libiperf0 libsctp1 iputils-ping tinc liblzo2-2 nebula
 # The suites with a newer wireguard-go.
@@ -30,7 +36,7 @@ setup: .make/packages .make/wheel
 
 .make/venv: pyproject.toml
 	@mkdir -p .make
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(call venv,.venv)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet --group dev --group bench
 	@touch $@
@@ -44,7 +50,7 @@ setup: .make/packages .make/wheel
 
 install:
 	dpkg -s $(RUNTIME) >/dev/null 2>&1 || .ci/install-packages $(RUNTIME)
-	test -x $(PREFIX)/bin/python || $(PYTHON) -m venv $(PREFIX)
+	$(call venv,$(PREFIX))
 	$(PREFIX)/bin/python -m pip install --quiet --upgrade .
 	ln -sfn $(PREFIX)/bin/meshd /usr/local/bin/meshd
 

@@ -7,20 +7,21 @@ from typing import Any, TypeVar
 
 import click
 
-from meshd.cli.types import Address, Prefix
+from meshd.cli.types import Address, Overlay, Prefix
 from meshd.errors import InputError
 from meshd.state import settings
-from meshd.state.settings import DEFAULTS, OPTIONS, Option, Scope
+from meshd.state.settings import DEFAULTS, OPTIONS, Kind, Option, Scope
 
 F = TypeVar("F", bound=Callable[..., Any])
 READY_TIMEOUT = 30.0
-TYPES: dict[str, Any] = {
-    settings.TEXT.what: str,
-    settings.NUMBER.what: int,
-    settings.SWITCH.what: bool,
-    settings.ADDRESS.what: Address(),
-    settings.PREFIX.what: Prefix(),
-    settings.TEXTS.what: str,
+TYPES: dict[Kind, Any] = {
+    settings.TEXT: str,
+    settings.NUMBER: int,
+    settings.SWITCH: bool,
+    settings.ADDRESS: Address(),
+    settings.PREFIX: Prefix(),
+    settings.OVERLAY: Overlay(),
+    settings.TEXTS: str,
 }
 
 
@@ -42,7 +43,7 @@ def _option(name: str, option: Option, default: Any, is_inherited: bool) -> Call
     return click.option(
         option.flag,
         name,
-        type=click.Choice(option.choices) if option.choices else TYPES[option.kind.what],
+        type=click.Choice(option.choices) if option.choices else TYPES[option.kind],
         multiple=option.kind is settings.TEXTS,
         default=default,
         envvar=option.variable,

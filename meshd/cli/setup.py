@@ -15,9 +15,11 @@ from meshd.gossip import serf_agent
 from meshd.lifecycle import join as lifecycle
 from meshd.lifecycle import leave as leaving
 from meshd.lifecycle import up as running
-from meshd.mesh import invitations
+from meshd.mesh import endings, invitations
 from meshd.mesh.invitations import Invitation
+from meshd.mesh.model import Host
 from meshd.state.authority import Terms, expiry, invite_many
+from meshd.state.claim import settled
 from meshd.state.directory import State
 from meshd.state.settings import OPTIONS, Scope, Settings
 
@@ -38,7 +40,7 @@ def init(state: State, /, **options: Any) -> None:
       meshd init
       meshd init --mesh staging --overlay 10.80.0.0/16 --bind 203.0.113.5
     """
-    lifecycle.init(state, Settings(**given(options)))
+    lifecycle.init(state, lifecycle.with_overlay(given(options)))
     settings, claim = state.settings, state.claim()
     subnet = claim.record.subnet if claim else "?"
     output.show(
@@ -92,6 +94,7 @@ def join(
         lifecycle.join_again(state, invitations.decode(text) if text else None)
     else:
         _join(state, address, invitations.decode(text or _prompt()), options)
+    _warn_of_end(state, is_certified=bool(text) or not is_known)
     _wait(state, timeout, strict=strict, is_new=not is_known)
 
 
@@ -125,6 +128,7 @@ def up(state: State, allow: tuple[str, ...], timeout: float, strict: bool) -> No
     if allow:
         running.allow(state, () if allow == ("none",) else allow)
     running.up(state)
+    _warn_of_end(state, is_certified=False)
     _wait(state, timeout, strict=strict, is_new=False)
 
 
@@ -207,6 +211,18 @@ def _wait(state: State, timeout: float, *, strict: bool, is_new: bool) -> None:
         )
     if readiness.missing and strict:
         sys.exit(3)
+
+
+def _warn_of_end(state: State, *, is_certified: bool) -> None:
+    """Print when this host's membership ends, if that is soon, or if it was certified just now for a limited time.
+
+    After a reusable invitation it is not: the authority gives its own certificate in a moment.
+    """
+    certificate, name = state.certificate, state.settings.name
+    is_limited = is_certified and certificate.expires and certificate.delegation is None
+    own = Host(name, settled(state).record)
+    for line in [endings.end(name, certificate)] if is_limited else endings.of_own(own, time.time()):
+        output.warn(line)
 
 
 def _warn_of_firewalls(state: State) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from meshd.endpoint import IPAddress
+from meshd.state.settings import AUTO
 
 _UNITS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
@@ -36,6 +37,15 @@ class Prefix(click.ParamType[IPv4Network]):
         if not isinstance(prefix, IPv4Network):
             self.fail(f"{value} is IPv6; the overlay is IPv4", param, ctx)
         return prefix
+
+
+class Overlay(click.ParamType[IPv4Network | str]):
+    """An IPv4 prefix, or `auto`."""
+
+    name = "prefix"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> IPv4Network | str:
+        return AUTO if value == AUTO else Prefix().convert(value, param, ctx)
 
 
 class Duration(click.ParamType[int]):

@@ -11,12 +11,13 @@ from meshd.mesh import conflicts
 from meshd.mesh.model import Member, Record, Status
 from meshd.mesh.roster import View
 from meshd.net import firewall, rules, underlay
-from meshd.net.resources import Change
+from meshd.net.resources import Action, Change, Network
 from meshd.printable import printable
 from meshd.reconcile import plan
-from meshd.reconcile.machine import Area, wireguard
+from meshd.reconcile.machine import Area, docker, wireguard
 from meshd.reconcile.run import Options, Report, sync
 from meshd.state.directory import State
+from meshd.state.settings import Settings
 
 # The longest name that a host can have has 63 characters.
 WORD = 64
@@ -167,11 +168,13 @@ class Facts:
 
 def status(state: State) -> Facts:
     """Look at everything, and change nothing."""
-    return facts(state, sync(state, Options(dry=True)), wireguard(state).backend, blocked(state), time.time())
+    report = sync(state, Options(dry=True))
+    obstacles = [*_in_the_way(state.settings, report), *blocked(state)]
+    return facts(state, report, wireguard(state).backend, obstacles, time.time())
 
 
-def facts(state: State, report: Report, backend: str, blocked: Sequence[str], now: float) -> Facts:
-    """Return what a report says of this host; `backend` is its WireGuard, `blocked` what its firewall blocks."""
+def facts(state: State, report: Report, backend: str, obstacles: Sequence[str], now: float) -> Facts:
+    """Return what a report says of this host; `backend` is its WireGuard, `obstacles` are what others keep from it."""
     settings, engine = state.settings, report.engine
     record = report.own.record if report.own else None
     present = [member for member in report.members if member.status is not Status.LEFT]
@@ -206,7 +209,7 @@ def facts(state: State, report: Report, backend: str, blocked: Sequence[str], no
             *report.notices,
             *(report.misplaced or ()),
             *_contested(state, report, now),
-            *blocked,
+            *obstacles,
         ],
     )
 
@@ -264,6 +267,17 @@ def _contested(state: State, report: Report, now: float) -> list[str]:
         f"subnet: {name} has moved to {subnet}, which is this host's: 'meshd renumber' on one of the two"
         for name in rivals
     ]
+
+
+def _in_the_way(settings: Settings, report: Report) -> list[str]:
+    """Return a line for each Docker network that keeps meshd's own, which is not there, from being made."""
+    is_missing = any(isinstance(c.resource, Network) and c.action is Action.ADD for c in report.changes)
+    network = docker(settings) if is_missing else None
+    try:
+        rivals = network.overlapping(settings.overlay) if network is not None else []
+    except MeshdError as error:
+        return [f"network: {error}"]
+    return [f"network: {rival.problem(settings.overlay)}" for rival in rivals]
 
 
 def blocked(state: State) -> list[str]:

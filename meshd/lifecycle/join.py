@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 from meshd import files
 from meshd.daemon import hints, service
@@ -11,6 +12,7 @@ from meshd.errors import ConflictError, InputError, SerfError
 from meshd.gossip import serf_agent
 from meshd.gossip.delivery import Progress, Readiness, wait_ready
 from meshd.lifecycle import leave, preflight
+from meshd.lifecycle.preflight import Command
 from meshd.lifecycle.rollback import all_or_nothing
 from meshd.lifecycle.up import begin, up
 from meshd.mesh import addressing
@@ -20,7 +22,7 @@ from meshd.net import underlay
 from meshd.state import authority
 from meshd.state.claim import choose_subnet, endpoint, has_ended, publish, settle_subnet, settled
 from meshd.state.directory import Claim, State
-from meshd.state.settings import Settings
+from meshd.state.settings import AUTO, DEFAULTS, Settings
 
 # What Serf says of a member whose agent has another key, and of one that ends or starts at this moment.
 ANOTHER_KEY = "No installed keys could decrypt the message"
@@ -30,13 +32,24 @@ UNCHANGED, LONGEST = 10.0, 120.0
 AGAIN = 0.2
 
 
+def with_overlay(options: dict[str, Any]) -> Settings:
+    """Return the settings of these options, with an overlay that nothing here has if it is AUTO. Raises MeshdError."""
+    if options.get("overlay") != AUTO:
+        return Settings(**options)
+    settings = Settings(**{**options, "overlay": DEFAULTS["overlay"], "subnet": None})
+    free = preflight.free_overlay(settings)
+    if free is None:
+        raise ConflictError("no private range is free on this host: choose an overlay yourself (--overlay PREFIX)")
+    return Settings(**{**options, "overlay": free})
+
+
 def init(state: State, settings: Settings) -> None:
     """Make a mesh with this host as its first. On any error the host is as it was before."""
     _not_set_up(state)
     settings.check_addresses()
     bind = _bind(settings, towards=None)
     with all_or_nothing(state):
-        _settle_in(state, settings, bind)
+        _settle_in(state, settings, bind, Command.INIT)
         authority.found(state, settings.mesh, settings.name)
         subnet = settings.subnet or choose_subnet(state)
         publish(state, None, subnet=subnet, endpoint=endpoint(state), settled=True)
@@ -65,7 +78,7 @@ def join(
     bind = _bind(settings, member.address)
     preflight.reachable(member)
     with all_or_nothing(state):
-        _settle_in(state, settings, bind, invitation.gossip_key)
+        _settle_in(state, settings, bind, Command.JOIN, invitation.gossip_key)
         state.save_authority(invitation.authority)
         state.save_certificate(admission.certificate, admission.seed)
         state.save_contacts({"": member})
@@ -187,10 +200,12 @@ def _bind(settings: Settings, towards: IPAddress | None) -> IPAddress:
     return bind
 
 
-def _settle_in(state: State, settings: Settings, bind: IPAddress, gossip_key: bytes | None = None) -> None:
+def _settle_in(
+    state: State, settings: Settings, bind: IPAddress, command: Command, gossip_key: bytes | None = None
+) -> None:
     """Check the machine, then write everything that starting needs."""
     files.private_directory(state.directory)
-    preflight.check(settings, bind, state.wireguard_key)
+    preflight.check(settings, bind, state.wireguard_key, command)
     if gossip_key is not None:
         state.save_gossip_key(gossip_key)
     _ = state.gossip_key, state.rpc_key

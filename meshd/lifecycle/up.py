@@ -8,6 +8,7 @@ from meshd.daemon import hints, service
 from meshd.errors import InputError, MeshdError, SerfError
 from meshd.gossip import serf, serf_agent
 from meshd.gossip.delivery import ASK
+from meshd.lifecycle import preflight
 from meshd.lifecycle.containers import attached_containers, disconnect
 from meshd.net import links
 from meshd.net.docker import Attachment
@@ -19,8 +20,10 @@ from meshd.state.directory import State
 
 
 def up(state: State) -> Report:
-    """Start what `down` stopped: the same keys, the same subnet."""
+    """Start what `down` stopped: the same keys, the same subnet. What is in the way now stops it before it begins."""
     staying(state)
+    if state.is_down:
+        preflight.check_again(state)
     state.mark_up()
     return begin(state)
 

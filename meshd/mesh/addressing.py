@@ -2,10 +2,15 @@
 
 from collections.abc import Collection, Iterator
 from hashlib import sha256
-from ipaddress import IPv4Network
+from ipaddress import IPv4Address, IPv4Network
 
 from meshd.endpoint import IPAddress
 from meshd.errors import ConflictError, InputError
+
+# What RFC 1918 leaves to everybody.
+PRIVATE = tuple(map(IPv4Network, ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16")))
+# Others begin below it, as Docker Swarm at 10.0.0.0, or above it, as Kubernetes at 10.96.0.0.
+PREFERRED = IPv4Address("10.80.0.0")
 
 
 def check_overlay(overlay: IPv4Network, length: int) -> None:
@@ -82,6 +87,24 @@ def _candidates(
     start = int.from_bytes(sha256(identity.encode()).digest()[:8], "big")
     for step in range(room):
         yield _nth(overlay, length, 1 + (start + step) % room)
+
+
+def free_overlay(taken: Collection[IPv4Network], length: int) -> IPv4Network | None:
+    """Return a private range that overlaps nothing `taken`, for an overlay with subnets of `length`; None without one.
+
+    It is a /16 where one is free, otherwise the largest range that is, and always the same one.
+    """
+    for size in range(16, length - 1):
+        for private in PRIVATE:
+            others = [each for each in taken if each.overlaps(private)]
+            if size < private.prefixlen or any(private.subnet_of(each) for each in others):
+                continue
+            fits = list(private.subnets(new_prefix=size))
+            first = next((i for i, each in enumerate(fits) if each.network_address >= PREFERRED), 0)
+            for candidate in (*fits[first:], *fits[:first]):
+                if not any(candidate.overlaps(other) for other in others):
+                    return candidate
+    return None
 
 
 def _nth(overlay: IPv4Network, length: int, index: int) -> IPv4Network:

@@ -22,9 +22,44 @@ TIMEOUT = 20
 ASK_TIMEOUT = 3
 PAUSE = 1.0
 LOOK = 2.0
+# How many containers an error names.
+MOST = 10
 _BRIDGE_NAME = "com.docker.network.bridge.name"
 _MTU = "com.docker.network.driver.mtu"
 _ADVICE = "start it (systemctl start docker), install it (apt install docker.io), or pass --no-docker"
+
+
+# What Docker takes for a network without a subnet, unless its configuration says otherwise (libnetwork's ipamutils).
+DEFAULT_POOLS = (*(IPv4Network((f"172.{octet}.0.0", 16)) for octet in range(17, 32)), IPv4Network("192.168.0.0/16"))
+_PROJECT = "com.docker.compose.project"
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """A Docker network of somebody else: its name, a subnet of it, its containers, and the Compose project it is of."""
+
+    name: str
+    subnet: IPv4Network
+    containers: tuple[str, ...] = ()
+    project: str = ""
+
+    def __str__(self) -> str:
+        """Name it and who uses it, as a part of a sentence."""
+        shown = ", ".join(self.containers[:MOST]) + (", …" if self.containers[MOST:] else "")
+        users = f"used by {shown}" if shown else "without containers"
+        return f"the Docker network {self.name} ({self.subnet}), {users}"
+
+    def problem(self, overlay: IPv4Network) -> str:
+        """Say that it is in the way of an overlay which it overlaps, and what to do."""
+        return f"{overlay} overlaps {self}: {self.removal}"
+
+    @property
+    def removal(self) -> str:
+        """Say what to do to remove it."""
+        if self.project:
+            return f"run 'docker compose -p {self.project} down'"
+        first = "remove its containers, then " if self.containers else ""
+        return f"{first}run 'docker network rm {self.name}'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,16 +153,27 @@ class DockerNetwork:
                 found.reload()
             return str(_endpoint(found.attrs, self.name).get("IPAddress", ""))
 
-    def overlapping(self, overlay: IPv4Network) -> list[tuple[str, IPv4Network]]:
-        """Return the name and subnet of each other Docker network that overlaps the overlay."""
+    def overlapping(self, overlay: IPv4Network) -> list[Foreign]:
+        """Return the other Docker networks that overlap the overlay, sorted by name."""
         with _client("listing Docker networks", self._base_url) as client:
-            return sorted(
-                (network.name, subnet)
-                for network in client.networks.list()
-                if not self._is_ours(network.attrs)
-                for subnet in _subnets(network.attrs)
-                if subnet.overlaps(overlay)
-            )
+            return self._overlapping(client, overlay)
+
+    def _overlapping(self, client: Any, overlay: IPv4Network) -> list[Foreign]:
+        found = [
+            _foreign(client, network, subnet)
+            for network in client.networks.list()
+            if not self._is_ours(network.attrs)
+            for subnet in _subnets(network.attrs)
+            if subnet.overlaps(overlay)
+        ]
+        return sorted(found, key=lambda network: network.name)
+
+    def ranges(self) -> list[IPv4Network]:
+        """Return the subnets of all Docker networks, and the pools from which Docker is configured to take more."""
+        with _client("listing Docker networks", self._base_url) as client:
+            subnets = [subnet for network in client.networks.list() for subnet in _subnets(network.attrs)]
+            pools = [str(pool.get("Base", "")) for pool in client.info().get("DefaultAddressPools") or ()]
+        return subnets + [IPv4Network(pool, strict=False) for pool in pools if pool and ":" not in pool]
 
     def occupied(self, overlay: IPv4Network) -> str:
         """Say what is in the way if a Docker network of this name exists that is not this mesh's."""
@@ -161,6 +207,9 @@ class DockerNetwork:
         from docker.types import IPAMConfig, IPAMPool  # noqa: PLC0415  160 ms of imports
 
         pool = IPAMPool(str(network.subnet), str(network.ip_range), str(network.gateway))
+        # Docker itself says no more than that the address space is taken.
+        if rivals := self._overlapping(client, network.subnet):
+            raise ConflictError(rivals[0].problem(network.subnet))
         client.networks.create(
             network.name,
             driver="bridge",
@@ -314,6 +363,13 @@ def _subnets(attributes: dict[str, Any]) -> list[IPv4Network]:
     """Return a network's IPv4 subnets."""
     pools = (attributes.get("IPAM") or {}).get("Config") or []
     return [IPv4Network(pool["Subnet"]) for pool in pools if ":" not in pool.get("Subnet", ":")]
+
+
+def _foreign(client: Any, network: Any, subnet: IPv4Network) -> Foreign:
+    """Return a network with all its containers, also those that do not run."""
+    listed = client.api.containers(all=True, filters={"network": network.id})
+    names = sorted(str((each.get("Names") or [each.get("Id")])[0]).lstrip("/") for each in listed)
+    return Foreign(network.name, subnet, tuple(names), str((network.attrs.get("Labels") or {}).get(_PROJECT, "")))
 
 
 def _attached(attributes: dict[str, Any]) -> list[str]:

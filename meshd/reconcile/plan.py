@@ -101,7 +101,7 @@ def sysctls(wireguard: str, bridge: str) -> tuple[Sysctl, ...]:
 def _bridge(local: Local, bridge: str) -> list[Resource]:
     record = local.host.record
     resources: list[Resource] = [
-        Link(bridge, "bridge", local.mtu, mac=_mac(record.address)),
+        Link(bridge, "bridge", local.mtu, mac=mac(record.address)),
         *(Port(link, bridge) for link in local.loose),
         # The whole overlay is on-link here: Docker adopts the address, and no packet for an unknown subnet can
         # leave by the default route.
@@ -122,7 +122,7 @@ def _bridge(local: Local, bridge: str) -> list[Resource]:
     return resources
 
 
-def _mac(address: IPv4Address) -> str:
+def mac(address: IPv4Address) -> str:
     """Return the bridge's MAC address, made as Docker makes those of containers.
 
     A bridge without one of its own takes the lowest of its ports' and changes it as they come and go, and one that is

@@ -10,7 +10,7 @@ from meshd import files
 from meshd.endpoint import Endpoint
 from meshd.errors import ApplyError, ConflictError, InputError, MeshdError, MissingError, SerfError
 from meshd.gossip.messages import Applied
-from meshd.mesh import conflicts, membership, tombstones
+from meshd.mesh import conflicts, endings, membership, tombstones
 from meshd.mesh.model import Host, Member, Record
 from meshd.mesh.roster import Roster, View
 from meshd.mesh.terms import Mesh
@@ -266,11 +266,13 @@ class _Run:
             if d.keeper == own.name and seen.rival is None and not d.claims.keys() <= {own.name, *self.known.hosts}
         ]
         claimed = [CLAIMED.format(subnet=own.record.subnet, rivals=conflicts.rivals_of(d, own.name)) for d in over_own]
+        ends = endings.of_own(own, self.now)
         try:
+            ends += authority.ending(self.state, seen.roster, self.now)
             used_up = authority.used_up(self.state, seen.roster)
         except MeshdError as error:
             used_up = [str(error)]
-        return (*claimed, *used_up, *self.state.set_aside())
+        return (*claimed, *ends, *used_up, *self.state.set_aside())
 
     def tell_dropped(self, contacts: Mapping[str, Endpoint]) -> None:
         """Log what an older version of meshd kept on disk, and this one drops."""

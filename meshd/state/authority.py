@@ -12,7 +12,7 @@ from typing import Any
 
 from meshd.endpoint import Endpoint
 from meshd.errors import InputError
-from meshd.mesh import certificates
+from meshd.mesh import certificates, endings
 from meshd.mesh.invitations import Invitation
 from meshd.mesh.model import (
     DEFAULT_HOSTS,
@@ -213,6 +213,12 @@ def used_up(state: State, roster: Roster) -> list[str]:
     by = {c.delegation for name, c in hosts.items() if c.delegation and (name, c.identity.hex()) not in noted}
     full = [d for d in by if len(_confirmed_by(issued, {label(d.serial)})) >= d.most]
     return sorted(USED_UP.format(label=label(d.serial), most=d.most) for d in full)
+
+
+def ending(state: State, roster: Roster, now: float) -> list[str]:
+    """Return, where the authority is, a line for each other host whose certificate ends soon (see endings)."""
+    found = endings.of_others(roster.hosts, now)
+    return found if found and state.authority_key is not None else []
 
 
 def forget(state: State, name: str, record: Record) -> Tombstone:

@@ -57,6 +57,8 @@ NUMBER = Kind("a whole number", _exactly(int))
 SWITCH = Kind("true or false", _exactly(bool))
 ADDRESS = Kind("an IP address", _parsed(ip_address), str)
 PREFIX = Kind("an IPv4 prefix", _parsed(IPv4Network), str)
+# `init` takes AUTO for one that is free, too.
+OVERLAY, AUTO = Kind("an IPv4 prefix", _parsed(IPv4Network), str), "auto"
 TEXTS = Kind("a list of texts", lambda value: tuple(_exactly(str)(entry) for entry in _exactly(list)(value)), list)
 
 
@@ -134,7 +136,12 @@ class Settings:
     # It lies in Docker's automatic pool, so the preflight looks for it there.
     overlay: IPv4Network = field(
         default=IPv4Network("172.20.0.0/16"),
-        metadata=_option("--overlay", PREFIX, "Address range of the mesh (CIDR).", scope=Scope.MESH),
+        metadata=_option(
+            "--overlay",
+            OVERLAY,
+            f"Address range of the mesh (CIDR); {AUTO} is one that nothing on this host has.",
+            scope=Scope.MESH,
+        ),
     )
     subnet_length: int = field(
         default=24,

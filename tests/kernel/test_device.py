@@ -44,6 +44,13 @@ def read(device: contract.WireGuard) -> list[Peer]:
     return [resource for resource in device.read() if isinstance(resource, Peer)]
 
 
+def test_kernel_device_is_found_by_its_port(device: contract.WireGuard) -> None:
+    """Its socket has no process in /proc."""
+    assert device.backend == "kernel"
+    assert wireguard.link_on(51820) == "wg0"
+    assert wireguard.link_on(51821) == ""
+
+
 def test_kernel_device_with_300_peers(device: contract.WireGuard) -> None:
     """Three hundred peers are read, changed and removed."""
     peers = sorted((peer(number) for number in range(COUNT)), key=lambda one: one.key)

@@ -3,15 +3,16 @@
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
 from meshd.lab.hosts import Lab, LabHost
-from meshd.mesh import invitations
+from meshd.mesh import certificates, invitations
 from meshd.state import authority
 from meshd.state.authority import Terms
 from meshd.state.directory import State
-from tests.lab.conftest import eventually, init, invitation, join, members, overlay, peers, ping, snapshot
+from tests.lab.conftest import eventually, init, invitation, join, log, members, overlay, peers, ping, snapshot
 from tests.lab.traffic import unbroken
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
@@ -104,6 +105,31 @@ def test_certificate_renewal_loses_no_packet(hosts: list[LabHost]) -> None:
         eventually(lambda: state(one).roster().hosts["barge2"].certificate == after, 5, "the other has the new one")
     assert lost == []
     assert after.expires > before.expires
+
+
+def test_end_of_a_membership_is_told_before(hosts: list[LabHost]) -> None:
+    """At join, in the log and in `status`, here and where the authority is, until the certificate is renewed."""
+    one, two, _ = hosts
+    # Given 80 days ago, for 90.
+    offer = authority.invite(state(one), "barge2", Terms(expires=int(time.time()) + 10 * 86400))
+    assert offer.certificate is not None
+    old = replace(offer.certificate, serial=certificates.new_serial(time.time() - 80 * 86400))
+    old = certificates.certify(authority.key(state(one)), "meshd", "barge2", old)
+    line = invitations.encode(replace(offer, certificate=old))
+    done = two.run(["meshd", "join", "10.10.10.101", "--no-docker"], env={"MESHD_INVITE": line})
+    told = f"membership ends on {certificates.date(old.expires)}"
+    assert f"Warning: this host's {told}" in done.stderr
+    eventually(lambda: f"this host's {told}" in log(two), 10, "the daemon of the host says it")
+    eventually(lambda: f"barge2's {told}" in log(one), 10, "the daemon where the authority is says it")
+    for host, whose in ((one, "barge2's"), (two, "this host's")):
+        status = host.run(["meshd", "status"], check=False)
+        assert status.returncode == 1
+        assert f"{whose} {told}, when its certificate expires. To renew it, run 'meshd invite barge2'" in status.stdout
+    join(two, one, invite(one, "barge2"))
+    eventually(lambda: all("no longer: " in log(host) for host in (one, two)), 10, "both say that it is over")
+    for host in (one, two):
+        assert host.run(["meshd", "status"]).returncode == 0
+        assert log(host).count(told) == 2, "once when it began, once when it was over"
 
 
 def test_reusable_invitation_host_is_confirmed(hosts: list[LabHost]) -> None:

@@ -28,6 +28,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from meshd.state import authority
 from meshd.lifecycle.join import _settle_in
+from meshd.lifecycle.preflight import Command
 from meshd.lifecycle.rollback import all_or_nothing
 from meshd.lifecycle.up import begin
 from meshd.mesh import addressing
@@ -38,7 +39,7 @@ from meshd.state.directory import State
 state = State()
 settings = Settings(name="barge2", bind=IPv4Address("10.10.10.102"), docker=False)
 with all_or_nothing(state):
-    _settle_in(state, settings, settings.bind)
+    _settle_in(state, settings, settings.bind, Command.INIT)
     authority.found(state, settings.mesh, settings.name)
     subnet = addressing.choose(settings.overlay, 24, (), settings.bind, settings.name)
     publish(state, state.claim(), subnet=subnet, endpoint=endpoint(state), settled=True)

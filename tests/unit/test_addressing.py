@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshd.errors import ConflictError, InputError
-from meshd.mesh.addressing import capacity, check_overlay, choose, is_usable
+from meshd.mesh.addressing import capacity, check_overlay, choose, free_overlay, is_usable
 from tests.conftest import OVERLAY
 
 UNDERLAY = ip_address("10.10.10.101")
@@ -74,3 +74,35 @@ def test_check_overlay_refuses_unusable_overlay(overlay: str, length: int) -> No
     """An overlay is refused if it is reserved or cannot be cut into subnets of the given length."""
     with pytest.raises(InputError, match="overlay"):
         check_overlay(IPv4Network(overlay), length)
+
+
+@pytest.mark.parametrize(
+    ("taken", "found"),
+    [
+        ([], "10.80.0.0/16"),
+        (["10.80.7.0/24"], "10.81.0.0/16"),
+        (["10.80.0.0/12", "10.96.0.0/11", "10.128.0.0/9"], "10.0.0.0/16"),
+        (["10.0.0.0/8"], "172.16.0.0/16"),
+        (["10.0.0.0/8", "172.16.0.0/12"], "192.168.0.0/16"),
+        (["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/17"], "192.168.128.0/17"),
+        (["0.0.0.0/0"], None),
+        (["10.0.0.0/8", "172.16.0.0/12", *(f"192.168.{n}.0/24" for n in range(0, 256, 4))], None),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_free_overlay(taken: list[str], found: str | None) -> None:
+    """The first private /16 in a fixed order that overlaps nothing, or the largest range that has room for hosts."""
+    expected = IPv4Network(found) if found else None
+    assert free_overlay([IPv4Network(each) for each in taken], 24) == expected
+
+
+@given(
+    st.lists(st.builds(lambda a, n: IPv4Network((a, n), strict=False), st.integers(0, 2**32 - 1), st.integers(4, 28)))
+)
+def test_free_overlay_is_free_and_usable(taken: list[IPv4Network]) -> None:
+    """It overlaps nothing that is taken, and an overlay can be made of it."""
+    found = free_overlay(taken, 24)
+    if found is not None:
+        check_overlay(found, 24)
+        assert found.is_private
+        assert not any(found.overlaps(each) for each in taken)

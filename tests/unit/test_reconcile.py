@@ -453,6 +453,22 @@ def test_an_invitation_that_is_used_up_is_a_problem_where_the_authority_is(host:
     assert "issued.json is damaged" in text
 
 
+def test_what_ends_soon_is_a_problem_here_and_where_the_authority_is(state: State) -> None:
+    """The end of this host's own certificate is told everywhere, that of others' where it can be renewed."""
+    soon = int(NOW) + 86400
+    ends = {number: certificate(f"barge{number}", serial=1 << 20, expires=soon) for number in (1, 2)}
+    state.save_certificate(ends[1])
+    own, other = record(1, by=ends[1]), record(2, by=ends[2])
+    publish(state, None, subnet=own.subnet, endpoint=own.endpoint, settled=True, now=NOW)
+    fake = Fake()
+    fake.members = [member(1, of=own), member(2, of=other)]
+    assert [text.split()[0] for text in run(state, fake).notices] == ["this"]
+    state.save_authority_key(AUTHORITY)
+    report = run(state, fake)
+    assert [text.split()[0] for text in report.notices] == ["this", "barge2's"]
+    assert Complaints().of(report, NOW) == set(report.notices)
+
+
 def test_dropped_host_is_named_once_while_serf_is_silent(host: State, caplog: pytest.LogCaptureFixture) -> None:
     """To drop it takes no word of Serf's, and it is not named again by each reconcile until Serf answers."""
     fake = Fake()

@@ -7,6 +7,7 @@
 import shutil
 
 from meshd.errors import InputError, MissingError
+from meshd.net.resources import Device
 from meshd.net.wireguard.contract import PROGRAM, WireGuard
 
 _NO_KERNEL = "this kernel has no WireGuard"
@@ -37,6 +38,21 @@ def find(name: str, private_key: bytes, prefer: str = "auto") -> WireGuard:
     if prefer != "kernel" and shutil.which(PROGRAM):
         return Userspace(name, private_key)
     raise MissingError(_advice(prefer))
+
+
+def link_on(port: int) -> str:
+    """The link of the kernel's WireGuard that listens on a UDP port, the empty string if none does. Raises ApplyError.
+
+    The kernel's own sockets have no process. wireguard-go's have.
+    """
+    from meshd.net.links import link_names  # noqa: PLC0415  pyroute2, as above
+    from meshd.net.wireguard.kernel import Kernel  # noqa: PLC0415
+
+    for name, kind in link_names().items():
+        device = Kernel(name, b"").read()[:1] if kind == "wireguard" else []
+        if any(isinstance(each, Device) and each.port == port for each in device):
+            return name
+    return ""
 
 
 def _advice(prefer: str) -> str:
