@@ -13,6 +13,7 @@ import pytest
 from meshd.lab import network
 from meshd.lab.hosts import Lab, LabHost
 from tests.lab.conftest import (
+    SERVER,
     assemble,
     eventually,
     invitation,
@@ -28,6 +29,7 @@ from tests.lab.conftest import (
     tcpdump,
 )
 from tests.lab.faults import FLUSHED, FOUND, HANDS, TOLD, restart_docker
+from tests.lab.promises import seen
 from tests.lab.traffic import lost_pings
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
@@ -271,3 +273,29 @@ def test_what_takes_the_overlay_is_named(lab: Lab, hosts: list[LabHost], kind: s
         finally:
             one.run(["ip", kind, "del", *taking.split()], check=False)
     assert one.run(["meshd", "status"]).returncode == 0
+
+
+# --- published ports -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("proxy", [True, False], ids=["userland proxy", "no userland proxy"])
+def test_published_port_is_reached_from_the_overlay(lab: Lab, hosts: list[LabHost], proxy: bool) -> None:
+    """By its own host's addresses with --allow where Docker's userland proxy answers, else as it is (moby#27817)."""
+    one, two = hosts
+    _settle(hosts)
+    run_container(one, "web", "-p", "8080:80", "--restart", "always", "meshd/serf", "sh", "-c", SERVER)
+    addresses = [f"{address}:8080" for address in (one.address, overlay(one))]
+    try:
+        if not proxy:
+            restart_docker(lab, one, "TERM", options=["--userland-proxy=false"])
+        eventually(lambda: seen(two, addresses[1]) == overlay(two, 1), 20, "a container elsewhere is seen as itself")
+        assert seen(two, addresses[0]) == str(two.address), "by the underlay it is its host"
+        closed, opened = ("", overlay(one)) if proxy else (overlay(one, 1), overlay(one, 1))
+        assert [seen(one, address) for address in addresses] == [closed, closed]
+        one.run(["meshd", "up", "--allow", "tcp/8080"])
+        assert [seen(one, address) for address in addresses] == [opened, opened]
+    finally:
+        one.run(["meshd", "up", "--allow", "none"])
+        one.run(["docker", "rm", "-f", "web"])
+        if not proxy:
+            restart_docker(lab, one, "TERM")
