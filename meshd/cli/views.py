@@ -19,6 +19,8 @@ from meshd.reconcile.run import Options, Report, sync
 from meshd.state.directory import State
 from meshd.state.settings import Settings
 
+# Also for a container that asks for a port that its own host publishes (ADR 10).
+MORE = "ICMP ('meshd up --allow tcp/PORT' allows more)"
 # The longest name that a host can have has 63 characters.
 WORD = 64
 
@@ -234,7 +236,7 @@ def status_lines(facts: Facts) -> list[str]:
         "serf": "not answering" if facts.serf_members is None else alive,
         "wireguard": f"{facts.wireguard_interface} ({facts.wireguard_backend}), udp port {facts.wireguard_port}",
         "docker": f"not answering ({facts.docker_error})" if facts.docker_error else engine,
-        "reachable by the overlay": ", ".join(["ICMP", *facts.allow]),
+        "reachable by the overlay": ", ".join(["ICMP", *facts.allow]) if facts.allow else MORE,
         "peers": f"{facts.peers}, {facts.peers_with_recent_handshake} with a handshake in the last 3 minutes",
         "pending": facts.pending,
         "refused": [f"{name}: {reason}" for name, reason in facts.refused.items()],

@@ -26,7 +26,7 @@ from meshd.daemon.keeper import Keeper
 from meshd.daemon.log import configure as configure_log
 from meshd.errors import InputError, MeshdError
 from meshd.gossip import calls, serf, serf_agent
-from meshd.net import docker, firewall, links, routes, rules, underlay
+from meshd.net import docker, firewall, links, rules, underlay
 from meshd.net.resources import Engine
 from meshd.reconcile import plan
 from meshd.reconcile.handshakes import Schedule
@@ -122,7 +122,7 @@ class Agent:
             self.exchange.ask,
             self._rejoin,
             self.keeper.watch,
-            partial(links.watch, names, routes.PROTOCOL, partial(self.hint, Source.NETLINK), self.stopping),
+            partial(links.watch, names, settings.overlay, partial(self.hint, Source.NETLINK), self.stopping),
             partial(firewall.watch, table, partial(self.hint, Source.NFTABLES), self.stopping),
         ]
         if settings.docker:

@@ -8,7 +8,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from ipaddress import IPv4Address, IPv4Interface
+from ipaddress import IPv4Interface, IPv4Network
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,12 +16,22 @@ from pyroute2.netlink.exceptions import NetlinkError
 from pyroute2.netlink.rtnl.marshal import MarshalRtnl
 
 from meshd.errors import ApplyError, ConflictError
-from meshd.net.netlink import RT_TABLE_MAIN, link_kind, notifications, rtnetlink, subscribe, tolerating
-from meshd.net.resources import Action, Address, Change, Link, Resource, Route, Sysctl
+from meshd.net.netlink import (
+    PROTOCOL,
+    RT_TABLE_LOCAL,
+    RT_TABLE_MAIN,
+    link_kind,
+    notifications,
+    rtnetlink,
+    subscribe,
+    tolerating,
+)
+from meshd.net.resources import Action, Address, Change, Link, PolicyRule, Resource, Route, Sysctl
 
 PROC_SYS = Path("/proc/sys")
 IFF_UP = 1
-_GROUPS = (1, 5, 7, 9, 24)  # RTNLGRP_LINK, _IPV4_IFADDR, _IPV4_ROUTE, _IPV6_IFADDR and _IPV4_NETCONF
+# RTNLGRP_LINK, _IPV4_IFADDR, _IPV4_ROUTE, _IPV4_RULE, _IPV6_IFADDR and _IPV4_NETCONF.
+_GROUPS = (1, 5, 7, 8, 9, 24)
 RTM_NEWNETCONF, NETCONFA_IFINDEX, NETCONFA_IFINDEX_ALL = 80, 1, -1
 _TUN_KINDS = ("wireguard", "tun", "tuntap")  # wireguard-go's links are TUN
 # Both, since whoever turns IPv6 on again for all links at once does not turn router advertisements on with it.
@@ -232,15 +242,16 @@ def link_names() -> dict[str, str]:
 # --- changes by others ---------------------------------------------------------------------------------------------
 
 
-def watch(names: Collection[str], protocol: int, hint: Callable[[str], None], stop: threading.Event) -> None:
+def watch(names: Collection[str], overlay: IPv4Network, hint: Callable[[str], None], stop: threading.Event) -> None:
     """Block until `stop` is set (seen within 2 s) and call `hint` for each change to the links `names`.
 
-    That is: the links themselves, their addresses and IPv4 sysctls, IPv4 routes over them, any IPv4 route with meshd's
-    `protocol`, forwarding as a whole, and an IPv4 address of another link that went (the underlay's may be among them).
+    That is: the links themselves, their addresses and IPv4 sysctls, IPv4 routes over them, with meshd's protocol or
+    inside the `overlay`, IPv4 routes of other tables that could take it, IPv4 policy rules, forwarding as a whole, and
+    an IPv4 address of another link that went (the underlay's may be among them).
     A hint is one line of text (`route 172.20.7.0/24 removed`); meshd's own changes hint too. An overrun of the
     socket is a hint as well, since what it lost is unknown. Raises ApplyError.
     """
-    watcher = _Watcher(names, protocol)
+    watcher = _Watcher(names, overlay)
     try:
         with subscribe(socket.NETLINK_ROUTE, *_GROUPS) as sock:
             watcher.look_up()
@@ -252,9 +263,22 @@ def watch(names: Collection[str], protocol: int, hint: Callable[[str], None], st
 
 
 def told(changes: Iterable[Change]) -> set[str]:
-    """Return the hints by which a watch tells of the routes among one's own changes."""
-    routes = [(c.resource, c.action is Action.REMOVE) for c in changes if isinstance(c.resource, Route)]
-    return {_route_text(str(route.prefix), "removed" if gone else "changed") for route, gone in routes}
+    """Return the hints by which a watch tells of the routes and policy rules among one's own changes."""
+    hints = set()
+    for change in changes:
+        done = "removed" if change.action is Action.REMOVE else "changed"
+        match change.resource:
+            case Route(prefix=prefix):
+                hints.add(_route_text(str(prefix), done))
+            case PolicyRule(priority=priority):
+                hints.add(_rule_text(priority, done))
+        if isinstance(change.old, PolicyRule):
+            hints.add(_rule_text(change.old.priority, "removed"))
+    return hints
+
+
+def _rule_text(priority: int, done: str) -> str:
+    return f"policy rule {priority} {done}"
 
 
 def _route_text(prefix: str, done: str) -> str:
@@ -264,9 +288,9 @@ def _route_text(prefix: str, done: str) -> str:
 class _Watcher:
     """Turns netlink datagrams into hints. Links are remembered by index: a route's message has no name."""
 
-    def __init__(self, names: Collection[str], protocol: int) -> None:
+    def __init__(self, names: Collection[str], overlay: IPv4Network) -> None:
         self._names = frozenset(names)
-        self._protocol = protocol
+        self._overlay = overlay
         self._marshal = MarshalRtnl()
         self.index: dict[int, str] = {}
 
@@ -292,10 +316,18 @@ class _Watcher:
             return self._link_text(message, done)
         if event.endswith("ADDR"):
             return self._address_text(message, done)
-        ours = message.get("RTA_OIF") in self.index or message.get("proto") == self._protocol
-        if event.endswith("ROUTE") and ours and message.get("RTA_TABLE") == RT_TABLE_MAIN:
-            return _route_text(f"{message.get('RTA_DST') or IPv4Address(0)}/{message['dst_len']}", done)
-        return None
+        if event.endswith("RULE"):
+            return _rule_text(message.get("FRA_PRIORITY") or 0, done)
+        return self._text_of_route(message, done) if event.endswith("ROUTE") else None
+
+    def _text_of_route(self, message: Any, done: str) -> str | None:
+        prefix, table = IPv4Network((message.get("RTA_DST") or 0, message["dst_len"])), message.get("RTA_TABLE")
+        ours = message.get("RTA_OIF") in self.index or message.get("proto") == PROTOCOL
+        if table == RT_TABLE_MAIN:
+            return _route_text(str(prefix), done) if ours or prefix.subnet_of(self._overlay) else None
+        # Whether a policy rule leads there, the reconcile will see.
+        foreign = table != RT_TABLE_LOCAL and prefix.overlaps(self._overlay)
+        return f"{_route_text(str(prefix), done)} in table {table}" if foreign else None
 
     def _address_text(self, message: Any, done: str) -> str | None:
         link = self.index.get(message["index"])

@@ -21,14 +21,17 @@ from meshd.errors import ApplyError
 RT_TABLE_MAIN, RT_TABLE_LOCAL = 254, 255
 RTN_UNICAST, RTN_LOCAL, RTN_BROADCAST, RTN_UNREACHABLE = 1, 2, 3, 7
 RTMSG_LENGTH, RTA_DST = 12, 1
+PROTOCOL = 77
+"""The protocol number of meshd's routes and rules. iproute2's rt_protos and the kernel's rtnetlink.h do not name 77."""
 SOL_NETLINK, NETLINK_ADD_MEMBERSHIP = 270, 1
 NETLINK_NETFILTER = 12
 _BUFFER = 1 << 20  # room for a burst such as a whole mesh's routes going with their link
 _TICK = 2.0  # seconds between looks at `stop`
-_RTM_GETROUTE = 26
+_RTM_GETROUTE, _RTM_GETRULE = 26, 34
 NLM_F_ACK, NLM_F_DUMP, NLA_TYPE_MASK = 0x4, 0x300, 0x3FFF
 _NLM_F_REQUEST, _NLM_F_DUMP_INTR = 0x1, 0x10
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
+_RT_TABLE_COMPAT, _RTA_TABLE = 252, 15
 _NLMSG_HEADER, _RTMSG = struct.Struct("=IHHII"), struct.Struct("=8BI")
 _NETLINK_GET_STRICT_CHK, _ANSWER_TIME = 12, 5.0
 
@@ -98,19 +101,32 @@ def tolerating(*codes: int) -> Iterator[None]:
             raise
 
 
-@retry(retry=retry_if_exception_cause_type(InterruptedError), stop=stop_after_attempt(5), reraise=True)
 def dump_routes(doing: str, protocol: int, *, family: int = socket.AF_INET, table: int = RT_TABLE_MAIN) -> list[bytes]:
     """A table's routes with an rtm_protocol (0 for all), each as its rtmsg and attributes (rtnetlink(7)).
 
     pyroute2 takes 90 µs to read one route, which a host with 1,000 peers would pay each time. Raises ApplyError.
     """
-    request = _RTMSG.pack(family, 0, 0, 0, table, protocol, 0, 0, 0)
+    # A number of more than 8 bits fits into the attribute alone.
+    message = _RTMSG.pack(family, 0, 0, 0, min(table, _RT_TABLE_COMPAT), protocol, 0, 0, 0)
+    return _dump(doing, _RTM_GETROUTE, message + struct.pack("=HHI", 8, _RTA_TABLE, table))
+
+
+def dump_rules(doing: str) -> list[bytes]:
+    """The policy rules of IPv4 in the kernel's order, each as its fib_rule_hdr and attributes. Raises ApplyError."""
+    return _dump(doing, _RTM_GETRULE, _RTMSG.pack(socket.AF_INET, 0, 0, 0, 0, 0, 0, 0, 0))
+
+
+@retry(retry=retry_if_exception_cause_type(InterruptedError), stop=stop_after_attempt(5), reraise=True)
+def _dump(doing: str, kind: int, request: bytes) -> list[bytes]:
     try:
         with ask_socket(socket.NETLINK_ROUTE) as sock:
             # With strict checks the kernel filters by table and protocol.
             sock.setsockopt(SOL_NETLINK, _NETLINK_GET_STRICT_CHK, 1)
-            return list(asked(sock, _RTM_GETROUTE, NLM_F_DUMP, request))
+            return list(asked(sock, kind, NLM_F_DUMP, request))
     except OSError as error:
+        # Nobody has put a route into that table yet, or the kernel is built without policy rules.
+        if error.errno in {errno.ENOENT, errno.EOPNOTSUPP}:
+            return []
         raise ApplyError(f"{doing}: {error.strerror or error}") from error
 
 

@@ -161,6 +161,38 @@ class Route:
 
 
 @dataclass(frozen=True, slots=True)
+class PolicyRule:
+    """meshd's own policy rule, which has the overlay looked up in the main table. There is one for an overlay."""
+
+    kind: ClassVar[str] = "rule"
+    overlay: IPv4Network
+    priority: int
+
+    @property
+    def key(self) -> str:
+        return _text(self.overlay)
+
+    def __str__(self) -> str:
+        return f"policy rule {self.priority}: to {self.overlay} lookup main"
+
+
+@dataclass(frozen=True, slots=True)
+class Diversion:
+    """A policy rule or a route of others that takes packets for the overlay. It is only observed.
+
+    meshd's own rule at the priority `before` prevails over it. Without one, `text` says what people can do.
+    """
+
+    kind: ClassVar[str] = "diversion"
+    text: str
+    before: int | None = None
+
+    @property
+    def key(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, slots=True)
 class Rule:
     """One nftables rule. It is compared by the digest that its comment carries in the kernel: what nft lists
     back differs from what it was given, the comment does not."""
@@ -293,7 +325,7 @@ class Change:
 
 
 class Adapter(Protocol):
-    """One outside system. `read` lists what is there of meshd's own; `apply` makes one change.
+    """One outside system. `read` lists what is there of meshd's own, and diversions; `apply` makes one change.
 
     Both raise ApplyError, MissingError or SerfError; applying a change twice is harmless.
     """

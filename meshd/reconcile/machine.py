@@ -16,6 +16,7 @@ from meshd.mesh.records import NAMES
 from meshd.net import conntrack, links, underlay
 from meshd.net.docker import DockerNetwork
 from meshd.net.firewall import Iptables, Nftables
+from meshd.net.policy import Policy
 from meshd.net.ports import Ports
 from meshd.net.resources import Adapter, Change, Engine, Resource
 from meshd.net.routes import Routes
@@ -116,7 +117,8 @@ def this_machine(state: State) -> Machine:
     listed = cache(partial(members, state))
     adapters: list[Adapter] = [
         links.Links(*_links(settings)),
-        Routes(settings.wireguard, settings.overlay),
+        Routes(settings.wireguard, settings.overlay, settings.bridge if settings.docker else None),
+        Policy(settings.overlay, _links(settings)[0]),
         Nftables(table_name(settings.wireguard), ("ip", "ip6") if ipv6 else ("ip",)),
         wireguard(state),
         SerfTags(access(state), settings.name, NAMES, listed),

@@ -17,6 +17,7 @@ from meshd.net.resources import (
     Link,
     Network,
     Peer,
+    PolicyRule,
     Port,
     Resource,
     Route,
@@ -35,7 +36,7 @@ IP_FORWARD = "net/ipv4/ip_forward"
 
 # Changes are made in this order, and removed in the reverse one: first what keeps overlay traffic from leaving in
 # clear, then links before addresses, peers before the routes that lead to them, and the tags that invite traffic last.
-ORDER = ("table", "sysctl", "device", "link", "port", "address", "iptables", "peer", "route", "network", "tags")
+ORDER = ("table", "sysctl", "device", "link", "port", "address", "iptables", "peer", "route", "rule", "network", "tags")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +51,8 @@ class Local:
     ipv6: bool = True
     # The links of the containers that have lost the bridge.
     loose: tuple[str, ...] = ()
+    # The priority of meshd's policy rule, where another one takes the overlay.
+    before: int | None = None
 
     @property
     def bridge(self) -> str | None:
@@ -74,6 +77,8 @@ def desired(local: Local, hosts: Iterable[Host]) -> tuple[Resource, ...]:
         Route(settings.overlay, None, metric=LAST_METRIC),
         Tags(tuple(sorted(encode(record).items()))),
     ]
+    if local.before is not None:
+        resources.append(PolicyRule(settings.overlay, local.before))
     if local.ipv6:
         resources.append(rules.ipv6_table(wireguard=settings.wireguard, bridge=local.bridge))
     if local.bridge is not None:

@@ -17,7 +17,19 @@ from meshd.mesh.terms import Mesh
 from meshd.mesh.votes import Votes
 from meshd.net import conntrack
 from meshd.net.netlink import one_socket
-from meshd.net.resources import Action, Change, Container, Engine, Peer, Port, Resource, Route, Sysctl, Table
+from meshd.net.resources import (
+    Action,
+    Change,
+    Container,
+    Diversion,
+    Engine,
+    Peer,
+    Port,
+    Resource,
+    Route,
+    Sysctl,
+    Table,
+)
 from meshd.reconcile import handshakes, plan
 from meshd.reconcile.handshakes import Unmet
 from meshd.reconcile.machine import Area, Failure, Machine, this_machine
@@ -31,8 +43,8 @@ log = logging.getLogger("meshd")
 
 # WireGuard's own overhead over IPv6: 40 bytes of IP, 8 of UDP, 32 of its own. Over IPv4 it is 20 less.
 OVERHEAD = 80
-# What a change of members alone can change: after Serf's hint nothing else is read.
-MEMBERSHIP = frozenset({"device", "peer", "route", "tags"})
+# What a change of members alone can change, and what takes packets from it: after Serf's hint nothing else is read.
+MEMBERSHIP = frozenset({"device", "peer", "route", "rule", "tags"})
 # Everything that does not ask Docker, which takes longer than all the rest together.
 WITHOUT_DOCKER = frozenset(plan.ORDER) - {"network", "iptables"}
 MUST_MOVE = (
@@ -167,6 +179,10 @@ class _Facts:
     def peers(self) -> tuple[Peer, ...]:
         return tuple(r for r in self.resources if isinstance(r, Peer))
 
+    @property
+    def diversions(self) -> tuple[Diversion, ...]:
+        return tuple(r for r in self.resources if isinstance(r, Diversion))
+
 
 @dataclass(frozen=True, slots=True)
 class _Decision:
@@ -243,7 +259,7 @@ class _Run:
             engine=facts.engine,
             lost=membership.lost(contacts, seen.members) if seen.members else {},
             own=self.own,
-            notices=(*self.notices(seen), *filter(None, [unended])),
+            notices=(*self.notices(seen, facts), *filter(None, [unended])),
             unended=unended,
             misplaced=self.misplaced(seen, facts),
             dropped=dict(sorted(n for r in facts.resources if isinstance(r, Table) for n in r.counters if n[1])),
@@ -256,7 +272,7 @@ class _Run:
         containers = [r for r in facts.resources if isinstance(r, Container)]
         return plan.misplaced(containers, self.own, seen.roster.sorted_hosts())
 
-    def notices(self, seen: _Seen) -> tuple[str, ...]:
+    def notices(self, seen: _Seen, facts: _Facts) -> tuple[str, ...]:
         """Return what is wrong though nothing failed."""
         own = self.own
         # What a known host does, `meshd status` says in other words (see conflicts.contested).
@@ -272,7 +288,8 @@ class _Run:
             used_up = authority.used_up(self.state, seen.roster)
         except MeshdError as error:
             used_up = [str(error)]
-        return (*claimed, *ends, *used_up, *self.state.set_aside())
+        diverted = [diversion.text for diversion in facts.diversions if diversion.before is None]
+        return (*claimed, *ends, *used_up, *diverted, *self.state.set_aside())
 
     def tell_dropped(self, contacts: Mapping[str, Endpoint]) -> None:
         """Log what an older version of meshd kept on disk, and this one drops."""
@@ -346,6 +363,7 @@ class _Run:
             engine=facts.engine,
             ipv6=self.machine.ipv6,
             loose=loose,
+            before=next((d.before for d in facts.diversions if d.before is not None), None),
         )
         wanted = plan.desired(here, roster.sorted_hosts())
         moved = {r.public_key for n, r in roster.hosts.items() if n in known and r.endpoint != known[n].endpoint}

@@ -8,12 +8,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, ip_network
 
 import pytest
 
+from meshd.lab import network
 from meshd.lab.hosts import Lab, LabHost
 from tests.lab.conftest import (
+    SERVER,
     assemble,
     eventually,
     invitation,
@@ -29,6 +31,7 @@ from tests.lab.conftest import (
     tcpdump,
 )
 from tests.lab.faults import FLUSHED, FOUND, HANDS, STATE, TOLD, restart_docker
+from tests.lab.promises import seen
 from tests.lab.traffic import lost_pings
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
@@ -336,3 +339,118 @@ def test_bridge_mac_address_survives_container_removal(hosts: list[LabHost]) -> 
         one.run(["docker", "rm", "-f", name])
         for left in ("box", *names[names.index(name) + 1 :]):
             assert rtt(one, left, overlay(two, 1)), f"{left} goes on without {name}"
+
+
+# --- what takes the overlay ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def another_vpn(host: LabHost) -> Iterator[None]:
+    """Send all that leaves a host another way, as a VPN does that is its default route (tailscale#13367, #6231)."""
+    host.run(["ip", "route", "add", "throw", str(ip_network(f"{network.GATEWAY}/24", strict=False)), "table", "52"])
+    host.run(["ip", "route", "add", "default", "via", str(network.GATEWAY), "table", "52"])
+    host.run(["ip", "rule", "add", "priority", "5270", "lookup", "52"])
+    try:
+        yield
+    finally:
+        host.run(["ip", "rule", "del", "priority", "5270"])
+        host.run(["ip", "route", "flush", "table", "52"])
+
+
+def rules(host: LabHost) -> str:
+    return host.run(["ip", "rule"]).stdout
+
+
+@pytest.mark.parametrize("docker", [True, False], ids=["with Docker", "without Docker"])
+def test_another_vpn_does_not_take_the_overlay(lab: Lab, hosts: list[LabHost], plain: LabHost, docker: bool) -> None:
+    """A policy rule and a default route of another VPN take no packet of the overlay for more than a moment."""
+    one, two = hosts[0] if docker else plain, hosts[1]
+    _settle([one, two])
+    before, untouched = len(log(one)), rules(one)
+    with nothing_in_clear(lab, one, two):
+        begun = time.time()
+        with another_vpn(one):
+            eventually(lambda: "to 172.20.0.0/16 lookup main" in rules(one), 5, "meshd's rule is there")
+            (line,) = re.findall(r".* INFO add policy rule 5269: .*", log(one)[before:])
+            assert _logged_at(line) - begun <= TOLD
+            assert re.search(r"\(seen by .*netlink: policy rule 5270 changed", line)
+            assert ping(one, overlay(two, 1))
+            assert ping(two, overlay(one))
+            assert not docker or (rtt(one, "box", overlay(two, 1)) and rtt(two, "box", overlay(one, 1)))
+            assert one.run(["meshd", "status"], check=False).returncode == 0
+        eventually(lambda: rules(one) == untouched, 5, "it has gone with the other one")
+
+
+def test_down_removes_policy_rule(hosts: list[LabHost], plain: LabHost) -> None:
+    """`meshd down` leaves the rules as they were before meshd, and `meshd up` puts its own first again."""
+    _settle([plain, hosts[1]])
+    with another_vpn(plain):
+        others = [line for line in rules(plain).splitlines() if "172.20.0.0/16" not in line]
+        eventually(lambda: "5269:" in rules(plain), 5, "meshd's rule is there")
+        plain.run(["meshd", "down"])
+        assert rules(plain).splitlines() == others
+        plain.run(["meshd", "up"])
+        eventually(lambda: ping(plain, overlay(hosts[1], 1)), 10, "a container is reached again")
+        assert "5269:" in rules(plain)
+
+
+@pytest.mark.parametrize(
+    ("kind", "taking", "what"),
+    [
+        ("route", "172.20.102.0/25 dev eth0", "the route 172.20.102.0/25 dev eth0 takes packets"),
+        (
+            "rule",
+            "priority 100 to 172.20.102.0/24 prohibit",
+            "the policy rule 100 (from all to 172.20.102.0/24 prohibit)",
+        ),
+    ],
+    ids=["a longer route", "a rule that refuses"],
+)
+def test_what_takes_the_overlay_is_named(lab: Lab, hosts: list[LabHost], kind: str, taking: str, what: str) -> None:
+    """What meshd has to leave alone, `status` and the log name, with the command that helps."""
+    one, two = hosts
+    _settle(hosts)
+    before = len(log(one))
+    with nothing_in_clear(lab, *hosts):
+        begun = time.time()
+        one.run(["ip", kind, "add", *taking.split()])
+        try:
+            eventually(lambda: what in log(one)[before:], 5, "it is logged")
+            (line,) = [line for line in log(one)[before:].splitlines() if what in line]
+            assert _logged_at(line) - begun <= TOLD
+            assert not rtt(one, "box", overlay(two, 1)), "there is a reason to"
+            done = one.run(["meshd", "status"], check=False)
+            assert (done.returncode, what in done.stdout) == (1, True)
+            (advice,) = re.findall(rf"'(ip {kind} del [^']*)'", done.stdout)
+            one.run(advice.split())
+            eventually(lambda: rtt(one, "box", overlay(two, 1)), 5, "the other side is reached again")
+            eventually(lambda: f"no longer: {what}" in log(one)[before:], 5, "the log says so")
+        finally:
+            one.run(["ip", kind, "del", *taking.split()], check=False)
+    assert one.run(["meshd", "status"]).returncode == 0
+
+
+# --- published ports -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("proxy", [True, False], ids=["userland proxy", "no userland proxy"])
+def test_published_port_is_reached_from_the_overlay(lab: Lab, hosts: list[LabHost], proxy: bool) -> None:
+    """By its own host's addresses with --allow where Docker's userland proxy answers, else as it is (moby#27817)."""
+    one, two = hosts
+    _settle(hosts)
+    run_container(one, "web", "-p", "8080:80", "--restart", "always", "meshd/serf", "sh", "-c", SERVER)
+    addresses = [f"{address}:8080" for address in (one.address, overlay(one))]
+    try:
+        if not proxy:
+            restart_docker(lab, one, "TERM", options=["--userland-proxy=false"])
+        eventually(lambda: seen(two, addresses[1]) == overlay(two, 1), 20, "a container elsewhere is seen as itself")
+        assert seen(two, addresses[0]) == str(two.address), "by the underlay it is its host"
+        closed, opened = ("", overlay(one)) if proxy else (overlay(one, 1), overlay(one, 1))
+        assert [seen(one, address) for address in addresses] == [closed, closed]
+        one.run(["meshd", "up", "--allow", "tcp/8080"])
+        assert [seen(one, address) for address in addresses] == [opened, opened]
+    finally:
+        one.run(["meshd", "up", "--allow", "none"])
+        one.run(["docker", "rm", "-f", "web"])
+        if not proxy:
+            restart_docker(lab, one, "TERM")

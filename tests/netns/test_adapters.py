@@ -8,7 +8,8 @@ import pytest
 from meshd.net import rules
 from meshd.net.firewall import Nftables
 from meshd.net.links import Links
-from meshd.net.resources import Adapter, Link, Resource, Route
+from meshd.net.policy import Policy
+from meshd.net.resources import Adapter, Link, PolicyRule, Resource, Route
 from meshd.net.routes import Routes
 from tests.adapters import InMemory, keeps_its_promises
 from tests.conftest import OVERLAY
@@ -20,6 +21,7 @@ ROUTES = (
     Route(IPv4Network("172.20.7.0/24"), "u0", None),
     Route(IPv4Network("172.20.7.0/24"), "u0", IPv4Address("10.9.0.1")),
 )
+RULES = tuple(PolicyRule(OVERLAY, priority) for priority in (5269, 5199))
 LINKS = tuple(Link("ovl0", "bridge", mtu, mac="02:42:ac:14:01:00") for mtu in (1400, 1300))
 TABLES = tuple(
     rules.table(wireguard="wg0", port=port, bridge="ovl0", overlay=OVERLAY, subnet=IPv4Network("172.20.1.0/24"))
@@ -30,6 +32,7 @@ TABLES_OF_IPV6 = tuple(rules.ipv6_table(wireguard="wg0", bridge=bridge) for brid
 Case = tuple[Callable[[], Adapter], tuple[Resource, ...]]
 CASES: dict[str, Case] = {
     "routes": (lambda: Routes("u0", OVERLAY), ROUTES),
+    "policy": (lambda: Policy(OVERLAY, ("wg0",)), RULES),
     "links": (lambda: Links(("ovl0",), ()), LINKS),
     "nftables": (lambda: Nftables(TABLES[0].name, ("ip", "ip6")), TABLES),
     "nftables, IPv6": (lambda: Nftables(TABLES[0].name, ("ip", "ip6")), TABLES_OF_IPV6),

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from meshd.errors import ApplyError, ConflictError
-from meshd.net.resources import Action, Change, Route
-from meshd.net.routes import PROTOCOL, Routes, overlapping
+from meshd.net.netlink import PROTOCOL
+from meshd.net.resources import Action, Change, Diversion, Route
+from meshd.net.routes import Routes, overlapping
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("sockets")]
 
@@ -91,9 +92,10 @@ def test_routes_of_two_meshes_are_separate(routes: Routes) -> None:
 
 
 def test_foreign_routes_are_kept(routes: Routes) -> None:
-    """A route of someone else is neither read nor replaced nor removed."""
+    """A route of someone else is neither replaced nor removed, and it is named."""
     ip("route", "add", "172.20.7.0/24", "dev", "other")
-    assert routes.read() == []
+    (diversion,) = routes.read()
+    assert str(diversion.key).startswith("the route 172.20.7.0/24 dev other takes packets for the overlay: remove it")
     with pytest.raises(ConflictError, match=r"adding route 172\.20\.7\.0/24 via wg0 .*other"):
         change(routes, Action.ADD, PEER)
     change(routes, Action.REMOVE, PEER)
@@ -118,6 +120,50 @@ def test_routes_of_other_tables_are_ignored(routes: Routes) -> None:
     """Routes of other tables are not meshd's."""
     ip("route", "add", "172.20.8.0/24", "dev", "wg0", "proto", str(PROTOCOL), "table", "100")
     assert routes.read() == []
+
+
+def named(routes: Routes) -> list[str]:
+    """The routes of others that are named, and for those that can be removed by a command, that command."""
+    texts = [found.text for found in routes.read() if isinstance(found, Diversion)]
+    return [text.partition("'")[2].partition("'")[0] or text for text in texts]
+
+
+def test_routes_that_take_packets_are_named(routes: Routes) -> None:
+    """The command that is named removes just that route, whatever its kind."""
+    change(routes, Action.ADD, PEER, GUARD)
+    ip("addr", "add", "10.9.0.1/24", "dev", "other")
+    for taking in (
+        "172.20.7.0/25 dev other proto static",
+        "172.20.7.128/25 via 10.9.0.7 dev other metric 5 proto zebra",
+        "blackhole 172.20.7.9",
+        "172.20.9.0/24 nexthop dev other nexthop via 10.9.0.9",
+        "172.20.0.0/16 dev other metric 7",
+    ):
+        ip("route", "add", *taking.split())
+        (command,) = named(routes)
+        assert command.startswith("ip route del ")
+        ip(*command.split()[1:])
+        assert named(routes) == [], taking
+    assert routes.read() == [GUARD, PEER]
+
+
+def test_routes_that_take_nothing_are_not_named(routes: Routes) -> None:
+    """A shorter route, one of a greater metric, one by wg0 and the bridge's own are nobody's fault."""
+    change(routes, Action.ADD, PEER, GUARD)
+    ip("route", "add", "default", "dev", "other")
+    ip("route", "add", "172.16.0.0/12", "dev", "other")
+    ip("route", "add", str(PEER.prefix), "dev", "other", "metric", "9")
+    ip("route", "add", "172.20.7.0/25", "dev", "wg0")
+    ip("addr", "add", f"{OWN}/16", "dev", "other")
+    assert [*Routes("wg0", OVERLAY, "other").read()] == [GUARD, PEER]
+    (text,) = named(routes)
+    assert "take the address that it belongs to from other" in text
+
+
+def test_only_some_of_many_routes_are_named(routes: Routes) -> None:
+    for number in range(14):
+        ip("route", "add", f"172.20.9.{number}", "dev", "other")
+    assert named(routes)[10:] == ["4 more routes of others take packets for the overlay"]
 
 
 def test_thousand_routes_are_read_in_time(routes: Routes, tmp_path: Path) -> None:

@@ -14,13 +14,16 @@ from pathlib import Path
 import pytest
 
 from meshd.net import links, netlink
-from meshd.net.resources import Action, Change, Route
-from meshd.net.routes import PROTOCOL, Routes
+from meshd.net.netlink import PROTOCOL
+from meshd.net.policy import Policy
+from meshd.net.resources import Action, Change, PolicyRule, Route
+from meshd.net.routes import Routes
 from tests.conftest import eventually
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("netns")]
 
 # Routes that are meshd's by their protocol, of which a watch tells whatever else it looks at.
+OVERLAY = IPv4Network("172.20.0.0/16")
 SIGN, LAST_SIGN = "203.0.113.0/24", "192.0.2.0/24"
 
 
@@ -48,7 +51,7 @@ def until_heard(is_heard: Callable[[], object]) -> None:
 def watch(names: list[str], hint: Callable[[str], None]) -> Iterator[None]:
     """Run `links.watch` in a thread of this namespace while the block runs."""
     stop = threading.Event()
-    thread = threading.Thread(target=links.watch, args=(names, PROTOCOL, hint, stop))
+    thread = threading.Thread(target=links.watch, args=(names, OVERLAY, hint, stop))
     thread.start()
     try:
         yield
@@ -129,12 +132,36 @@ def test_watch_reports_sysctls_of_own_links_only() -> None:
 @pytest.mark.usefixtures("_underlay")
 def test_told_predicts_hints_of_own_changes() -> None:
     """The hints that follow from meshd's own changes are predicted."""
-    routes = Routes("u0", IPv4Network("172.20.0.0/16"))
+    routes, policy = Routes("u0", OVERLAY), Policy(OVERLAY, ["wg0"])
     added = Change(Action.ADD, Route(IPv4Network("172.20.7.0/24"), "u0"))
     with watching("wg0") as hint:
         for change in (added, replace(added, action=Action.REMOVE)):
             routes.apply(change)
             assert {hint()} == links.told([change])
+        first, second = PolicyRule(OVERLAY, 5269), PolicyRule(OVERLAY, 5199)
+        for change in (
+            Change(Action.ADD, first),
+            Change(Action.SET, second, first),
+            Change(Action.REMOVE, second),
+        ):
+            policy.apply(change)
+            told = links.told([change])
+            assert {hint() for _ in told} == told
+
+
+@pytest.mark.usefixtures("_underlay")
+def test_watch_reports_what_takes_the_overlay() -> None:
+    """The watch reports policy rules, and routes of others for the overlay in whatever table, but no default route."""
+    with watching("wg0") as hint:
+        ip("rule", "add", "priority", "5270", "lookup", "52")
+        assert hint() == "policy rule 5270 changed"
+        ip("route", "add", "default", "dev", "u0")
+        ip("route", "add", "default", "dev", "u0", "table", "52")
+        assert hint() == "route 0.0.0.0/0 changed in table 52"
+        ip("route", "add", "172.20.7.128/25", "dev", "u0")
+        assert hint() == "route 172.20.7.128/25 changed"
+        ip("rule", "del", "priority", "5270")
+        assert hint() == "policy rule 5270 removed"
 
 
 def test_watch_reports_lost_messages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +185,7 @@ def test_watch_neither_spins_nor_leaks() -> None:
     """A watch without events uses no processor time, leaks no descriptor, and stops within 2 s."""
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208  # each entry only counts
     stop = threading.Event()
-    thread = threading.Thread(target=links.watch, args=(["ovl0"], PROTOCOL, [].append, stop))
+    thread = threading.Thread(target=links.watch, args=(["ovl0"], OVERLAY, [].append, stop))
     started = time.process_time()
     thread.start()
     time.sleep(1)

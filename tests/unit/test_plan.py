@@ -72,6 +72,12 @@ def test_desired_resources_by_docker_version(name: str, golden: Callable[[str, s
     golden(f"{name}.txt", text(tuple(change.resource for change in plan.diff(wanted(2, 3, of=of), (), now=NOW))))
 
 
+def test_desired_resources_beside_another_vpn(golden: Callable[[str, str], None]) -> None:
+    """Where another policy rule takes the overlay, meshd's own one comes before it."""
+    of = replace(local(None, None), before=5269)
+    golden("another-vpn.txt", text(tuple(change.resource for change in plan.diff(wanted(2, of=of), (), now=NOW))))
+
+
 def test_diff_does_not_depend_on_order() -> None:
     """The order of the input does not change the result."""
     assert plan.diff(wanted(2, 3, 4), (), now=NOW) == plan.diff(wanted(4, 2, 3), (), now=NOW)

@@ -23,10 +23,12 @@ from meshd.net.resources import (
     Action,
     Change,
     Container,
+    Diversion,
     Engine,
     Link,
     Network,
     Peer,
+    PolicyRule,
     Resource,
     Route,
     Sysctl,
@@ -129,6 +131,29 @@ def test_a_new_host_gets_everything_and_then_nothing_is_left_to_do(host: State) 
     again = run(host, fake)
     assert (again.changes, again.failures) == ((), ())
     assert again.applied == Roster({"barge2": record(2)})
+
+
+def test_own_policy_rule_is_there_as_long_as_another_takes_the_overlay(host: State) -> None:
+    fake = Fake()
+    rules = fake.adapters["rule"]
+    taking = Diversion("rule 5270", before=5269)
+    rules.resources["diversion", taking.key] = taking
+    assert PolicyRule(host.settings.overlay, 5269) in [change.resource for change in run(host, fake).changes]
+    again = run(host, fake, kinds=MEMBERSHIP)
+    assert (again.changes, again.failures, again.notices) == ((), (), ()), "what works is no problem"
+    del rules.resources["diversion", taking.key]
+    assert [change.action for change in run(host, fake, kinds=MEMBERSHIP).changes] == [Action.REMOVE]
+    assert rules.resources == {}
+
+
+def test_what_takes_the_overlay_is_told_of_and_left_alone(host: State) -> None:
+    fake = Fake()
+    taking = Diversion("the route 172.20.2.0/25 dev eth0")
+    fake.adapters["route"].resources["diversion", taking.key] = taking
+    for kinds in (plan.ORDER, MEMBERSHIP, frozenset({"route"})):
+        assert run(host, fake, kinds=kinds).notices == (taking.text,)
+    assert tear_down(host, fake.machine, NOW).failures == ()
+    assert list(fake.adapters["route"].resources.values()) == [taking]
 
 
 def test_an_unfinished_join_is_told_apart(state: State) -> None:

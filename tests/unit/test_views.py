@@ -174,7 +174,7 @@ def test_status_text_renders_facts(state: State) -> None:
         "serf:                     2 of 2 members alive",
         "wireguard:                wg0 (userspace), udp port 51820",
         "docker:                   20.10.24 (iptables)",
-        "reachable by the overlay: ICMP",
+        "reachable by the overlay: ICMP ('meshd up --allow tcp/PORT' allows more)",
         "peers:                    0, 0 with a handshake in the last 3 minutes",
         "pending:                  none",
         "refused:                  none",
