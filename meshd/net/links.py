@@ -236,7 +236,7 @@ def watch(names: Collection[str], protocol: int, hint: Callable[[str], None], st
     """Block until `stop` is set (seen within 2 s) and call `hint` for each change to the links `names`.
 
     That is: the links themselves, their addresses and IPv4 sysctls, IPv4 routes over them, any IPv4 route with meshd's
-    `protocol`, forwarding as a whole, and an IPv4 address of another link that went (the underlay's may be among them).
+    `protocol`, forwarding as a whole, and IPv4 addresses of other links (the underlay's may be among them).
     A hint is one line of text (`route 172.20.7.0/24 removed`); meshd's own changes hint too. An overrun of the
     socket is a hint as well, since what it lost is unknown. Raises ApplyError.
     """
@@ -300,7 +300,7 @@ class _Watcher:
     def _address_text(self, message: Any, done: str) -> str | None:
         link = self.index.get(message["index"])
         # Every container that ends takes an IPv6 address with it: of other links only those of IPv4 are told of.
-        if link is None and (done != "removed" or message["family"] != socket.AF_INET):
+        if link is None and message["family"] != socket.AF_INET:
             return None
         address = message.get("IFA_LOCAL") or message.get("IFA_ADDRESS")
         return f"address {address} of {link or 'another link'} {done}"

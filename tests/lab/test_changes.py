@@ -1,13 +1,30 @@
 """What a host publishes changes, or what WireGuard learns of it: the others follow, and nothing is reset."""
 
+import json
+import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from meshd.daemon import hints
+from meshd.daemon.follow import PATIENCE
+from meshd.lab import network
 from meshd.lab.hosts import Lab, LabHost
 from meshd.state.directory import State
-from tests.lab.conftest import assemble, eventually, log, nothing_in_clear, overlay, peers, ping, settled
+from tests.lab.conftest import (
+    assemble,
+    eventually,
+    full_reach,
+    log,
+    nothing_in_clear,
+    overlay,
+    peers,
+    ping,
+    serf,
+    settled,
+)
 from tests.lab.faults import new_key, readdress, rewritten
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
@@ -134,6 +151,67 @@ def test_learned_endpoint_is_kept(lab: Lab, hosts: list[LabHost]) -> None:
     assert endpoint(one, other) == f"{two.address}:51820", "and it moves back in the same way"
 
 
+def follows(host: LabHost, moved: LabHost, address: str) -> bool:
+    endpoints = host.run(["wg", "show", "wg0", "endpoints"]).stdout
+    return f"{address}:51820" in endpoints and ping(host, overlay(moved))
+
+
+SECOND = "10.10.20.2"
+
+
+@contextmanager
+def second_uplink(lab: Lab, host: LabHost) -> Iterator[None]:
+    """Give a host another network card, with a worse default route. Its router leads nowhere until it forwards."""
+    enter = ["nsenter", f"--target={lab.switch.pid}", "--net", "ip"]
+    cable = f"link add second master {network.BRIDGE} type veth peer name eth1 netns {host.pid}"
+    for command in (cable, "link set second up", f"addr add 10.10.20.1/24 dev {network.BRIDGE}"):
+        subprocess.run([*enter, *command.split()], check=True)
+    quiet = [f"net.ipv4.conf.{name}.send_redirects=0" for name in ("all", network.BRIDGE)]
+    lab.switch.run(["sysctl", "-qw", "net.ipv4.ip_forward=0", *quiet])
+    up = f"ip addr add {SECOND}/24 dev eth1; ip link set eth1 up; ip route add default via 10.10.20.1 metric 500"
+    host.run(["sh", "-ec", up])
+    try:
+        yield
+    finally:
+        lab.switch.run(["ip", "link", "del", "second"])
+        lab.switch.run(["ip", "addr", "del", "10.10.20.1/24", "dev", network.BRIDGE])
+
+
+def test_host_leaves_its_link_only_when_it_has_to(lab: Lab, hosts: list[LabHost]) -> None:
+    """A worse uplink is taken only after 10 s, and if a member answers there; the host goes back when it can.
+
+    (ZeroTierOne#2427, talos#9030, k3s#8059.)
+    """
+    one, two, three = hosts
+    eventually(lambda: settled(hosts), 40, "all agree before")
+    home, before = str(two.address), len(log(two))
+    with second_uplink(lab, two):
+        with nothing_in_clear(lab, *hosts):
+            readdress(two, home, home, without=5.0)
+            eventually(lambda: full_reach(hosts), 10, "all reach each other again")
+            eventually(lambda: settled(hosts), 40, "nobody is lost")
+        assert "underlay address is now" not in log(two)[before:], "it has stayed"
+
+        lab.switch.run(["sysctl", "-qw", "net.ipv4.ip_forward=1"])
+        two.run(["ip", "addr", "del", f"{home}/24", "dev", "eth0"])
+        took = eventually(lambda: "underlay address is now" in log(two)[before:], 30, "it moves in the end")
+        assert took > PATIENCE - 1
+        eventually(lambda: all(follows(h, two, SECOND) for h in (one, three)), MOVED, "the others follow it there")
+        two.run(["sh", "-ec", f"kill -KILL $(cat /var/lib/meshd/agent.pid); ip addr add {home}/24 dev eth0"])
+        two.run(["ip", "route", "add", "default", "via", str(network.GATEWAY)])
+        two.run(["meshd", "up"])
+        back = eventually(lambda: f"is now {home} of eth0" in log(two)[before:], 30, "another daemon knows the home")
+        assert back > PATIENCE - 2
+        eventually(lambda: all(follows(h, two, home) for h in (one, three)), MOVED, "the others follow it back")
+    eventually(lambda: all(serf_at(host, two) == {f"{home}:7946"} for host in hosts), 90, "Serf believes it at last")
+
+
+def serf_at(host: LabHost, other: LabHost) -> set[str]:
+    """Where the Serf of a host has another one alive."""
+    listed = json.loads(serf(host, "members", "-status=alive", f"-name={other.name}", "-format=json"))
+    return {member["addr"] for member in listed["members"]}
+
+
 def test_new_underlay_address_reaches_all(lab: Lab, hosts: list[LabHost]) -> None:
     """The others follow a host to another underlay address by its announcement; Serf itself takes some 40 s."""
     one, two, three = hosts
@@ -142,12 +220,11 @@ def test_new_underlay_address_reaches_all(lab: Lab, hosts: list[LabHost]) -> Non
         begun = time.monotonic()
         # As DHCP does it. The daemon looks before the new one is there, and nobody tells it of that.
         readdress(three, str(three.address), "10.10.10.133", without=0.5)
-        eventually(lambda: follows(one, three) and follows(two, three), MOVED, "their tunnels have moved and work")
+        eventually(
+            lambda: all(follows(host, three, "10.10.10.133") for host in (one, two)),
+            MOVED,
+            "their tunnels have moved and work",
+        )
         took = time.monotonic() - begun
     print(f"a host at another address is reached after {took:.2f} s")  # noqa: T201
     eventually(lambda: settled(hosts), 90, "Serf believes it at last")
-
-
-def follows(host: LabHost, moved: LabHost) -> bool:
-    endpoints = host.run(["wg", "show", "wg0", "endpoints"]).stdout
-    return "10.10.10.133:51820" in endpoints and ping(host, overlay(moved))
