@@ -38,6 +38,17 @@ class Prefix(click.ParamType[IPv4Network]):
         return prefix
 
 
+class OrWord(click.ParamType[Any]):
+    """A value of another type, or one word."""
+
+    def __init__(self, inner: click.ParamType[Any], word: str) -> None:
+        self.inner, self.word = inner, word
+        self.name = f"{inner.name}|{word}"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == self.word else self.inner.convert(value, param, ctx)
+
+
 class Duration(click.ParamType[int]):
     """A time span like 90m, 24h, 30d or 8w, in seconds."""
 

@@ -2,6 +2,7 @@
 
 import shutil
 import socket
+from collections.abc import Collection
 from ipaddress import IPv4Network
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
@@ -14,6 +15,7 @@ from meshd.net.docker import DockerNetwork
 from meshd.state.settings import Settings
 
 START = 1.0
+PORTS = frozenset({"--wireguard-port", "--gossip-port", "--rpc-port"})
 PACKAGES = {"serf": "serf", "nft": "nftables"}
 
 
@@ -29,7 +31,7 @@ def check(settings: Settings, bind: IPAddress, private_key: bytes) -> None:
     wireguard.find(settings.wireguard, private_key, settings.wireguard_backend)
     _address(bind)
     _names(settings)
-    _ports(settings, bind)
+    _ports(settings, bind, PORTS)
     docker = DockerNetwork(settings.mesh, settings.bridge) if settings.docker else None
     if docker is not None:
         docker.engine()
@@ -37,6 +39,15 @@ def check(settings: Settings, bind: IPAddress, private_key: bytes) -> None:
             raise ConflictError(problem)
         _networks(settings, docker)
     _routes(settings)
+
+
+def check_change(settings: Settings, bind: IPAddress, ports: Collection[str]) -> None:
+    """Check the machine for other settings of a host that has joined: its address, and the ports of these options.
+
+    Nothing is changed. Raises InputError or ConflictError.
+    """
+    _address(bind)
+    _ports(settings, bind, ports)
 
 
 def member_address(member: Endpoint, overlay: IPv4Network) -> None:
@@ -79,7 +90,7 @@ def _names(settings: Settings) -> None:
         )
 
 
-def _ports(settings: Settings, bind: IPAddress) -> None:
+def _ports(settings: Settings, bind: IPAddress, options: Collection[str]) -> None:
     family = socket.AF_INET6 if bind.version == 6 else socket.AF_INET
     anywhere = "::" if bind.version == 6 else "0.0.0.0"  # noqa: S104  WireGuard listens everywhere
     wanted: tuple[tuple[str, int, socket.SocketKind, int, str, str], ...] = (
@@ -89,6 +100,8 @@ def _ports(settings: Settings, bind: IPAddress) -> None:
         ("Serf RPC's TCP", socket.AF_INET, socket.SOCK_STREAM, settings.rpc_port, "127.0.0.1", "--rpc-port"),
     )
     for what, domain, kind, port, address, option in wanted:
+        if option not in options:
+            continue
         with socket.socket(domain, kind) as probe:
             if kind == socket.SOCK_STREAM:
                 # As Go's listeners do: a connection that is merely closing does not occupy the port.

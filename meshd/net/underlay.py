@@ -162,5 +162,8 @@ def mtu(address: IPAddress) -> int:
     with rtnetlink(f"looking for the link of {address}") as ipr:
         message = _holder(ipr, address)
     if message is None:
-        raise InputError(f"no link of this host has the address {address}; pass --bind with one that it has")
+        raise InputError(
+            f"no link of this host has the address {address}, for which it waits: "
+            "'meshd up --bind ADDRESS' gives it another one"
+        )
     return int(message.get("mtu"))

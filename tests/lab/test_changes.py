@@ -17,7 +17,9 @@ from tests.lab.conftest import (
     assemble,
     eventually,
     full_reach,
+    listening,
     log,
+    members,
     nothing_in_clear,
     overlay,
     peers,
@@ -26,11 +28,15 @@ from tests.lab.conftest import (
     settled,
 )
 from tests.lab.faults import new_key, readdress, rewritten
+from tests.lab.test_bad_input import listener
+from tests.lab.traffic import traffic
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
 # Seconds until all have a new key, between two full reconciles without a hint, and until all have a new address.
 LEARNED, FULL, MOVED = 5.0, 10.0, 5.0
+# Seconds for which wireguard-go sends nothing from an address that is gone, until its next handshake; and some more.
+SILENT = 25.0
 # Seconds that WireGuard waits before it repeats a handshake.
 CROSSED = 5.0
 LOSE = """
@@ -45,7 +51,7 @@ table bridge lose {
 
 @pytest.fixture(scope="module")
 def hosts(lab: Lab) -> list[LabHost]:
-    return assemble(lab, docker=0, plain=3)
+    return assemble(lab, docker=2, plain=1)
 
 
 def key(host: LabHost) -> str:
@@ -151,6 +157,69 @@ def test_learned_endpoint_is_kept(lab: Lab, hosts: list[LabHost]) -> None:
     assert endpoint(one, other) == f"{two.address}:51820", "and it moves back in the same way"
 
 
+def identity(host: LabHost) -> list[str]:
+    """What no setting changes: a host's key, and its container with all that it is."""
+    return [key(host), *host.run(["docker", "inspect", "-f", "{{.Id}} {{.State.StartedAt}}", "box"]).stdout.split()]
+
+
+def test_settings_change_under_traffic(lab: Lab, hosts: list[LabHost]) -> None:
+    """`up` gives a host another keepalive, MTU and list of what is allowed, and no packet is lost (netmaker#2391)."""
+    one, two, _ = hosts
+    eventually(lambda: settled(hosts), 90, "all agree before")
+    before = identity(one)
+    with listening(one, 9100), nothing_in_clear(lab, *hosts), traffic(one, two):
+        assert not reaches(two, one, 9100)
+        done = one.run(["meshd", "up", "--keepalive", "10", "--mtu", "1380", "--allow", "tcp/9100"])
+        assert (
+            "Warning: the Docker network ovl0 is mtu 1420 instead of 1380, but containers are attached" in done.stderr
+        )
+        assert keepalives(one) == {"10"}
+        assert " mtu 1380 " in one.run(["ip", "-o", "link", "show", "wg0"]).stdout
+        assert reaches(two, one, 9100)
+        one.run(["meshd", "up", "--keepalive", "25", "--mtu", "auto", "--allow", "none"])
+        assert keepalives(one) == {"25"}
+        assert not reaches(two, one, 9100)
+    assert identity(one) == before
+    assert one.run(["meshd", "plan"]).stdout == "no changes\n", "all is as before"
+
+
+def reaches(host: LabHost, other: LabHost, port: int) -> bool:
+    return host.run(["busybox", "nc", "-w", "1", overlay(other), str(port)], check=False, text="").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ("--gossip-port 7998", "gossip's TCP port 7998 on 10.10.10.102 is not free"),
+        ("--wireguard-port 7998", "WireGuard's UDP port 7998 on 0.0.0.0 is not free"),
+        ("--keepalive 5 --bind 10.10.10.199", "this host has no address 10.10.10.199"),
+        ("--advertise 127.0.0.1", "--advertise 127.0.0.1 is no address of a host"),
+        ("--mtu 100", "--mtu must be 576 to 65440, not 100"),
+        ("--name other", "--name is fixed when a host joins: 'meshd leave, then meshd join' gives it another value"),
+        ("--subnet 172.20.9.0/24", "--subnet is fixed when a host joins: 'meshd renumber' gives it another value"),
+        # Found when it is made: the check before does not look at IPv6.
+        ("--keepalive 5 --wireguard-port 7997", "set wireguard wg0"),
+    ],
+)
+def test_wrong_settings_change_nothing(hosts: list[LabHost], options: str, error: str) -> None:
+    """Settings that would not do are refused, and everything is as it was before."""
+    _, two, _ = hosts
+
+    def facts() -> list[str]:
+        files = "cat /var/lib/meshd/settings.json /var/lib/meshd/underlay.json"
+        commands = (files, "pgrep -a serf", "wg showconf wg0 | sort")
+        return [two.run(["sh", "-c", command]).stdout for command in commands]
+
+    with listening(two, 7998), listener(two, "SOCK_DGRAM", "0.0.0.0", 7998), listener(two, "SOCK_DGRAM", "::", 7997):
+        before = facts()
+        done = two.run(["meshd", "up", *options.split()], check=False)
+        assert done.returncode != 0
+        assert error in done.stderr
+        assert "not undone" not in done.stderr
+        assert facts() == before
+    assert full_reach(hosts)
+
+
 def follows(host: LabHost, moved: LabHost, address: str) -> bool:
     endpoints = host.run(["wg", "show", "wg0", "endpoints"]).stdout
     return f"{address}:51820" in endpoints and ping(host, overlay(moved))
@@ -228,3 +297,30 @@ def test_new_underlay_address_reaches_all(lab: Lab, hosts: list[LabHost]) -> Non
         took = time.monotonic() - begun
     print(f"a host at another address is reached after {took:.2f} s")  # noqa: T201
     eventually(lambda: settled(hosts), 90, "Serf believes it at last")
+
+
+def test_ports_and_addresses_change(lab: Lab, hosts: list[LabHost]) -> None:
+    """`up` gives a host other ports and another address; the others learn of it (moby#31135)."""
+    one, two, _ = hosts
+    before, home, other = identity(two), str(two.address), "10.10.10.142"
+    with nothing_in_clear(lab, *hosts):
+        ports = {"--wireguard-port": 51999, "--gossip-port": 7999, "--rpc-port": 7399}
+        two.run(["meshd", "up", *(str(word) for option in ports.items() for word in option)])
+        eventually(lambda: full_reach(hosts), MOVED, "all reach each other by the other port")
+        assert endpoint(one, key(two)) == f"{home}:51999"
+        assert two.run(["wg", "show", "wg0", "listen-port"]).stdout == "51999\n"
+        two.run(["ip", "addr", "add", f"{other}/24", "dev", "eth0"])
+        two.run(["meshd", "up", "--bind", other, "--wireguard-port", "51820"])
+        eventually(lambda: full_reach(hosts), MOVED, "all reach each other at the other address")
+        assert members(one)["barge2"]["endpoint"] == f"{other}:51820"
+        # Nobody's Serf believes so many addresses so soon: the command would wait for them.
+        back = ["--gossip-port", "7946", "--rpc-port", "7373", "--timeout", "3"]
+        two.run(["meshd", "up", "--bind", "auto", "--advertise", other, *back])
+        eventually(lambda: full_reach(hosts), MOVED, "and still")
+        assert members(one)["barge2"]["endpoint"] == f"{other}:51820"
+        two.run(["meshd", "up", "--advertise", "auto", "--timeout", "3"])
+        eventually(lambda: full_reach(hosts), MOVED, "all is as before")
+        assert members(one)["barge2"]["endpoint"] == f"{home}:51820"
+        two.run(["ip", "addr", "del", f"{other}/24", "dev", "eth0"])
+        eventually(lambda: full_reach(hosts), SILENT, "wireguard-go sends from another address at last")
+    assert identity(two) == before
