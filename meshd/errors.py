@@ -6,6 +6,7 @@
     ├── ConflictError        something that is not meshd's is in the way
     ├── SerfError            the Serf agent did not answer, or said no
     └── ApplyError           the kernel or an engine refused a read or a change
+        └── InUseError       containers use what is to be replaced: it is replaced once they are gone
 
 Each message names the action, its object and, for a user, what to do next.
 """
@@ -37,3 +38,7 @@ class SerfError(MeshdError):
 
 class ApplyError(MeshdError):
     """Reading or changing the machine's network failed."""
+
+
+class InUseError(ApplyError):
+    """Containers use what is to be replaced."""

@@ -7,21 +7,23 @@ from typing import Any, TypeVar
 
 import click
 
-from meshd.cli.types import Address, Overlay, Prefix
+from meshd.cli.types import Address, OrWord, Prefix
 from meshd.errors import InputError
 from meshd.state import settings
-from meshd.state.settings import DEFAULTS, OPTIONS, Kind, Option, Scope
+from meshd.state.settings import AUTO, DEFAULTS, OPTIONS, UP, Option, Scope
 
 F = TypeVar("F", bound=Callable[..., Any])
 READY_TIMEOUT = 30.0
-TYPES: dict[Kind, Any] = {
-    settings.TEXT: str,
-    settings.NUMBER: int,
-    settings.SWITCH: bool,
-    settings.ADDRESS: Address(),
-    settings.PREFIX: Prefix(),
-    settings.OVERLAY: Overlay(),
-    settings.TEXTS: str,
+# What is typed for an empty list.
+NOTHING = "none"
+TYPES: dict[str, Any] = {
+    settings.TEXT.what: str,
+    settings.NUMBER.what: int,
+    settings.SWITCH.what: bool,
+    settings.ADDRESS.what: Address(),
+    settings.PREFIX.what: Prefix(),
+    settings.OVERLAY.what: OrWord(Prefix(), AUTO),
+    settings.TEXTS.what: str,
 }
 
 
@@ -43,7 +45,7 @@ def _option(name: str, option: Option, default: Any, is_inherited: bool) -> Call
     return click.option(
         option.flag,
         name,
-        type=click.Choice(option.choices) if option.choices else TYPES[option.kind],
+        type=click.Choice(option.choices) if option.choices else TYPES[option.kind.what],
         multiple=option.kind is settings.TEXTS,
         default=default,
         envvar=option.variable,
@@ -51,6 +53,49 @@ def _option(name: str, option: Option, default: Any, is_inherited: bool) -> Call
         show_default=words or True,
         help=option.help,
     )
+
+
+def changing_options() -> Callable[[F], F]:
+    """Add an option for each setting of a host that has joined; those that are fixed are only there to be refused.
+
+    No environment variable counts: what is set for `meshd join` must change nothing at each `meshd up`.
+    """
+
+    def decorate(command: F) -> F:
+        for name, option in reversed(OPTIONS.items()):
+            command = _changing_option(name, option)(command)
+        return command
+
+    return decorate
+
+
+def _changing_option(name: str, option: Option) -> Callable[[F], F]:
+    kind: Any = click.Choice(option.choices) if option.choices else TYPES[option.kind.what]
+    back, is_list = _word_back(name, option), option.kind is settings.TEXTS
+    replaces = " It replaces what was there before;" if is_list else ""
+    return click.option(
+        option.flag,
+        name,
+        type=kind if back is None or is_list else OrWord(click.types.convert_type(kind), back),
+        multiple=is_list,
+        default=None,
+        hidden=option.later != UP,
+        help=f"{option.help}{replaces} '{back}': {option.default}." if back else option.help,
+    )
+
+
+def _word_back(name: str, option: Option) -> str | None:
+    """Return the word by which a setting has no value again, None for one that always has a value."""
+    if option.kind is settings.TEXTS:
+        return NOTHING
+    return AUTO if DEFAULTS[name] is None else None
+
+
+def changed(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that were given to `changing_options`, and None or an empty tuple where they go back."""
+    values = {name: value for name, value in options.items() if value not in (None, ())}
+    back = {name: _word_back(name, OPTIONS[name]) for name in values}
+    return {n: None if v == back[n] else () if v == (back[n],) else v for n, v in values.items()}
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:

@@ -8,10 +8,19 @@ from typing import Any
 import click
 
 from meshd.cli import authority, output, views
-from meshd.cli.options import as_root, given, setting_options, strict_option, wait_option
+from meshd.cli.options import (
+    as_root,
+    changed,
+    changing_options,
+    given,
+    setting_options,
+    strict_option,
+    wait_option,
+)
 from meshd.endpoint import Endpoint
-from meshd.errors import InputError
+from meshd.errors import InputError, InUseError
 from meshd.gossip import serf_agent
+from meshd.lifecycle import change as changing
 from meshd.lifecycle import join as lifecycle
 from meshd.lifecycle import leave as leaving
 from meshd.lifecycle import up as running
@@ -107,29 +116,30 @@ def _join(state: State, address: str, invitation: Invitation, options: dict[str,
 
 
 @click.command()
-@click.option(
-    "--allow", multiple=True, help=f"{OPTIONS['allow'].help} It replaces what was allowed before; 'none' is nothing."
-)
+@changing_options()
 @wait_option
 @strict_option
 @click.pass_obj
 @as_root
-def up(state: State, allow: tuple[str, ...], timeout: float, strict: bool) -> None:
+def up(state: State, /, *, timeout: float, strict: bool, **options: Any) -> None:
     """Start the mesh on this host again.
 
-    After 'meshd down' it brings back the same keys and the same subnet. On a host that is up it is harmless; with
-    --allow it opens or closes the host to the overlay.
+    After 'meshd down' it brings back the same keys and the same subnet. On a host that is up it is harmless. An option
+    changes that setting from now on, for the same keys and the same containers. On any error the old settings are in
+    force.
 
     \b
     Example:
       meshd up
       meshd up --allow tcp/22 --allow tcp/9100
+      meshd up --mtu 1380 --bind auto
     """
-    if allow:
-        running.allow(state, () if allow == ("none",) else allow)
-    running.up(state)
+    report = changing.change(state, changed(options))
     _warn_of_end(state, is_certified=False)
     _wait(state, timeout, strict=strict, is_new=False)
+    for failure in report.failures:
+        if isinstance(failure.error, InUseError):
+            output.warn(str(failure.error))
 
 
 @click.command()

@@ -7,7 +7,6 @@ from typing import Any
 import click
 
 from meshd.endpoint import IPAddress
-from meshd.state.settings import AUTO
 
 _UNITS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
@@ -39,13 +38,15 @@ class Prefix(click.ParamType[IPv4Network]):
         return prefix
 
 
-class Overlay(click.ParamType[IPv4Network | str]):
-    """An IPv4 prefix, or `auto`."""
+class OrWord(click.ParamType[Any]):
+    """A value of another type, or one word."""
 
-    name = "prefix"
+    def __init__(self, inner: click.ParamType[Any], word: str) -> None:
+        self.inner, self.word = inner, word
+        self.name = f"{inner.name}|{word}"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> IPv4Network | str:
-        return AUTO if value == AUTO else Prefix().convert(value, param, ctx)
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == self.word else self.inner.convert(value, param, ctx)
 
 
 class Duration(click.ParamType[int]):

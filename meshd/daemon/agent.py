@@ -21,12 +21,13 @@ from meshd import files
 from meshd.daemon import hints
 from meshd.daemon.complaints import Complaints
 from meshd.daemon.exchange import PATIENCE, Exchange
+from meshd.daemon.follow import Follower, follow
 from meshd.daemon.hints import ABOUT_MEMBERS, READINESS, Echoes, Hint, Source
 from meshd.daemon.keeper import Keeper
 from meshd.daemon.log import configure as configure_log
 from meshd.errors import InputError, MeshdError
 from meshd.gossip import calls, serf, serf_agent
-from meshd.net import docker, firewall, links, rules, underlay
+from meshd.net import docker, firewall, links, rules
 from meshd.net.resources import Engine
 from meshd.reconcile import plan
 from meshd.reconcile.handshakes import Schedule
@@ -69,6 +70,7 @@ class Agent:
         # Until when what this host has taken for somebody's may be another host's (see conflicts.disputes).
         self.newcomer_until = 0.0
         self.handshakes = Schedule()
+        self.follower = Follower()
         self.full_sync_due = 0.0
         self.complaints = Complaints()
         self.keeper = Keeper(state, partial(self.hint, Source.LOG), self._search_all)
@@ -204,14 +206,15 @@ class Agent:
         return self.echoes.repeats(hint, time.monotonic())
 
     def _follow_underlay(self) -> bool:
-        """Move to the address that this host has now; False while it has none: the next one may come at any time."""
+        """Move to the address where this host should be now; False while another one may come at any time."""
         try:
-            if follow_underlay(self.state):
-                log.warning("this host's underlay address is now %s", self.state.bind)
+            place = follow(self.state, self.follower, time.monotonic())
         except MeshdError as error:
             log.debug("underlay: %s", error)
             return False
-        return True
+        if place is not None:
+            log.warning("this host's underlay address is now %s of %s", place.address, place.link)
+        return not self.follower.waits
 
     def _sync(self, causes: list[Hint], kinds: Collection[str]) -> bool:
         """Reconcile; return whether nothing failed. What went wrong is logged once, not each time.
@@ -376,19 +379,3 @@ def _trim(state: State) -> None:
                 with path.open("r+b") as file:
                     file.write(content[-LOG_LIMIT // 4 :])
                     file.truncate()
-
-
-def follow_underlay(state: State) -> bool:
-    """Move to the address that this host has now, unless someone chose one; return whether it is another one.
-
-    Serf, which is bound to the old one, is ended; whoever starts it next starts it on the new one.
-    """
-    settings, found = state.settings, state.found_bind()
-    if settings.bind is not None or (found is not None and underlay.holder(found) is not None):
-        return False
-    contact = next(iter(state.contacts().values()), None)
-    bind = underlay.source_address(contact.address if contact else None)
-    settings.check_underlay(bind)
-    state.save_found_bind(bind)
-    serf_agent.stop(state)
-    return True

@@ -77,6 +77,7 @@ def start(state: State) -> serf.Serf:
     with state.serf_lock():
         pid = serf.running(state.serf_config)
         if pid is None:
+            state.reload_settings()  # a command may have ended the agent to have it start with other ones
             extra = state.serf_extra if state.serf_extra.is_dir() else None
             pid = serf.start(configure(state), state.serf_log, extra)
     return serf.wait_ready(access(state), pid, state.serf_log)

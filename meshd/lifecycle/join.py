@@ -210,5 +210,5 @@ def _settle_in(
         state.save_gossip_key(gossip_key)
     _ = state.gossip_key, state.rpc_key
     if settings.bind is None:
-        state.save_found_bind(bind)
+        state.save_found_bind(bind, underlay.holder(bind) or "")
     state.save_settings(settings)

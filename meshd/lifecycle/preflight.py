@@ -53,7 +53,7 @@ def check(settings: Settings, bind: IPAddress, private_key: bytes, command: Comm
     wireguard.find(settings.wireguard, private_key, settings.wireguard_backend)
     _address(bind)
     _names(settings, command)
-    _ports(_wanted(settings, bind), command)
+    _ports(_wanted(settings, bind))
     docker = _docker(settings)
     if docker is not None:
         docker.engine()
@@ -71,7 +71,7 @@ def check_again(state: State) -> None:
         tunnel, *gossip = _wanted(settings, bind)
         # Without a daemon Serf is started by hand, and may run all the time.
         serf_comes = settings.daemon and serf.running(state.serf_config) is None
-        _ports([*([tunnel] if settings.wireguard not in left else []), *(gossip if serf_comes else [])], Command.UP)
+        _ports([*([tunnel] if settings.wireguard not in left else []), *(gossip if serf_comes else [])])
     try:
         _networks(settings, _docker(settings), Command.UP)
     except MissingError:  # a Docker that does not answer is reported by the first reconcile
@@ -102,6 +102,15 @@ def free_overlay(settings: Settings) -> IPv4Network | None:
     if docker is not None:
         taken += docker.ranges()
     return addressing.free_overlay([*DEFAULT_POOLS, *taken], settings.subnet_length)
+
+
+def check_change(settings: Settings, bind: IPAddress, ports: Collection[str]) -> None:
+    """Check the machine for other settings of a host that has joined: its address, and the ports of these options.
+
+    Nothing is changed. Raises InputError or ConflictError.
+    """
+    _address(bind)
+    _ports([port for port in _wanted(settings, bind) if port.option in ports])
 
 
 def member_address(member: Endpoint, overlay: IPv4Network) -> None:
@@ -212,15 +221,13 @@ def _is_free(protocol: str, address: IPAddress, port: int) -> bool:
     return True
 
 
-def _ports(wanted: Collection[_Port], command: Command) -> None:
+def _ports(wanted: Collection[_Port]) -> None:
     for port in wanted:
         if found := port.taken(port.number):
             protocol, address = found
             who, stop = _holder(protocol, address, port.number)
             what = f"{port.what} {protocol.upper()} port {port.number} on {address} is not free: {who} has it"
-            change = f"pass {port.option} {port.free or 'with another one'}"
-            ways = f"{stop}, then run 'meshd {command}' again" if command is Command.UP else f"{change}, or {stop}"
-            raise ConflictError(f"{what}. To go on, {ways}")
+            raise ConflictError(f"{what}. To go on, pass {port.option} {port.free or 'with another one'}, or {stop}")
 
 
 def _holder(protocol: str, address: IPAddress, port: int) -> tuple[str, str]:

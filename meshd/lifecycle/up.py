@@ -2,10 +2,9 @@
 
 import time
 from contextlib import suppress
-from dataclasses import replace
 
 from meshd.daemon import hints, service
-from meshd.errors import InputError, MeshdError, SerfError
+from meshd.errors import InputError, InUseError, MeshdError, SerfError
 from meshd.gossip import serf, serf_agent
 from meshd.gossip.delivery import ASK
 from meshd.lifecycle import preflight
@@ -26,13 +25,6 @@ def up(state: State) -> Report:
         preflight.check_again(state)
     state.mark_up()
     return begin(state)
-
-
-def allow(state: State, entries: tuple[str, ...]) -> None:
-    """Set what the overlay may reach on this host itself, from the next reconcile on. Raises InputError."""
-    with state.lock():
-        state.save_settings(replace(state.settings, allow=entries))
-    hints.wake(state.socket, "settings")
 
 
 def down(state: State, *, force: bool = False) -> Report:
@@ -66,8 +58,11 @@ def _can_wait(failure: Failure, *, daemon: bool) -> bool:
     """Return whether a failure of the first reconcile is left to the daemon, or to the handlers.
 
     A rival for the subnet, one that joins just now, is the daemon's to settle. So is a Serf that starts again at this
-    moment: it has answered already. Without a daemon there is no Serf agent yet that lists members and takes tags.
+    moment: it has answered already. A Docker network with another MTU is replaced once no container is attached.
+    Without a daemon there is no Serf agent yet that lists members and takes tags.
     """
+    if isinstance(failure.error, InUseError):
+        return True
     if daemon:
         return failure.area is Area.SUBNET or isinstance(failure.error, SerfError)
     return failure.area is Area.MEMBERS or (failure.area is Area.READ and failure.subject == "tags")

@@ -12,7 +12,7 @@ from ipaddress import IPv4Address, IPv4Network
 from threading import Event, Thread
 from typing import Any, ClassVar
 
-from meshd.errors import ApplyError, ConflictError, MeshdError, MissingError
+from meshd.errors import ApplyError, ConflictError, InUseError, MeshdError, MissingError
 from meshd.net.resources import Action, Change, Container, Engine, Network, Resource
 
 LABEL = "meshd.mesh"
@@ -26,7 +26,7 @@ LOOK = 2.0
 MOST = 10
 _BRIDGE_NAME = "com.docker.network.bridge.name"
 _MTU = "com.docker.network.driver.mtu"
-_ADVICE = "start it (systemctl start docker), install it (apt install docker.io), or pass --no-docker"
+_ADVICE = "start it (systemctl start docker), install it (apt install docker.io), or join with --no-docker"
 
 
 # What Docker takes for a network without a subnet, unless its configuration says otherwise (libnetwork's ipamutils).
@@ -228,7 +228,7 @@ class DockerNetwork:
     def _replace(self, client: Any, attributes: dict[str, Any], found: Network, network: Network) -> None:
         """Make the network again with other settings: Docker cannot change one in place."""
         if attached := _attached(attributes):
-            raise ApplyError(
+            raise InUseError(
                 f"the Docker network {self.name} is {_differences(found, network)}, but containers are attached "
                 f"({', '.join(attached)}): stop them, and the next sync re-creates it"
             )
@@ -239,7 +239,7 @@ class DockerNetwork:
         subnets = ", ".join(map(str, _subnets(attributes))) or "no subnet"
         return (
             f"the Docker network {self.name} ({subnets}) exists already and is not this mesh's, which wants "
-            f"{wanted}: remove it (docker network rm {self.name}) or pass --bridge with another name"
+            f"{wanted}: remove it (docker network rm {self.name}) or join with --bridge and another name"
         )
 
 

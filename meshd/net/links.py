@@ -247,7 +247,7 @@ def watch(names: Collection[str], overlay: IPv4Network, hint: Callable[[str], No
 
     That is: the links themselves, their addresses and IPv4 sysctls, IPv4 routes over them, with meshd's protocol or
     inside the `overlay`, IPv4 routes of other tables that could take it, IPv4 policy rules, forwarding as a whole, and
-    an IPv4 address of another link that went (the underlay's may be among them).
+    IPv4 addresses of other links (the underlay's may be among them).
     A hint is one line of text (`route 172.20.7.0/24 removed`); meshd's own changes hint too. An overrun of the
     socket is a hint as well, since what it lost is unknown. Raises ApplyError.
     """
@@ -332,7 +332,7 @@ class _Watcher:
     def _address_text(self, message: Any, done: str) -> str | None:
         link = self.index.get(message["index"])
         # Every container that ends takes an IPv6 address with it: of other links only those of IPv4 are told of.
-        if link is None and (done != "removed" or message["family"] != socket.AF_INET):
+        if link is None and message["family"] != socket.AF_INET:
             return None
         address = message.get("IFA_LOCAL") or message.get("IFA_ADDRESS")
         return f"address {address} of {link or 'another link'} {done}"

@@ -1,14 +1,17 @@
-"""What a start asks about the underlay: the address to send from, the link that holds it, and that link's MTU."""
+"""The underlay: the address to send from, the link that holds it, that link's MTU, and who answers there."""
 
 import errno
+import selectors
 import socket
-from collections.abc import Collection, Iterator
+import time
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack, suppress
 from ipaddress import IPv4Network, ip_address
 from typing import Any
 
 from pyroute2.netlink.exceptions import NetlinkError
 
-from meshd.endpoint import IPAddress, LocalAddresses
+from meshd.endpoint import Endpoint, IPAddress, LocalAddresses
 from meshd.errors import InputError
 from meshd.net.netlink import (
     RT_TABLE_LOCAL,
@@ -123,10 +126,44 @@ def holder(address: IPAddress) -> str | None:
         return str(message.get("ifname")) if message else None
 
 
+def links_of_addresses() -> dict[IPAddress, str]:
+    """Return the link of each address that this host has. Raises ApplyError."""
+    with rtnetlink("looking for this host's own addresses") as ipr:
+        names, families = dict(socket.if_nameindex()), (socket.AF_INET, socket.AF_INET6)
+        return {a: names.get(i, "") for family in families for i, a in _all_addresses(ipr, family)}
+
+
+def answered(endpoints: Iterable[Endpoint], source: IPAddress | None, seconds: float) -> IPAddress | None:
+    """Return the own address from which one of these could be connected to by TCP, None if none within `seconds`.
+
+    With `source` they are asked from that address, otherwise from the one that the kernel takes for each.
+    """
+    until = time.monotonic() + seconds
+    with ExitStack() as stack, selectors.DefaultSelector() as waiting:
+        for endpoint in endpoints:
+            sock = stack.enter_context(socket.socket(_family(endpoint.address), socket.SOCK_STREAM))
+            sock.setblocking(False)
+            with suppress(OSError):  # another IP version, or no route from there
+                if source is not None:
+                    sock.bind((str(source), 0))
+                if sock.connect_ex((str(endpoint.address), endpoint.port)) in (0, errno.EINPROGRESS):
+                    waiting.register(sock, selectors.EVENT_WRITE)
+        while waiting.get_map() and (left := until - time.monotonic()) > 0:
+            for key, _ in waiting.select(left):
+                assert isinstance(key.fileobj, socket.socket)  # noqa: S101  it was registered above
+                if key.fileobj.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0:
+                    return ip_address(key.fileobj.getsockname()[0])
+                waiting.unregister(key.fileobj)
+    return None
+
+
 def mtu(address: IPAddress) -> int:
     """The MTU in bytes of the link that holds an address. Raises InputError when none does."""
     with rtnetlink(f"looking for the link of {address}") as ipr:
         message = _holder(ipr, address)
     if message is None:
-        raise InputError(f"no link of this host has the address {address}; pass --bind with one that it has")
+        raise InputError(
+            f"no link of this host has the address {address}, for which it waits: "
+            "'meshd up --bind ADDRESS' gives it another one"
+        )
     return int(message.get("mtu"))

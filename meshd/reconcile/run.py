@@ -55,7 +55,8 @@ CLAIMED = (
     "one has to move, its log says so"
 )
 MISPLACED = (
-    "the other hosts refuse this one, since its {problem}: run 'meshd leave', then join again with --advertise ADDRESS"
+    "the other hosts refuse this one, since its {problem}: run 'meshd up --advertise ADDRESS' with an address by which "
+    "they reach it"
 )
 
 
@@ -198,6 +199,8 @@ def sync(state: State, options: Options = EVERYTHING) -> Report:
     """Reconcile this machine now, under the lock. Raises InputError for damaged state, MeshdError for a busy lock."""
     _ = state.settings  # where no mesh is set up, not even the lock's file is made
     with state.lock(), one_socket():
+        # A command may have changed them, or taken that back, while this waited: what it put back would be undone.
+        state.reload_settings()
         return reconcile(state, this_machine(state), time.time(), options)
 
 

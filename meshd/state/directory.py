@@ -41,6 +41,22 @@ class Claim:
     settled: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """An underlay address and the link that has it, the empty string where that is not known."""
+
+    address: IPAddress
+    link: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Where meshd has found this host on the underlay, and its home: where it goes back to when it can."""
+
+    place: Place
+    home: Place
+
+
 class State:
     """The files of one mesh on one host. Reading raises InputError for what is damaged, and names the file."""
 
@@ -86,9 +102,9 @@ class State:
         self.__dict__.pop("bind", None)
 
     def save_settings(self, settings: Settings) -> None:
-        found = self.found_bind()
+        found = self.found()
         if found is not None and not (self.directory / "underlay.json").exists():
-            self.save_found_bind(found)  # version 1 of the settings, which are overwritten now, kept it
+            self.save_found(found)  # version 1 of the settings, which are overwritten now, kept it
         files.write_json(self.directory / "settings.json", config.to_json(settings))
         self.reload_settings()
 
@@ -106,16 +122,28 @@ class State:
         """The address at which the others reach this host."""
         return self.settings.advertise or self.bind
 
-    def found_bind(self) -> IPAddress | None:
-        """Return the underlay address that meshd has found by itself, None if it has found none yet."""
+    def found(self) -> Found | None:
+        """Return where meshd has found this host by itself, None if it has not yet."""
         values = self._json("underlay.json")
         if values is not None:
-            return self._guard("underlay.json", lambda: ip_address(str(values["address"])))
-        return config.found_in_version_1(self._json("settings.json") or {})
+            return self._guard("underlay.json", lambda: _found(values))
+        address = config.found_in_version_1(self._json("settings.json") or {})
+        return Found(Place(address), Place(address)) if address is not None else None
 
-    def save_found_bind(self, address: IPAddress) -> None:
-        files.write_json(self.directory / "underlay.json", {"address": str(address)})
+    def save_found(self, found: Found) -> None:
+        home = {"home": _place_values(found.home)} if found.home != found.place else {}
+        files.write_json(self.directory / "underlay.json", {**_place_values(found.place), **home})
         self.__dict__.pop("bind", None)
+
+    def found_bind(self) -> IPAddress | None:
+        """Return the underlay address that meshd has found by itself, None if it has found none yet."""
+        found = self.found()
+        return found.place.address if found is not None else None
+
+    def save_found_bind(self, address: IPAddress, link: str = "") -> None:
+        """Keep the address at which this host is at home."""
+        place = Place(address, link)
+        self.save_found(Found(place, place))
 
     @cached_property
     def wireguard_key(self) -> bytes:
@@ -351,6 +379,20 @@ _OURS = {
     *("wireguard.key", "gossip.key", "rpc.key", "serf.log", "agent.log"),
     *("agent.pid", "agent.sock", "lock", "serf.lock", "down"),
 }
+
+
+def _place_values(place: Place) -> dict[str, str]:
+    return {"address": str(place.address), "link": place.link}
+
+
+def _found(values: Mapping[str, Any]) -> Found:
+    place = _place(values)
+    return Found(place, _place(values["home"]) if "home" in values else place)
+
+
+def _place(values: Mapping[str, Any]) -> Place:
+    # Earlier versions kept the address alone.
+    return Place(ip_address(str(values["address"])), str(values.get("link", "")))
 
 
 def _tombstone_values(tombstone: Tombstone) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A host's settings. Each one is declared once: option, environment variable, default, check, and place in the file.
 
-They are fixed at `init` or `join` and then kept in one file: defaults < invitation < environment < options.
+They are decided at `init` or `join` and then kept in one file: defaults < invitation < environment < options. Most of
+them `meshd up` changes later.
 """
 
 import os
@@ -58,7 +59,7 @@ SWITCH = Kind("true or false", _exactly(bool))
 ADDRESS = Kind("an IP address", _parsed(ip_address), str)
 PREFIX = Kind("an IPv4 prefix", _parsed(IPv4Network), str)
 # `init` takes AUTO for one that is free, too.
-OVERLAY, AUTO = Kind("an IPv4 prefix", _parsed(IPv4Network), str), "auto"
+OVERLAY, AUTO = Kind("the IPv4 prefix of a mesh", _parsed(IPv4Network), str), "auto"
 TEXTS = Kind("a list of texts", lambda value: tuple(_exactly(str)(entry) for entry in _exactly(list)(value)), list)
 
 
@@ -90,11 +91,16 @@ PORT = _within(1, 65535)
 BACKENDS = ("auto", "kernel", "userspace")
 
 
+# What changes a setting later, as a user types it.
+UP, RENUMBER, REJOIN = "meshd up", "meshd renumber", "meshd leave, then meshd join"
+
+
 @dataclass(frozen=True, slots=True)
 class Option:
     """The declaration of a setting.
 
     `default` says in words what holds without a value. `choices` are all values that there are, if they are few.
+    `later` is the command that changes the setting of a host that has joined.
     """
 
     flag: str
@@ -104,6 +110,7 @@ class Option:
     rule: Rule | None = None
     choices: tuple[str, ...] = ()
     scope: Scope = Scope.HOST
+    later: str = REJOIN
 
     @property
     def name(self) -> str:
@@ -153,15 +160,19 @@ class Settings:
     )
     subnet: IPv4Network | None = field(
         default=None,
-        metadata=_option("--subnet", PREFIX, "This host's share of the overlay.", "a free one"),
+        metadata=_option("--subnet", PREFIX, "This host's share of the overlay.", "a free one", later=RENUMBER),
     )
     bind: IPAddress | None = field(
         default=None,
-        metadata=_option("--bind", ADDRESS, "Underlay address of this host.", "found by the routes, and followed"),
+        metadata=_option(
+            "--bind", ADDRESS, "Underlay address of this host.", "found by the routes, and followed", later=UP
+        ),
     )
     advertise: IPAddress | None = field(
         default=None,
-        metadata=_option("--advertise", ADDRESS, "Address at which others reach this host behind NAT.", "as --bind"),
+        metadata=_option(
+            "--advertise", ADDRESS, "Address at which others reach this host behind NAT.", "as --bind", later=UP
+        ),
     )
     wireguard: str = field(
         default="wg0", metadata=_option("--interface", TEXT, "Name of the WireGuard interface.", rule=LINK)
@@ -170,19 +181,24 @@ class Settings:
         default="ovl0", metadata=_option("--bridge", TEXT, "Name of the bridge and of the Docker network.", rule=LINK)
     )
     wireguard_port: int = field(
-        default=51820, metadata=_option("--wireguard-port", NUMBER, "UDP port of WireGuard.", rule=PORT)
+        default=51820, metadata=_option("--wireguard-port", NUMBER, "UDP port of WireGuard.", rule=PORT, later=UP)
     )
     gossip_port: int = field(
         default=7946,
-        metadata=_option("--gossip-port", NUMBER, "TCP and UDP port of Serf.", rule=PORT, scope=Scope.INHERITED),
+        metadata=_option(
+            "--gossip-port", NUMBER, "TCP and UDP port of Serf.", rule=PORT, scope=Scope.INHERITED, later=UP
+        ),
     )
     rpc_port: int = field(
-        default=7373, metadata=_option("--rpc-port", NUMBER, "TCP port of Serf's RPC, on loopback.", rule=PORT)
+        default=7373,
+        metadata=_option("--rpc-port", NUMBER, "TCP port of Serf's RPC, on loopback.", rule=PORT, later=UP),
     )
     # 576 is what every IPv4 host must accept (RFC 791); 65,440 is 65,520 less WireGuard's 80.
     mtu: int | None = field(
         default=None,
-        metadata=_option("--mtu", NUMBER, "MTU of the overlay.", "the underlay's less 80", rule=_within(576, 65440)),
+        metadata=_option(
+            "--mtu", NUMBER, "MTU of the overlay.", "the underlay's less 80", rule=_within(576, 65440), later=UP
+        ),
     )
     keepalive: int = field(
         default=25,
@@ -191,6 +207,7 @@ class Settings:
             NUMBER,
             "Seconds between packets that keep NAT mappings open; 0 sends none.",
             rule=_within(0, 65535, " seconds"),
+            later=UP,
         ),
     )
     wireguard_backend: str = field(
@@ -211,6 +228,7 @@ class Settings:
             "What the overlay may reach on the host itself besides ICMP: tcp/22, udp/5000-5010, all. Repeatable.",
             "nothing",
             rule=Rule("like tcp/22, udp/5000-5010 or all", _is_allowed_entry),
+            later=UP,
         ),
     )
     docker: bool = field(

@@ -62,7 +62,8 @@ def listener(host: LabHost, kind: str, address: str, port: int) -> Iterator[None
     """Occupy a port as some other program would, one that answers nothing."""
     script = (
         "import socket, sys, time\n"
-        f"s = socket.socket(socket.AF_INET, socket.{kind})\n"
+        f"s = socket.socket(socket.{'AF_INET6' if ':' in address else 'AF_INET'}, socket.{kind})\n"
+        "s.family == socket.AF_INET6 and s.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)\n"
         "s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)\n"
         f"s.bind(({address!r}, {port}))\n"
         f"{'s.listen()' if kind == 'SOCK_STREAM' else 'pass'}\n"

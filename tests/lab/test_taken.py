@@ -191,7 +191,7 @@ def test_ports_that_others_got_while_down(one: LabHost) -> None:
     with listener(one, "SOCK_DGRAM", "127.0.0.1", 51820):
         error = refused(one, "up")
         assert "WireGuard's UDP port 51820 on 0.0.0.0 is not free: python" in error
-        assert "stop that program, then run 'meshd up' again" in error
+        assert "To go on, pass --wireguard-port 51821, or stop that program" in error
     with listener(one, "SOCK_STREAM", "127.0.0.1", 7946):
         one.run(["meshd", "up"])
     one.run(["meshd", "down"])

@@ -85,13 +85,14 @@ def _underlay(netns: object) -> None:
 
 
 @pytest.mark.usefixtures("_underlay")
-def test_watch_reports_own_links_and_routes_only() -> None:
-    """The watch reports changes of meshd's links and routes, and no others."""
+def test_watch_reports_own_links_and_routes_and_ipv4_addresses_only() -> None:
+    """The watch reports changes of meshd's links and routes, IPv4 addresses of other links, and nothing else."""
     ip("link", "add", "ovl0", "type", "bridge")
     with watching("ovl0") as hint:
         ip("link", "set", "u1", "mtu", "1400")
         ip("route", "add", "198.18.0.0/24", "dev", "u0")
         ip("addr", "add", "10.10.12.101/24", "dev", "u0")
+        assert hint() == "address 10.10.12.101 of another link changed"
         ip("route", "add", "198.51.100.0/24", "dev", "u0", "proto", "77")
         assert hint() == "route 198.51.100.0/24 changed"
         ip("route", "del", "198.51.100.0/24")

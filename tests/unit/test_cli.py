@@ -3,7 +3,7 @@
 import re
 import subprocess
 import sys
-from ipaddress import IPv4Network
+from ipaddress import IPv4Network, ip_address
 from pathlib import Path
 
 import click
@@ -11,12 +11,13 @@ import pytest
 from click.testing import CliRunner
 
 from meshd.cli.main import SECTIONS, Command, Commands, main
+from meshd.cli.options import changed
 from meshd.errors import ConflictError
 from meshd.mesh import invitations
 from meshd.state import authority
 from meshd.state.authority import Terms
 from meshd.state.directory import State
-from meshd.state.settings import NUMBER, OPTIONS
+from meshd.state.settings import NUMBER, OPTIONS, UP
 from tests.conftest import AUTHORITY
 
 TABLE = [command for commands in SECTIONS.values() for command in commands]
@@ -58,6 +59,37 @@ def test_command_help_has_example(command: str) -> None:
     assert result.exit_code == 0
     assert "Example" in result.output
     assert f"meshd {command}" in result.output
+
+
+def test_up_takes_the_settings_that_it_changes_and_no_environment() -> None:
+    """What is set for `meshd join` changes nothing at each `meshd up`; a fixed setting is there to be refused."""
+    up = main.get_command(click.Context(main), "up")
+    assert up is not None
+    shown = {p.name: p for p in up.params if isinstance(p, click.Option) and p.name in OPTIONS}
+    assert shown.keys() == OPTIONS.keys()
+    assert {name for name, p in shown.items() if not p.hidden} == {n for n, o in OPTIONS.items() if o.later == UP}
+    assert not [p for p in shown.values() if p.envvar]
+
+
+@pytest.mark.parametrize(
+    ("line", "values"),
+    [
+        ("", {}),
+        ("--bind auto --mtu auto --allow none", {"bind": None, "mtu": None, "allow": ()}),
+        ("--keepalive 0 --allow tcp/22 --allow all", {"keepalive": 0, "allow": ("tcp/22", "all")}),
+        ("--bind 10.10.10.9 --no-docker", {"bind": ip_address("10.10.10.9"), "docker": False}),
+    ],
+)
+def test_options_of_up_are_values(line: str, values: dict[str, object]) -> None:
+    up = main.get_command(click.Context(main), "up")
+    assert up is not None
+    options = up.make_context("up", line.split()).params
+    assert changed({name: options[name] for name in OPTIONS}) == values
+
+
+@pytest.mark.parametrize("line", ["--mtu none", "--bind barge1", "--keepalive auto", "--docker maybe"])
+def test_up_refuses_what_is_no_value(line: str) -> None:
+    assert CliRunner().invoke(main, ["up", *line.split()]).exit_code == 2
 
 
 def test_help_loads_no_network_libraries() -> None:

@@ -516,7 +516,7 @@ def test_own_endpoint_of_no_host_is_reported(state: State) -> None:
     assert fake.peers == {key(2)}
     assert [failure.area for failure in report.failures] == [Area.UNDERLAY]
     assert f"since its endpoint {MAPPED} is an IPv4 address in IPv6 spelling" in str(report.failures[0])
-    assert "then join again with --advertise ADDRESS" in str(report.failures[0])
+    assert "run 'meshd up --advertise ADDRESS'" in str(report.failures[0])
 
 
 def test_newcomer_at_own_address_is_refused(host: State) -> None:

@@ -78,11 +78,11 @@ def test_typed_address_of_no_host_is_refused_and_read_from_file(option: str, add
         ({"bind_chosen": False}, "unknown setting 'bind_chosen'"),
         ({"surprise": 1}, "unknown setting 'surprise'"),
         ({"name": None}, "name must be a text, not None"),
-        ({"overlay": "172.20.0.0/99"}, "overlay must be an IPv4 prefix, not '172.20.0.0/99'"),
+        ({"overlay": "172.20.0.0/99"}, "overlay must be the IPv4 prefix of a mesh, not '172.20.0.0/99'"),
         ({"docker": 1}, "docker must be true or false, not 1"),
         ({"gossip_port": True}, "gossip_port must be a whole number, not True"),
         ({"mtu": "1420"}, "mtu must be a whole number, not '1420'"),
-        ({"overlay": 5}, "overlay must be an IPv4 prefix, not 5"),
+        ({"overlay": 5}, "overlay must be the IPv4 prefix of a mesh, not 5"),
     ],
 )
 def test_settings_refuse_damaged_json(change: dict[str, Any], message: str) -> None:

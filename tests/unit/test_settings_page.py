@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from meshd.state.settings import DEFAULTS, OPTIONS, Option, Scope
+from meshd.state.settings import DEFAULTS, OPTIONS, REJOIN, Option, Scope
 
 BEGIN, END = "<!-- settings: begin -->\n", "<!-- settings: end -->\n"
 # `make test` copies the tests away from the sources, into a folder of the checkout.
@@ -13,17 +13,18 @@ PAGE = next(page for up in Path(__file__).resolve().parents if (page := up / "do
 
 def table() -> str:
     """Return the table: an option a row, in the order of the help."""
-    rows = [("Option", "Environment", "Default", "Meaning"), ("---",) * 4]
+    rows: list[tuple[str, ...]] = [("Option", "Environment", "Default", "Meaning", "Changed later by"), ("---",) * 5]
     rows += [_row(option, DEFAULTS[name]) for name, option in OPTIONS.items()]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def _row(option: Option, value: object) -> tuple[str, str, str, str]:
+def _row(option: Option, value: object) -> tuple[str, ...]:
     no = option.flag.partition("/")[2]
     options = f"`{option.name}`" + (f", `{no}`" if no else "")
     default = option.default or (f"`{option.name if value else no}`" if no else f"`{value}`")
     only = " Only at `init`: the others get it from the invitation." if option.scope is Scope.MESH else ""
-    return options, f"`{option.variable}`", default, option.help + only
+    later = f"`{option.later}`" if option.later != REJOIN else "a new join"
+    return options, f"`{option.variable}`", default, option.help + only, later
 
 
 def test_settings_page_is_current(request: pytest.FixtureRequest) -> None:
