@@ -4,7 +4,8 @@ Run on a host of the lab, by path: `python forge.py`, with JSON on standard inpu
 
     {"key": hex or null, "targets": ["10.10.10.101"], "messages": [["alive", {...}], ["raw", {"hex": "…"}], …]}
 
-With "streams", which is as "messages", what is in there goes by TCP. With "seconds" all of it is sent for so long.
+With "streams", which is as "messages", what is in there goes by TCP. With "seconds" all of it is sent for so long. With
+"answer" the probes of so many seconds are answered, with coordinates that are no numbers; their count is printed.
 
 The format is that of https://github.com/hashicorp/memberlist (net.go, security.go) and serf (messages.go): a type byte
 and msgpack; encrypted: version 1, a nonce of 12 bytes, AES-GCM.
@@ -19,9 +20,10 @@ from contextlib import suppress
 from typing import Any
 
 import msgpack
-from nacl.bindings import crypto_aead_aes256gcm_encrypt
+from nacl.bindings import crypto_aead_aes256gcm_decrypt, crypto_aead_aes256gcm_encrypt
 
 PORT = 7946
+PING, ACK, STATE, COMPOUND, CHECKED = 0, 2, 6, 7, 12
 ALIVE, SUSPECT, DEAD, USER, COMPRESSED, ENCRYPTED = 4, 3, 5, 8, 9, 10
 LEAVE_INTENT = 0
 LZW_FIRST, LZW_LAST = 258, 4094
@@ -50,10 +52,63 @@ def pack(kind: str, fields: dict[str, Any]) -> bytes:
         return bytes([USER, LEAVE_INTENT]) + encoded({"LTime": fields["time"], "Node": fields["name"], "Prune": True})
     if kind == "zeros":
         return bytes([COMPRESSED]) + encoded({"Algo": 0, "Buf": compressed_zeros(fields["codes"])})
+    if kind == "state":
+        return exchanged(fields["members"], fields["address"])
     number = {"dead": DEAD, "suspect": SUSPECT}[kind]
     return bytes([number]) + encoded(
         {"Incarnation": fields["incarnation"], "Node": fields["name"], "From": fields["from"]}
     )
+
+
+def exchanged(members: int, address: str) -> bytes:
+    """Give one side of an exchange of all state, which lists so many members that nobody has seen."""
+    listed = b"".join(
+        encoded(
+            {
+                "Name": f"listed{number}",
+                "Addr": socket.inet_aton(address),
+                "Port": PORT,
+                "Meta": bytes([TAGS_MAGIC]) + encoded({}),
+                "Incarnation": 1,
+                "State": 0,
+                "Vsn": VERSIONS,
+            }
+        )
+        for number in range(members)
+    )
+    return bytes([STATE]) + encoded({"Nodes": members, "UserStateLen": 0, "Join": False}) + listed
+
+
+def probes(message: bytes) -> list[int]:
+    """Give the numbers of the probes in a message in clear."""
+    if message[0] == CHECKED:
+        return probes(message[5:])
+    if message[0] == COMPOUND:
+        count, found = message[1], list[int]()
+        at = 2 + 2 * count
+        for part in range(count):
+            length = int.from_bytes(message[2 + 2 * part : 4 + 2 * part], "big")
+            found += probes(message[at : at + length])
+            at += length
+        return found
+    return [msgpack.unpackb(message[1:], raw=True)[b"SeqNo"]] if message[0] == PING else []
+
+
+def answer_probes(key: bytes, seconds: float) -> int:
+    """Answer Serf's probes with coordinates that are no numbers; return how many."""
+    nan, answered, until = float("nan"), 0, time.monotonic() + seconds
+    coordinate = bytes([1]) + encoded({"Vec": [nan] * 8, "Error": nan, "Adjustment": nan, "Height": float("inf")})
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as gossip:
+        gossip.bind(("", PORT))
+        gossip.settimeout(0.2)
+        while time.monotonic() < until:
+            with suppress(TimeoutError):
+                packet, sender = gossip.recvfrom(65536)
+                for number in probes(crypto_aead_aes256gcm_decrypt(packet[13:], None, packet[1:13], key)):
+                    reply = bytes([ACK]) + encoded({"SeqNo": number, "Payload": coordinate})
+                    gossip.sendto(sealed(key, reply), sender)
+                    answered += 1
+    return answered
 
 
 def compressed_zeros(codes: int) -> bytes:
@@ -118,8 +173,10 @@ def main() -> None:
         if key is not None:
             send_streams(task, key)
         if time.monotonic() >= until:
-            return
+            break
         time.sleep(0.1)
+    if key is not None and "answer" in task:
+        sys.stdout.write(str(answer_probes(key, task["answer"])))
 
 
 if __name__ == "__main__":
