@@ -119,13 +119,13 @@ def memory(host: LabHost) -> int:
 
 
 def reconcile(host: LabHost) -> float:
-    """The seconds that a reconcile takes, the median of five."""
-    times = []
+    """The seconds of a processor that a reconcile takes, the median of five."""
+    spent = []
     for _ in range(5):
-        begun = time.monotonic()
-        host.run(["meshd", "sync"])
-        times.append(time.monotonic() - begun)
-    return statistics.median(times)
+        # The second line of `times` has the minutes and seconds of what the shell has run, the user's and the system's.
+        said = host.run(["sh", "-ec", "meshd sync >/dev/null; times"]).stdout.splitlines()[1]
+        spent.append(sum(60 * int(m) + float(s) for m, s in re.findall(r"(\d+)m([\d.]+)s", said)))
+    return statistics.median(spent)
 
 
 def invite(host: LabHost, *options: str) -> tuple[str, str]:
@@ -186,7 +186,7 @@ def test_an_invitation_fills_no_disk(scene: Scene, honest: Sequence[LabHost]) ->
 
     for host, (had, took) in before.items():
         print(f"{host.name}: {holder.made} made, {kept(host)} kept, {size(host)} bytes, memory {had} to {memory(host)}")  # noqa: T201
-        print(f"{host.name}: a reconcile took {took:.2f} s, now {reconcile(host):.2f} s")  # noqa: T201
+        print(f"{host.name}: a reconcile took {took:.2f} s of a processor, now {reconcile(host):.2f} s")  # noqa: T201
         assert sum(kept(host)) <= MOST
         assert size(host) < MOST * ENTRY + REST
         assert memory(host) < had + GROWTH + holder.made * LISTED
