@@ -27,7 +27,10 @@ WORD = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One line of `meshd members`. `handshake` is Unix time in seconds, 0 for none yet, None for this host itself."""
+    """One line of `meshd members`. `handshake` is Unix time in seconds, 0 for none yet, None for this host itself.
+
+    `mtu` is the largest packet in bytes that goes to the host whole, None where none goes or it is not known.
+    """
 
     name: str
     subnet: str
@@ -35,11 +38,12 @@ class Row:
     state: str
     handshake: float | None
     reason: str = ""
+    mtu: int | None = None
 
 
 def gather(state: State) -> Report:
-    """Look at members, peers and routes, and change nothing."""
-    return sync(state, Options(dry=True, kinds=frozenset({"device", "peer", "route"})))
+    """Look at members, peers, routes and the overlay's MTU, and change nothing."""
+    return sync(state, Options(dry=True, kinds=frozenset({"device", "link", "peer", "route"})))
 
 
 def members(report: Report) -> list[Row]:
@@ -71,6 +75,7 @@ def _row(name: str, member: Member | None, report: Report, handshakes: Mapping[s
             reason="" if has_left else reason,
         )
     row = _admitted(name, record, status, handshakes.get(record.public_key, 0.0))
+    row = replace(row, mtu=report.mtus.get(record.public_key) or report.mtu or None)
     stale = report.roster.stale.get(name, "")
     return replace(row, state="refused", reason=reason) if reason else replace(row, reason=stale)
 

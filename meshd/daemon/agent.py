@@ -25,6 +25,7 @@ from meshd.daemon.follow import Follower, follow
 from meshd.daemon.hints import ABOUT_MEMBERS, READINESS, Echoes, Hint, Source
 from meshd.daemon.keeper import Keeper
 from meshd.daemon.log import configure as configure_log
+from meshd.daemon.prober import Prober
 from meshd.errors import InputError, MeshdError
 from meshd.gossip import calls, serf, serf_agent
 from meshd.net import docker, firewall, links, rules
@@ -65,6 +66,7 @@ class Agent:
         self.ending = False
         self.stopping = Event()
         self.exchange = Exchange(state, self.hints.put, self.stopping)
+        self.prober = Prober(state, self.hints.put, self.stopping)
         self.search = Event()
         self.rivalry: float | None = None
         # Until when what this host has taken for somebody's may be another host's (see conflicts.disputes).
@@ -86,6 +88,7 @@ class Agent:
             self._schedule_handshakes,
             self._say_what_is_wrong,
             self.exchange.after,
+            self.prober.after,
             self._yield_subnet,
         ]
 
@@ -122,6 +125,7 @@ class Agent:
             self._watch_log,
             self.exchange.watch,
             self.exchange.ask,
+            self.prober.measure,
             self._rejoin,
             self.keeper.watch,
             partial(links.watch, names, settings.overlay, partial(self.hint, Source.NETLINK), self.stopping),
@@ -230,6 +234,7 @@ class Agent:
             votes=dict(self.exchange.votes),
             is_newcomer=time.monotonic() < self.newcomer_until,
             overdue=self.handshakes.overdue(time.monotonic()),
+            mtus=self.prober.mtus,
             engine=self.engine,
             unended=self.report.unended,
             alone=bool(self.silence),

@@ -28,10 +28,11 @@ class Source(StrEnum):
     ENGINE = "docker engine"  # it went away or came back, perhaps as another version
     COMMAND = "cli"
     DAEMON = "daemon"
+    PATHS = "path mtu"  # that of a peer was measured, and is another one
 
 
-# What such a hint tells can have changed members alone.
-ABOUT_MEMBERS = frozenset({Source.LOG, Source.HANDLER, Source.MESH})
+# What such a hint tells can have changed members, or the routes to them, alone.
+ABOUT_MEMBERS = frozenset({Source.LOG, Source.HANDLER, Source.MESH, Source.PATHS})
 # How datagrams name their sources.
 _SENDERS = {"serf": Source.HANDLER, "cli": Source.COMMAND}
 

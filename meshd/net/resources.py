@@ -142,13 +142,17 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """An IPv4 route in the main table with meshd's protocol number. `link` None means `unreachable`."""
+    """An IPv4 route in the main table with meshd's protocol number. `link` None means `unreachable`.
+
+    `mtu` is the path's in bytes, 0 where it is the link's.
+    """
 
     kind: ClassVar[str] = "route"
     prefix: IPv4Network
     link: str | None
     source: IPv4Address | None = None
     metric: int = 0
+    mtu: int = 0
 
     @property
     def key(self) -> str:
@@ -157,7 +161,8 @@ class Route:
     def __str__(self) -> str:
         if self.link is None:
             return f"route unreachable {self.key}"
-        return f"route {self.prefix} via {self.link}" + (f" from {self.source}" if self.source else "")
+        source, mtu = f" from {self.source}" if self.source else "", f", mtu {self.mtu}" if self.mtu else ""
+        return f"route {self.prefix} via {self.link}{source}{mtu}"
 
 
 @dataclass(frozen=True, slots=True)

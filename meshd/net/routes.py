@@ -27,8 +27,8 @@ from meshd.net.resources import Action, Change, Diversion, Resource, Route
 _TYPES = {6: "blackhole", 7: "unreachable", 8: "prohibit", 9: "throw"}
 _SCOPE_UNIVERSE, _SCOPE_LINK = 0, 253
 # The kernel's include/uapi/linux/rtnetlink.h: attributes, and the bytes before them.
-_DST, _OIF, _GATEWAY, _PRIORITY, _PREFSRC, _MULTIPATH, _RTMSG = 1, 4, 5, 6, 7, 9, 12
-_KERNEL = 2
+_DST, _OIF, _GATEWAY, _PRIORITY, _PREFSRC, _METRICS, _MULTIPATH, _RTMSG = 1, 4, 5, 6, 7, 8, 9, 12
+_KERNEL, _METRICS_MTU = 2, 2
 # Who sets routes, by rtm_protocol, which the daemons of these names use (iproute2's rt_protos).
 _SETTERS = {
     1: "an ICMP redirect",
@@ -140,7 +140,9 @@ class Routes:
             request = _request(route, _index(route.link))
             if request is None:
                 return  # the kernel removes a link's routes with the link
-            request.pop("prefsrc", None)
+            # The kernel removes only what is like the request in all that this names.
+            for detail in ("prefsrc", "metrics"):
+                request.pop(detail, None)
             with tolerating(errno.ESRCH, errno.ENODEV, errno.ENETDOWN):
                 ipr.route("del", **request)
 
@@ -181,7 +183,8 @@ def _read(row: bytes, link: str, index: int | None, overlay: IPv4Network) -> Rou
     if protocol != PROTOCOL or not (unreachable or (kind == RTN_UNICAST and number.get(_OIF, 0) == index)):
         return _foreign(prefix, kind, protocol, found, number) if prefix.subnet_of(overlay) else None
     source = IPv4Address(found[_PREFSRC]) if _PREFSRC in found else None
-    return Route(prefix, None if unreachable else link, source, number.get(_PRIORITY, 0))
+    mtu = int.from_bytes(attributes(found.get(_METRICS, b""), 0).get(_METRICS_MTU, b""), sys.byteorder)
+    return Route(prefix, None if unreachable else link, source, number.get(_PRIORITY, 0), mtu)
 
 
 def _foreign(
@@ -254,4 +257,6 @@ def _request(route: Route, index: int | None) -> dict[str, Any] | None:
     if index is None:
         return None
     request |= {"type": RTN_UNICAST, "scope": _SCOPE_LINK, "oif": index}
-    return request | ({"prefsrc": str(route.source)} if route.source else {})
+    if route.source:
+        request["prefsrc"] = str(route.source)
+    return request | ({"metrics": {"mtu": route.mtu}} if route.mtu else {})

@@ -1,7 +1,7 @@
 """What should be, and the way there: pure functions from the hosts to resources, and from resources to changes."""
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv4Interface
 
 from meshd.mesh.model import Host, Record
@@ -53,6 +53,8 @@ class Local:
     loose: tuple[str, ...] = ()
     # The priority of meshd's policy rule, where another one takes the overlay.
     before: int | None = None
+    # The path MTUs, by public key; 0, or none at all, where the path is as wide as the overlay's MTU.
+    mtus: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def bridge(self) -> str | None:
@@ -155,8 +157,27 @@ def _network(local: Local, bridge: str, gateway: IPv4Address, engine: Engine) ->
 def _peer(local: Local, record: Record) -> list[Resource]:
     return [
         Peer(record.public_key, record.endpoint, (record.subnet,), local.settings.keepalive),
-        Route(record.subnet, local.settings.wireguard, local.host.record.address),
+        Route(
+            record.subnet,
+            local.settings.wireguard,
+            local.host.record.address,
+            mtu=local.mtus.get(record.public_key, 0),
+        ),
     ]
+
+
+def path_mtus(
+    hosts: Iterable[Host], observed: Iterable[Resource], measured: Mapping[str, int], *, mtu: int
+) -> Mapping[str, int]:
+    """Return the path MTUs by public key: what was `measured`, else what the route has from an earlier daemon.
+
+    `mtu` is the overlay's, 0 if it was not read. It bounds what a route keeps: the kernel would not.
+    """
+    kept = {r.prefix: r.mtu for r in observed if isinstance(r, Route) and r.mtu and not 0 < mtu <= r.mtu}
+    if not kept:
+        return measured
+    records = (host.record for host in hosts)
+    return {r.public_key: kept[r.subnet] for r in records if r.subnet in kept} | dict(measured)
 
 
 def _rank(resource: Resource) -> tuple[int, int, str]:

@@ -66,10 +66,10 @@ class Options:
 
     `kinds` are the resources to look at. `heard` are records that came another way than by tags, `votes` what the other
     hosts say of claims, which for one that `is_newcomer` count more (see conflicts.disputes). `overdue` are the peers
-    whose first handshake is to be started again (see handshakes.restarts). `engine` is what Docker is, if that is
-    known, `unended` the last report's. `alone` says that this host's own Serf does not run, so that nobody is asked:
-    another agent may hold its RPC port. With `dry` nothing is changed or written; with `force` the guard withholds
-    nothing.
+    whose first handshake is to be started again (see handshakes.restarts). `mtus` are the path MTUs that were measured,
+    by public key. `engine` is what Docker is, if that is known, `unended` the last report's. `alone` says that this
+    host's own Serf does not run, so that nobody is asked: another agent may hold its RPC port. With `dry` nothing is
+    changed or written; with `force` the guard withholds nothing.
     """
 
     kinds: Collection[str] = plan.ORDER
@@ -77,6 +77,7 @@ class Options:
     votes: Votes = field(default_factory=dict)
     is_newcomer: bool = False
     overdue: Mapping[str, int] = field(default_factory=dict)
+    mtus: Mapping[str, int] = field(default_factory=dict)
     engine: Engine | None = None
     unended: str = ""
     alone: bool = False
@@ -95,7 +96,8 @@ class Report:
     `rival` is the host that keeps this host's subnet; `lost` are the known hosts that Serf does not see alive, with
     their gossip addresses; `unmet` the peers without a handshake, None if the peers were not read; `restarted` the
     public keys of those whose handshake was started again; `engine` is what Docker said that it is, None if it was not
-    asked; `notices` are problems with which nothing failed; `unended` is the one of them that says why connections that
+    asked; `mtu` is the overlay's, 0 if it was not asked for, `mtus` the paths' by public key (see plan.path_mtus).
+    `notices` are problems with which nothing failed; `unended` is the one of them that says why connections that
     contradict the rules were not ended, which is then still to be done. `misplaced` are problems with containers, None
     if Docker was not asked; `dropped` is what the firewall's named counters (see rules.DROPPED) have counted.
     """
@@ -112,6 +114,8 @@ class Report:
     engine: Engine | None = None
     lost: Mapping[str, Endpoint] = field(default_factory=dict)
     own: Host | None = None
+    mtu: int = 0
+    mtus: Mapping[str, int] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
     unended: str = ""
     misplaced: tuple[str, ...] | None = None
@@ -187,12 +191,13 @@ class _Facts:
 
 @dataclass(frozen=True, slots=True)
 class _Decision:
-    """What to change; `peers` are all that are wanted, `unmet` those without a handshake."""
+    """What to change; `peers` are all that are wanted, `unmet` those without a handshake, `mtus` the paths' MTUs."""
 
     changes: tuple[Change, ...]
     withheld: tuple[Change, ...]
     peers: tuple[Peer, ...]
     unmet: Mapping[str, Unmet]
+    mtus: Mapping[str, int]
 
 
 def sync(state: State, options: Options = EVERYTHING) -> Report:
@@ -262,6 +267,8 @@ class _Run:
             engine=facts.engine,
             lost=membership.lost(contacts, seen.members) if seen.members else {},
             own=self.own,
+            mtu=facts.mtu,
+            mtus=decision.mtus,
             notices=(*self.notices(seen, facts), *filter(None, [unended])),
             unended=unended,
             misplaced=self.misplaced(seen, facts),
@@ -359,6 +366,8 @@ class _Run:
         """Compare what should be with what is. Pure."""
         settings, known, roster = self.state.settings, self.known.hosts, seen.roster
         loose = tuple(r.link for r in facts.resources if isinstance(r, Port))
+        hosts = roster.sorted_hosts()
+        mtus = plan.path_mtus(hosts, facts.resources, self.options.mtus, mtu=facts.mtu)
         here = plan.Local(
             host=self.own,
             settings=settings,
@@ -367,8 +376,9 @@ class _Run:
             ipv6=self.machine.ipv6,
             loose=loose,
             before=next((d.before for d in facts.diversions if d.before is not None), None),
+            mtus=mtus,
         )
-        wanted = plan.desired(here, roster.sorted_hosts())
+        wanted = plan.desired(here, hosts)
         moved = {r.public_key for n, r in roster.hosts.items() if n in known and r.endpoint != known[n].endpoint}
         late = handshakes.unmet(self.own.record, roster, seen.members, facts.peers) if settings.keepalive else {}
         # Without a daemon nobody starts the handshake that the other host did not start.
@@ -379,7 +389,7 @@ class _Run:
             is_forgetful = bool(self.state.set_aside())
             departed = _departed(self.known, roster)
             changes, withheld = plan.guard(changes, facts.resources, departed, is_forgetful=is_forgetful)
-        return _Decision(changes, withheld, tuple(r for r in wanted if isinstance(r, Peer)), late)
+        return _Decision(changes, withheld, tuple(r for r in wanted if isinstance(r, Peer)), late, mtus)
 
     def write(self, roster: Roster, decision: _Decision) -> tuple[tuple[Change, ...], list[Failure]]:
         """Keep on disk what must be known first, then make the changes: return those that were tried, and failures."""

@@ -78,6 +78,17 @@ def capturing(lab: Lab, expression: str) -> Iterator[Path]:
         dump.communicate(timeout=10)
 
 
+@contextmanager
+def dropping(lab: Lab, size: int) -> Iterator[None]:
+    """Have the switch drop what is larger than so many bytes, without a word, while the block runs."""
+    chain = f"chain forward {{ type filter hook forward priority 0; meta length > {size} drop; }}"
+    lab.switch.run(["nft", "-f", "-"], text=f"table bridge narrow {{ {chain}; }}")
+    try:
+        yield
+    finally:
+        lab.switch.run(["nft", "delete", "table", "bridge", "narrow"])
+
+
 def tcpdump(host: LabHost, link: str, expression: str, count: int = 1) -> "subprocess.Popen[str]":
     """Start a tcpdump that ends after so many packets, or 20 s, and prints a line for each; return when it listens."""
     command = ["timeout", "20", "tcpdump", "-lnqc", str(count), "-i", link, "--immediate-mode", expression]

@@ -8,6 +8,7 @@ from meshd.lab.hosts import Lab, LabHost
 from tests.lab.conftest import (
     assemble,
     capture,
+    dropping,
     eventually,
     full_reach,
     init,
@@ -56,6 +57,26 @@ def test_large_packets_on_ipv6_underlay(hosts: list[LabHost]) -> None:
     for size in (1392, 10000):
         done = one.run(["docker", "exec", "box", "ping", "-c", "3", "-i", "0.2", "-s", str(size), overlay(two, 1)])
         assert "3 packets received" in done.stdout
+
+
+def test_path_of_ipv6_that_drops_large_packets_is_measured(lab: Lab, hosts: list[LabHost]) -> None:
+    """A path that drops large packets is measured on an underlay of IPv6 as well, also by a host without Docker."""
+    one, _, three = hosts
+
+    def mtus() -> list[object]:
+        return [members(host)[other.name]["mtu"] for host, other in ((one, three), (three, one))]
+
+    def passes() -> bool:
+        return bool(
+            one.run(["busybox", "ping", "-c", "1", "-W", "1", "-s", "10000", overlay(three)], check=False).returncode
+            == 0
+        )
+
+    assert mtus() == [1420, 1420]
+    with dropping(lab, 1000):
+        # 80 bytes are WireGuard's, which sends multiples of 16.
+        eventually(lambda: passes() and mtus() == [912, 912], 10, "the path is measured")
+    eventually(lambda: passes() and mtus() == [1420, 1420], 15, "the path has grown")
 
 
 def test_power_cut_on_ipv6_underlay_heals(lab: Lab, hosts: list[LabHost]) -> None:

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,7 +10,8 @@ import pytest
 
 from meshd.lab import network
 from meshd.lab.hosts import Lab, LabHost
-from tests.lab.conftest import assemble, eventually, log, nothing_in_clear, overlay, run_box
+from tests.lab.conftest import assemble, dropping, eventually, log, members, nothing_in_clear, overlay, run_box
+from tests.lab.faults import kill_daemon
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
@@ -86,6 +88,7 @@ def test_large_packets_pass_narrow_path(lab: Lab) -> None:
     hosts = lab.hosts() or assembled(lab, 9000)
     with nothing_in_clear(lab), narrow(lab, hosts, 1400):
         assert_large_packets_pass(hosts)
+    assert path_mtus(hosts) == [int(mtus(hosts[0])[0])] * 2, "what is fragmented on its way need not be smaller"
 
 
 def test_underlay_mtu_decrease_while_containers_run(lab: Lab) -> None:
@@ -104,3 +107,30 @@ def test_underlay_mtu_decrease_while_containers_run(lab: Lab) -> None:
         host.run(["meshd", "sync"])
         run_box(host)
         assert mtus(host) == ["1420"] * 3
+
+
+def path_mtus(hosts: list[LabHost]) -> list[object]:
+    """What each of two hosts says of the path to the other."""
+    return [members(host)[other.name]["mtu"] for host, other in (hosts, hosts[::-1])]
+
+
+def test_path_that_drops_large_packets_is_measured(lab: Lab) -> None:
+    """Where a switch drops what is too large, TCP flows within 10 s and large pings pass; the path grows again."""
+    hosts = lab.hosts() or assembled(lab, 1500)
+    one, two = hosts
+    wide = [int(mtus(one)[0])] * 2
+    assert path_mtus(hosts) == wide
+    with nothing_in_clear(lab):
+        with dropping(lab, 1000):
+            began = time.monotonic()
+            assert stream(one, two) == STREAM
+            assert time.monotonic() - began < 10
+            eventually(lambda: large_ping(one, two) and large_ping(two, one), 10, "large packets pass")
+            # 60 bytes are WireGuard's, which sends multiples of 16.
+            eventually(lambda: path_mtus(hosts) == [928, 928], 5, "the members say how wide the path is")
+            one.run(["meshd", "status"])  # it is no problem
+            # What the route has, the next daemon takes up.
+            kill_daemon(one)
+            one.run(["meshd", "sync"])
+            assert path_mtus(hosts) == [928, 928]
+        eventually(lambda: large_ping(one, two) and path_mtus(hosts) == wide, 15, "the path has grown")

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.root]
 
 ROUTES = (
     Route(IPv4Network("172.20.7.0/24"), "u0", None),
-    Route(IPv4Network("172.20.7.0/24"), "u0", IPv4Address("10.9.0.1")),
+    Route(IPv4Network("172.20.7.0/24"), "u0", IPv4Address("10.9.0.1"), mtu=928),
 )
 RULES = tuple(PolicyRule(OVERLAY, priority) for priority in (5269, 5199))
 LINKS = tuple(Link("ovl0", "bridge", mtu, mac="02:42:ac:14:01:00") for mtu in (1400, 1300))

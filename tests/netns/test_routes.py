@@ -3,8 +3,10 @@
 import json
 import subprocess
 import time
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import Any
 
 import pytest
@@ -79,6 +81,29 @@ def test_routes_set_replaces_route(routes: Routes) -> None:
     change(routes, Action.ADD, Route(PEER.prefix, "wg0"))
     routes.apply(Change(Action.SET, PEER, Route(PEER.prefix, "wg0")))
     assert routes.read() == [PEER]
+
+
+def test_route_with_the_mtu_of_its_path(routes: Routes) -> None:
+    """The MTU of a path is on its route, comes and goes without the route, and goes with it."""
+    narrow = replace(PEER, mtu=928)
+    routes.apply(Change(Action.ADD, PEER))
+    with Popen(["ip", "-o", "monitor", "route"], stdout=PIPE, text=True) as monitor:
+        assert monitor.stdout is not None
+        try:
+            time.sleep(0.2)  # `ip` does not say when it listens
+            routes.apply(Change(Action.SET, narrow, PEER))
+            assert routes.read() == [narrow]
+            assert ip("route", "get", "172.20.7.9")[0]["metrics"] == [{"mtu": 928}]
+            routes.apply(Change(Action.SET, PEER, narrow))
+            assert routes.read() == [PEER]
+            assert "metrics" not in ip("route", "get", "172.20.7.9")[0]
+            time.sleep(0.2)
+        finally:
+            monitor.terminate()
+        assert "Deleted" not in monitor.stdout.read(), "there was a route all the time"
+    change(routes, Action.ADD, narrow)
+    change(routes, Action.REMOVE, PEER)
+    assert routes.read() == []
 
 
 def test_routes_of_two_meshes_are_separate(routes: Routes) -> None:

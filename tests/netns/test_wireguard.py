@@ -1,6 +1,7 @@
 """One contract for both WireGuard backends, on real devices; checked from outside with `wg` and `ping`."""
 
 import os
+import select
 import shutil
 import signal
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from ipaddress import IPv4Interface, IPv4Network, ip_address
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from pyroute2.netlink.generic.wireguard import wgmsg
 from meshd.endpoint import Endpoint
 from meshd.errors import ApplyError, ConflictError, InputError, MissingError
 from meshd.keys import public_key
-from meshd.net import wireguard
+from meshd.net import icmp, wireguard
 from meshd.net.links import Links, link_names
 from meshd.net.resources import Action, Address, Change, Device, Link, Peer, Route
 from meshd.net.routes import Routes
@@ -252,8 +254,21 @@ class Node:
     def join(self, other: "Node", address: str | None) -> None:
         with self.space.entered():
             add(self.wireguard, other.peer(address))
-            route = Route(other.block, self.name, self.block.network_address)
-            Routes(self.name, OVERLAY).apply(Change(Action.ADD, route))
+            Routes(self.name, OVERLAY).apply(Change(Action.ADD, self.route(other)))
+
+    def route(self, other: "Node") -> Route:
+        return Route(other.block, self.name, self.block.network_address)
+
+    def pings(self, other: "Node", *sizes: int) -> list[int]:
+        """Send pings of these sizes; give those that come back until the last one does."""
+        found: list[int] = []
+        with self.space.entered(), icmp.Pings(self.name, other.block.network_address) as pings:
+            for size in sizes:
+                pings.send(size)
+            while sizes[-1] not in found:
+                assert select.select([pings], [], [], 5)[0]
+                found += pings.receive()
+        return found
 
     def ping(self, other: "Node", count: int = 1, interval: float = 0.0) -> int:
         """How many of `count` echo requests were answered."""
@@ -285,6 +300,21 @@ def test_two_hosts_handshake_and_ping(nodes: tuple[Node, Node]) -> None:
     assert there.received > 0 < there.sent
     assert back.endpoint == Endpoint.parse("10.9.0.1:51820")
     assert two.ping(one) == 1
+
+
+def test_pings_show_what_passes_a_tunnel(nodes: tuple[Node, Node]) -> None:
+    """The largest ping that comes back is the path's MTU, to a multiple of 16, whatever MTU the route has."""
+    one, two = nodes
+    assert one.ping(two) == 1
+    narrow = replace(one.route(two), mtu=700)
+    with one.space.entered():
+        Routes(one.name, OVERLAY).apply(Change(Action.SET, narrow, one.route(two)))
+    assert one.pings(two, 1380, 576) == [1380, 576]
+    with two.space.entered():
+        chain = "chain input { type filter hook input priority 0; udp dport 51820 ip length > 1000 drop; }"
+        subprocess.run(["nft", "-f", "-"], input=f"table ip narrow {{ {chain}; }}", text=True, check=True)
+    # 60 bytes are WireGuard's.
+    assert one.pings(two, 1380, 944, 928, 576) == [928, 576]
 
 
 def test_unchanged_peers_lose_no_packet(nodes: tuple[Node, Node]) -> None:

@@ -1,6 +1,6 @@
 """What should be on a host, and the changes that lead there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 
@@ -76,6 +76,25 @@ def test_desired_resources_beside_another_vpn(golden: Callable[[str, str], None]
     """Where another policy rule takes the overlay, meshd's own one comes before it."""
     of = replace(local(None, None), before=5269)
     golden("another-vpn.txt", text(tuple(change.resource for change in plan.diff(wanted(2, of=of), (), now=NOW))))
+
+
+def test_path_mtus_are_what_was_measured_and_else_what_the_routes_have() -> None:
+    """A path MTU goes to the route of its host, and stays there while nobody has measured anew."""
+    hosts = [host(n) for n in (2, 3, 4)]
+    two, three, four = (h.record for h in hosts)
+
+    def routes(mtus: Mapping[str, int]) -> list[Route]:
+        here = replace(local(), mtus=mtus)
+        return [r for r in plan.desired(here, hosts) if isinstance(r, Route) and r.link is not None]
+
+    observed = routes({two.public_key: 928, three.public_key: 1000})
+    assert [route.mtu for route in observed] == [928, 1000, 0]
+    measured = {three.public_key: 0, four.public_key: 1200}
+    kept = plan.path_mtus(hosts, observed, measured, mtu=1420)
+    assert [route.mtu for route in routes(kept)] == [928, 0, 1200]
+    assert plan.path_mtus(hosts, observed, {}, mtu=0) == {two.public_key: 928, three.public_key: 1000}
+    assert plan.path_mtus(hosts, observed, {}, mtu=1000) == {two.public_key: 928}, "no wider than the overlay"
+    assert plan.path_mtus(hosts, routes({}), measured, mtu=1420) == measured
 
 
 def test_diff_does_not_depend_on_order() -> None:

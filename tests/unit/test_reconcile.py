@@ -156,6 +156,24 @@ def test_what_takes_the_overlay_is_told_of_and_left_alone(host: State) -> None:
     assert list(fake.adapters["route"].resources.values()) == [taking]
 
 
+def test_a_path_mtu_is_on_the_route_until_it_is_measured_anew(host: State) -> None:
+    fake = Fake()
+    run(host, fake)
+
+    def mtu() -> int:
+        return next(r.mtu for r in fake.has("route") if isinstance(r, Route) and r.link is not None)
+
+    assert mtu() == 0
+    report = run(host, fake, kinds=MEMBERSHIP, mtus={key(2): 928})
+    assert [(c.action, str(c.resource)) for c in report.changes] == [
+        (Action.SET, "route 172.20.102.0/24 via wg0 from 172.20.101.0, mtu 928")
+    ]
+    report = run(host, fake)
+    assert (report.changes, report.mtu, report.mtus, mtu()) == ((), 1420, {key(2): 928}, 928)
+    run(host, fake, mtus={key(2): 0})
+    assert mtu() == 0
+
+
 def test_an_unfinished_join_is_told_apart(state: State) -> None:
     with pytest.raises(UnfinishedError, match="has not finished joining 'meshd'"):
         run(state, Fake())

@@ -53,6 +53,18 @@ def test_members_text_has_one_sorted_line_per_member() -> None:
     ]
 
 
+def test_members_json_has_the_mtu_of_each_path() -> None:
+    """The overlay's MTU, or that of the path if it is narrower; nothing for this host and for who is none."""
+    roster = Roster({"barge2": record(2), "barge3": record(3)}, refused={"mallory": "no record"})
+    report = Report(roster, own=OWN, mtu=1420, mtus={public_key("barge2"): 928, public_key("barge3"): 0})
+
+    def mtus(report: Report) -> dict[str, int | None]:
+        return {row["name"]: row["mtu"] for row in views.members_json(views.members(report))}
+
+    assert mtus(report) == {"barge1": None, "barge2": 928, "barge3": 1420, "mallory": None}
+    assert mtus(replace(report, mtu=0))["barge3"] is None, "the overlay's MTU was not read"
+
+
 def test_members_text_shows_reason_of_refusal() -> None:
     """A refused member is shown with the reason."""
     stranger = Member("mallory", IPv4Address("10.10.10.66"), 7946, Status.ALIVE, {})
