@@ -156,7 +156,7 @@ def down(state: State, force: bool) -> None:
     Example:
       meshd down
     """
-    output.exit_if_failed(running.down(state, force=force).failures)
+    output.exit_if_failed(running.down(state, force=force, say=output.show).failures)
     output.show("meshd is down on this host; 'meshd up' brings it back.")
 
 

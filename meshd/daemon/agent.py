@@ -32,6 +32,7 @@ from meshd.net import docker, firewall, links, rules
 from meshd.net.resources import Engine
 from meshd.reconcile import plan
 from meshd.reconcile.handshakes import Schedule
+from meshd.reconcile.machine import Area
 from meshd.reconcile.renumber import renumber
 from meshd.reconcile.run import MEMBERSHIP, WITHOUT_DOCKER, Options, Report, sync
 from meshd.state.claim import UnfinishedError
@@ -249,7 +250,8 @@ class Agent:
             if not self.state.is_down:  # or `meshd down` is about to end this daemon
                 self._complain({str(error)})
             return False
-        for change in report.changes:
+        undone = {failure.subject for failure in report.failed(Area.CHANGE)}
+        for change in (c for c in report.changes if str(c) not in undone):
             log.info("%s (seen by %s)", change, ", ".join(map(str, causes)) or "timer")
         self.echoes.expect(Hint(Source.NETLINK, text) for text in links.told(report.changes))
         self.engine = report.engine or self.engine

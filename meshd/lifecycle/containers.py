@@ -1,6 +1,5 @@
 """The containers on the overlay, which some commands take off it and put back."""
 
-import shlex
 from collections.abc import Callable, Iterable
 
 from meshd.errors import ConflictError, MeshdError
@@ -17,9 +16,7 @@ def attach(bridge: DockerNetwork, containers: Iterable[Attachment], say: Callabl
                 told.append(f"container {container.name} has the address {address}")
         except MeshdError as error:
             off.append(container.name)
-            options = [f"--alias={alias}" for alias in container.aliases]
-            again = shlex.join(["docker", "network", "connect", *options, bridge.name, container.name])
-            told.append(f"container {container.name} is off the overlay ({error}): {again}")
+            told.append(f"container {container.name} is off the overlay ({error}): {container.command(bridge.name)}")
     # Only now: the terminal may be closed.
     for text in told:
         say(text)
@@ -45,3 +42,13 @@ def attached_containers(settings: Settings, *, force: bool) -> list[Attachment]:
             "stop them, or pass --force to disconnect them"
         )
     return attached
+
+
+def stopped_containers(settings: Settings) -> str:
+    """Name the stopped containers of the Docker network; the empty string if there are none, or no engine answers."""
+    if not settings.docker:
+        return ""
+    try:
+        return ", ".join(DockerNetwork(settings.mesh, settings.bridge).stopped())
+    except MeshdError:
+        return ""

@@ -7,7 +7,7 @@ from meshd.daemon import service
 from meshd.errors import ConflictError, InputError, MeshdError, SerfError
 from meshd.gossip import calls, serf, serf_agent
 from meshd.gossip.delivery import ASK, MEETING, wait_ready
-from meshd.lifecycle.containers import attached_containers
+from meshd.lifecycle.containers import attached_containers, stopped_containers
 from meshd.lifecycle.up import take_down
 from meshd.mesh import membership, tombstones
 from meshd.mesh.model import Record
@@ -46,6 +46,8 @@ def leave(state: State, *, force: bool = False, say: Callable[[str], None] = lam
     with suppress(MeshdError):
         state.mark_down()  # a claim that is leaving keeps others from bringing it back as well
     report = take_down(state, containers)
+    if stopped := stopped_containers(settings):
+        say(f"stopped containers of {settings.bridge}, which cannot start without it: {stopped}")
     if not report.failures or force:
         state.forget_everything()
     return report

@@ -7,9 +7,9 @@ from ipaddress import IPv4Network
 from meshd.daemon import hints
 from meshd.errors import InputError, MeshdError
 from meshd.interrupts import interruptible
-from meshd.lifecycle.containers import attach, attached_containers, disconnect
+from meshd.lifecycle.containers import attach, attached_containers, disconnect, stopped_containers
 from meshd.mesh.addressing import is_allowed
-from meshd.net.docker import DockerNetwork
+from meshd.net.docker import Attachment, DockerNetwork
 from meshd.reconcile.renumber import renumber as move
 from meshd.reconcile.run import sync
 from meshd.state.directory import State
@@ -36,9 +36,19 @@ def renumber(state: State, subnet: IPv4Network | None, *, force: bool, say: Call
             try:
                 report = sync(state)
             finally:
-                off = attach(DockerNetwork(settings.mesh, settings.bridge), containers, say)
+                off = attach(DockerNetwork(settings.mesh, settings.bridge), _moved(state, containers), say)
+    if stopped := stopped_containers(settings):
+        addresses = f"free addresses of {record.subnet} whatever address they had"
+        say(f"stopped containers, which start with {addresses}: {stopped}")
     if report.failures:
         raise report.failures[0].error
     hints.wake(state.socket, "renumbered")
     if off:
         raise MeshdError(f"containers are off the overlay: {', '.join(off)}")
+
+
+def _moved(state: State, containers: list[Attachment]) -> list[Attachment]:
+    """Return the containers without the fixed addresses that are outside of this host's subnet."""
+    claim = state.claim()
+    subnet = claim.record.subnet if claim is not None else None
+    return [c if c.address and subnet and c.address in subnet else replace(c, address=None) for c in containers]

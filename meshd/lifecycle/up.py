@@ -1,6 +1,7 @@
 """Start and stop the mesh on this host, which stays a member."""
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 from meshd.daemon import hints, service
@@ -8,9 +9,9 @@ from meshd.errors import InputError, InUseError, MeshdError, SerfError
 from meshd.gossip import serf, serf_agent
 from meshd.gossip.delivery import ASK
 from meshd.lifecycle import preflight
-from meshd.lifecycle.containers import attached_containers, disconnect
+from meshd.lifecycle.containers import attached_containers, disconnect, stopped_containers
 from meshd.net import links
-from meshd.net.docker import Attachment
+from meshd.net.docker import Attachment, LeftOffError
 from meshd.net.resources import Action
 from meshd.reconcile.machine import Area, Failure
 from meshd.reconcile.run import Report, dismantle, sync
@@ -27,8 +28,11 @@ def up(state: State) -> Report:
     return begin(state)
 
 
-def down(state: State, *, force: bool = False) -> Report:
-    """Stop everything and leave the host as it was found; keep the identity and the subnet; say no goodbye."""
+def down(state: State, *, force: bool = False, say: Callable[[str], None] = lambda _: None) -> Report:
+    """Stop everything and leave the host as it was found; keep the identity and the subnet; say no goodbye.
+
+    `say` is told which stopped containers cannot start without the overlay.
+    """
     settings, was_up = state.settings, _is_up(state)
     containers = attached_containers(settings, force=force)
     # Before anything else: a disk that is full stops it here, and from here on nobody brings back what is taken down.
@@ -37,6 +41,8 @@ def down(state: State, *, force: bool = False) -> Report:
     # What an earlier `down` could not take away, as from an engine that hung, is no tunnel and no process.
     if not was_up and not report.failures and all(change.action is not Action.REMOVE for change in report.changes):
         raise InputError(f"the mesh {settings.mesh} is not up on this host")
+    if stopped := stopped_containers(settings):
+        say(f"stopped containers of {settings.bridge}, which start again after 'meshd up': {stopped}")
     return report
 
 
@@ -58,10 +64,11 @@ def _can_wait(failure: Failure, *, daemon: bool) -> bool:
     """Return whether a failure of the first reconcile is left to the daemon, or to the handlers.
 
     A rival for the subnet, one that joins just now, is the daemon's to settle. So is a Serf that starts again at this
-    moment: it has answered already. A Docker network with another MTU is replaced once no container is attached.
-    Without a daemon there is no Serf agent yet that lists members and takes tags.
+    moment: it has answered already. A Docker network with another MTU is replaced once no container is attached, and a
+    stopped container that Docker does not let us attach is no part of the mesh. Without a daemon there is no Serf agent
+    yet that lists members and takes tags.
     """
-    if isinstance(failure.error, InUseError):
+    if isinstance(failure.error, InUseError | LeftOffError):
         return True
     if daemon:
         return failure.area is Area.SUBNET or isinstance(failure.error, SerfError)

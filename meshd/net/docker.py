@@ -5,17 +5,20 @@ removed. Facts of the API: https://docs.docker.com/reference/api/engine/.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+import shlex
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv4Network
 from threading import Event, Thread
 from typing import Any, ClassVar
 
 from meshd.errors import ApplyError, ConflictError, InUseError, MeshdError, MissingError
-from meshd.net.resources import Action, Change, Container, Engine, Network, Resource
+from meshd.net.resources import Action, Change, Engine, Network, Resource, RunningContainer, StoppedContainer
 
 LABEL = "meshd.mesh"
+# What meshd has asked Docker for. Where that is what is wanted, and the network differs, asking again does not help.
+ASKED = "meshd.asked"
 # Making or removing a network takes Docker seconds on a busy host; an answer to a question does not. A reconcile waits
 # for an engine that hangs (or that systemd's socket holds back), and everything else waits for the reconcile.
 TIMEOUT = 20
@@ -26,6 +29,8 @@ LOOK = 2.0
 MOST = 10
 _BRIDGE_NAME = "com.docker.network.bridge.name"
 _MTU = "com.docker.network.driver.mtu"
+# Said at creation alone: since Docker 28 a default of daemon.json can turn IPv6 on, which the overlay is kept free of.
+_NO_IPV6 = {"com.docker.network.enable_ipv6": "false"}
 _ADVICE = "start it (systemctl start docker), install it (apt install docker.io), or join with --no-docker"
 
 
@@ -62,19 +67,47 @@ class Foreign:
         return f"{first}run 'docker network rm {self.name}'"
 
 
+# A container in these states keeps its place on a network in its settings alone.
+STOPPED = ("created", "exited")
+# What an endpoint's settings have of the user's; the rest is what Docker made of it while the container ran. Docker
+# 20.10 keeps a MAC address with the container, and 28 takes none when it connects one.
+_KEPT = ("Aliases", "Links", "DriverOpts", "GwPriority")
+
+
+class LeftOffError(ApplyError):
+    """A container that could not be attached; the text has the command that a user can type."""
+
+
 @dataclass(frozen=True, slots=True)
 class Attachment:
-    """A container on the network: its id and name, and by which other names its neighbours there find it."""
+    """A container, by its id and its name, and what attaching it to a network takes.
+
+    `settings` are those of Docker's EndpointSettings that a user chooses, without the fixed `address`.
+    """
 
     container: str
     name: str
-    aliases: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    address: IPv4Address | None = None
+
+    def command(self, network: str) -> str:
+        """Return the command that attaches it."""
+        kept = self.settings
+        options = [f"--alias={alias}" for alias in kept.get("Aliases", ())]
+        options += [f"--link={link}" for link in kept.get("Links", ())]
+        options += [f"--driver-opt={name}={value}" for name, value in kept.get("DriverOpts", {}).items()]
+        options += [f"--gw-priority={kept['GwPriority']}"] if "GwPriority" in kept else []
+        options += [f"--ip={self.address}"] if self.address else []
+        return shlex.join(["docker", "network", "connect", *options, network, self.name])
 
 
 class DockerNetwork:
-    """The adapter of the mesh's Docker network, which has the name of its bridge."""
+    """The adapter of the mesh's Docker network, which has the name of its bridge, and of containers that lost it.
 
-    kinds: ClassVar[frozenset[str]] = frozenset({"network"})
+    A network that is made anew has another ID, and a stopped container starts on the network of the ID that it knows.
+    """
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"network", "stopped"})
 
     def __init__(self, mesh: str, name: str, base_url: str | None = None) -> None:
         self.mesh = mesh
@@ -91,23 +124,28 @@ class DockerNetwork:
     def read(self) -> list[Resource]:
         with _client("listing Docker networks", self._base_url) as client:
             attributes = self._find(client)
-            if attributes is None or not self._is_ours(attributes):
-                return []
-            return [_network(attributes), *_containers(attributes)]
+            if attributes is None:
+                return [*self._lost(client, ())]
+            if not self._is_ours(attributes):
+                return []  # nor are the containers of somebody else's network ours
+            return [_network(attributes), *_containers(attributes), *self._lost(client, {attributes["Id"]})]
 
     def apply(self, change: Change) -> None:
-        network = change.resource
-        assert isinstance(network, Network)  # noqa: S101  what the dispatch by kind guarantees, for the type checker
-        with _client(f"{change.action} {network}", self._base_url, TIMEOUT) as client:
+        resource = change.resource
+        with _client(f"{change.action} {resource}", self._base_url, TIMEOUT) as client:
             attributes = self._find(client)
+            if isinstance(resource, StoppedContainer):
+                self._take_over(client, attributes, change.action, resource)
+                return
+            assert isinstance(resource, Network)  # noqa: S101  what the dispatch by kind guarantees, for the type checker
             if change.action is Action.REMOVE:
                 self._remove(client, attributes)
             elif attributes is None:
-                self._create(client, network)
+                self._create(client, resource)
             elif not self._is_ours(attributes):
-                raise ConflictError(self._foreign(attributes, network.subnet))
-            elif (found := _network(attributes)) != network:
-                self._replace(client, attributes, found, network)
+                raise ConflictError(self._foreign(attributes, resource.subnet))
+            elif (found := _network(attributes).without_additions(resource)) != resource:
+                self._replace(client, attributes, found, resource)
 
     def containers(self) -> list[str]:
         """Name the containers that are attached to the network."""
@@ -122,10 +160,12 @@ class DockerNetwork:
             if attributes is None or not self._is_ours(attributes):
                 return []
             attached = sorted((attributes.get("Containers") or {}).items())
-            return [
-                Attachment(container, str(facts.get("Name")), self._aliases(client, container))
-                for container, facts in attached
-            ]
+            return [self._attachment(client, container, str(facts.get("Name"))) for container, facts in attached]
+
+    def stopped(self) -> list[str]:
+        """Name the containers that do not run and belong to the network, also to one that has gone."""
+        with _client(f"listing the containers of {self.name}", self._base_url) as client:
+            return sorted(name for _, name, _ in self._not_running(client))
 
     def disconnect(self, attachments: Iterable[Attachment]) -> None:
         """Detach containers, which go on running without the overlay."""
@@ -149,7 +189,7 @@ class DockerNetwork:
             except NotFound:
                 return ""
             if _endpoint(found.attrs, self.name).get("NetworkID") != network.id:
-                network.connect(attachment.container, aliases=list(attachment.aliases))
+                _connect(client, network.id, attachment)
                 found.reload()
             return str(_endpoint(found.attrs, self.name).get("IPAddress", ""))
 
@@ -190,15 +230,56 @@ class DockerNetwork:
             return dict(client.networks.get(found[0].id).attrs) if found else None
         return None
 
-    def _aliases(self, client: Any, container: str) -> tuple[str, ...]:
+    def _attachment(self, client: Any, container: str, name: str) -> Attachment:
         from docker.errors import NotFound  # noqa: PLC0415  160 ms of imports
 
         try:
-            endpoint = _endpoint(client.containers.get(container).attrs, self.name)
+            return _attachment(client.containers.get(container).attrs, self.name)
         except NotFound:
-            return ()
-        # Docker adds the short id by itself.
-        return tuple(alias for alias in endpoint.get("Aliases") or () if alias != container[:12])
+            return Attachment(container, name)
+
+    def _not_running(self, client: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """Yield the ID, the name and the endpoint of each container that does not run and belongs to the network."""
+        for found in client.api.containers(all=True, filters={"network": [self.name], "status": list(STOPPED)}):
+            if endpoint := _endpoint(found, self.name):  # the filter takes the beginning of a network's ID as well
+                yield found["Id"], str((found.get("Names") or [found["Id"][:12]])[0]).lstrip("/"), endpoint
+
+    def _lost(self, client: Any, there: Collection[str]) -> list[StoppedContainer]:
+        """Return the stopped containers of the network whose own ID of it is not one of those that are there."""
+        return [
+            StoppedContainer(container, name, None, _address(endpoint))
+            for container, name, endpoint in self._not_running(client)
+            if _is_lost(endpoint, there)
+        ]
+
+    def _take_over(
+        self, client: Any, attributes: dict[str, Any] | None, action: Action, wanted: StoppedContainer
+    ) -> None:
+        """Have a stopped container start on the network that is there now. It is never off it: connecting replaces.
+
+        Raises LeftOffError.
+        """
+        from docker.errors import APIError, NotFound  # noqa: PLC0415  160 ms of imports
+
+        if action is Action.REMOVE:
+            raise ApplyError(f"{action} {wanted}: taking a container off its network is its owner's")
+        if attributes is None or not self._is_ours(attributes):
+            raise ApplyError(f"{action} {wanted}: there is no Docker network {self.name} of this mesh")
+        # A container may be removed at any time, and is then nobody's loss.
+        with suppress(NotFound):
+            found = client.containers.get(wanted.id)
+            if not _is_lost(_endpoint(found.attrs, self.name), {attributes["Id"]}):
+                return  # started, or disconnected by its owner
+            attachment = replace(_attachment(found.attrs, self.name), address=wanted.address)
+            try:
+                _connect(client, attributes["Id"], attachment)
+            except APIError as error:
+                found.reload()
+                if found.status in STOPPED:
+                    reason = error.explanation or error
+                    raise LeftOffError(
+                        f"container {wanted.name} cannot start ({reason}): {attachment.command(self.name)}"
+                    ) from error
 
     def _is_ours(self, attributes: dict[str, Any]) -> bool:
         return (attributes.get("Labels") or {}).get(LABEL) == self.mesh and attributes.get("Name") == self.name
@@ -214,8 +295,8 @@ class DockerNetwork:
             network.name,
             driver="bridge",
             ipam=IPAMConfig(pool_configs=[pool]),
-            options={_BRIDGE_NAME: network.bridge, _MTU: str(network.mtu), **dict(network.options)},
-            labels={LABEL: self.mesh},
+            options={_BRIDGE_NAME: network.bridge, _MTU: str(network.mtu), **_NO_IPV6, **dict(network.options)},
+            labels={LABEL: self.mesh, ASKED: _asked(network)},
         )
 
     def _remove(self, client: Any, attributes: dict[str, Any] | None) -> None:
@@ -227,6 +308,11 @@ class DockerNetwork:
 
     def _replace(self, client: Any, attributes: dict[str, Any], found: Network, network: Network) -> None:
         """Make the network again with other settings: Docker cannot change one in place."""
+        if (attributes.get("Labels") or {}).get(ASKED) == _asked(network):
+            raise ApplyError(
+                f"Docker has made the network {self.name} with {_differences(found, network)}, and would do so again: "
+                f"see default-network-opts in its daemon.json, then run 'docker network rm {self.name}'"
+            )
         if attached := _attached(attributes):
             raise InUseError(
                 f"the Docker network {self.name} is {_differences(found, network)}, but containers are attached "
@@ -331,7 +417,7 @@ def _short(error: Exception) -> str:
 
 
 def _network(attributes: dict[str, Any]) -> Network:
-    pool = ((attributes.get("IPAM") or {}).get("Config") or [{}])[0]
+    pool = next(iter(_pools(attributes)), {})
     options = dict(attributes.get("Options") or {})
     mtu = options.pop(_MTU, "0")
     subnet = IPv4Network(pool.get("Subnet", "0.0.0.0/0"))
@@ -346,12 +432,12 @@ def _network(attributes: dict[str, Any]) -> Network:
     )
 
 
-def _containers(attributes: dict[str, Any]) -> Iterator[Container]:
+def _containers(attributes: dict[str, Any]) -> Iterator[RunningContainer]:
     """Yield the containers on a network that run and have an IPv4 address there."""
     for container in (attributes.get("Containers") or {}).values():
         address = str(container.get("IPv4Address") or "").partition("/")[0]
         if address:
-            yield Container(str(container.get("Name")), IPv4Address(address))
+            yield RunningContainer(str(container.get("Name")), IPv4Address(address))
 
 
 def _endpoint(container: dict[str, Any], network: str) -> dict[str, Any]:
@@ -359,10 +445,64 @@ def _endpoint(container: dict[str, Any], network: str) -> dict[str, Any]:
     return ((container.get("NetworkSettings") or {}).get("Networks") or {}).get(network) or {}
 
 
+def _asked(network: Network) -> str:
+    """Return what is asked of Docker for this network, as a label's value."""
+    parts = network.bridge, network.subnet, network.ip_range, network.gateway, network.mtu
+    return " ".join([*map(str, parts), *map("=".join, network.options)])
+
+
+def _pools(attributes: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a network's IPv4 pools."""
+    pools = (attributes.get("IPAM") or {}).get("Config") or []
+    return [pool for pool in pools if ":" not in pool.get("Subnet", ":")]
+
+
+def _address(endpoint: dict[str, Any]) -> IPv4Address | None:
+    """Return the fixed address of an endpoint, None where Docker chooses one at each start."""
+    text = (endpoint.get("IPAMConfig") or {}).get("IPv4Address")
+    return IPv4Address(text) if text else None
+
+
+def _is_lost(endpoint: dict[str, Any], there: Collection[str]) -> bool:
+    """Return whether an endpoint is of a network that is not there. Where it has no ID, Docker goes by the name."""
+    return endpoint.get("NetworkID") not in {"", None, *there}
+
+
+def _attachment(container: dict[str, Any], network: str) -> Attachment:
+    """Return how a container is attached to a network, from what `docker inspect` says of it."""
+    endpoint = _endpoint(container, network)
+    settings = {name: endpoint[name] for name in _KEPT if endpoint.get(name)}
+    # Docker adds the short id by itself.
+    settings["Aliases"] = [alias for alias in settings.get("Aliases", ()) if alias != container["Id"][:12]]
+    return Attachment(container["Id"], str(container["Name"]).lstrip("/"), settings, _address(endpoint))
+
+
+def _connect(client: Any, network: str, attachment: Attachment) -> None:
+    """Attach a container, which replaces what a stopped one has of a network of that name. Raises APIError.
+
+    The SDK's own `connect` knows fewer settings.
+    """
+    from docker.errors import create_api_error_from_http_exception  # noqa: PLC0415  160 ms of imports
+    from requests.exceptions import HTTPError  # noqa: PLC0415
+
+    api = client.api
+    config = {**attachment.settings}
+    if attachment.address is not None:
+        config["IPAMConfig"] = {"IPv4Address": str(attachment.address)}
+    answer = api.post(
+        f"{api.base_url}/v{api.api_version}/networks/{network}/connect",
+        json={"Container": attachment.container, "EndpointConfig": config},
+        timeout=api.timeout,
+    )
+    try:
+        answer.raise_for_status()
+    except HTTPError as error:
+        create_api_error_from_http_exception(error)
+
+
 def _subnets(attributes: dict[str, Any]) -> list[IPv4Network]:
     """Return a network's IPv4 subnets."""
-    pools = (attributes.get("IPAM") or {}).get("Config") or []
-    return [IPv4Network(pool["Subnet"]) for pool in pools if ":" not in pool.get("Subnet", ":")]
+    return [IPv4Network(pool["Subnet"]) for pool in _pools(attributes)]
 
 
 def _foreign(client: Any, network: Any, subnet: IPv4Network) -> Foreign:

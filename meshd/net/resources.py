@@ -1,6 +1,6 @@
 """What a machine has, as frozen dataclasses, and the changes between what should be and what is."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
@@ -274,15 +274,20 @@ class Network:
     def key(self) -> str:
         return self.name
 
+    def without_additions(self, asked: "Network") -> "Network":
+        """Return the network without the options that were not asked for: Docker adds those of its daemon.json."""
+        names = {name for name, _ in asked.options}
+        return replace(self, options=tuple((name, value) for name, value in self.options if name in names))
+
     def __str__(self) -> str:
         return f"docker network {self.name} ({self.subnet}, range {self.ip_range}, gateway {self.gateway})"
 
 
 @dataclass(frozen=True, slots=True)
-class Container:
-    """A container on the Docker network, and its address there. It is only observed."""
+class RunningContainer:
+    """A running container on the Docker network, and its address there. It is only observed."""
 
-    kind: ClassVar[str] = "container"
+    kind: ClassVar[str] = "running"
     name: str
     address: IPv4Address
 
@@ -292,6 +297,28 @@ class Container:
 
     def __str__(self) -> str:
         return f"container {self.name} ({self.address})"
+
+
+@dataclass(frozen=True, slots=True)
+class StoppedContainer:
+    """A stopped container, and the Docker network that it is to start on; None if that has gone, or was made anew.
+
+    `address` is its fixed address, if it has one.
+    """
+
+    kind: ClassVar[str] = "stopped"
+    id: str
+    name: str
+    network: str | None
+    address: IPv4Address | None = None
+
+    @property
+    def key(self) -> str:
+        return self.id
+
+    def __str__(self) -> str:
+        fixed = f"address {self.address}" if self.address else "no fixed address"
+        return f"container {self.name} of {self.network} ({fixed})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from ipaddress import IPv4Address, IPv4Interface
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 
 from meshd.mesh.model import Host, Record
 from meshd.mesh.records import encode
@@ -11,7 +11,6 @@ from meshd.net.resources import (
     Action,
     Address,
     Change,
-    Container,
     Device,
     Engine,
     Link,
@@ -21,6 +20,8 @@ from meshd.net.resources import (
     Port,
     Resource,
     Route,
+    RunningContainer,
+    StoppedContainer,
     Sysctl,
     Tags,
 )
@@ -36,7 +37,21 @@ IP_FORWARD = "net/ipv4/ip_forward"
 
 # Changes are made in this order, and removed in the reverse one: first what keeps overlay traffic from leaving in
 # clear, then links before addresses, peers before the routes that lead to them, and the tags that invite traffic last.
-ORDER = ("table", "sysctl", "device", "link", "port", "address", "iptables", "peer", "route", "rule", "network", "tags")
+ORDER = (
+    "table",
+    "sysctl",
+    "device",
+    "link",
+    "port",
+    "address",
+    "iptables",
+    "peer",
+    "route",
+    "rule",
+    "network",
+    "stopped",
+    "tags",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +70,8 @@ class Local:
     before: int | None = None
     # The path MTUs, by public key; 0, or none at all, where the path is as wide as the overlay's MTU.
     mtus: Mapping[str, int] = field(default_factory=dict)
+    # The stopped containers that have lost the Docker network.
+    lost: tuple[StoppedContainer, ...] = ()
 
     @property
     def bridge(self) -> str | None:
@@ -126,7 +143,14 @@ def _bridge(local: Local, bridge: str) -> list[Resource]:
             owner=local.settings.owner,
         )
         resources.append(_network(local, bridge, record.address, local.engine))
+        resources += [taken_over(container, bridge, record.subnet) for container in local.lost]
     return resources
+
+
+def taken_over(container: StoppedContainer, network: str, subnet: IPv4Network) -> StoppedContainer:
+    """Return a stopped container as it is to be: with its fixed address, unless that is outside of the subnet."""
+    address = container.address
+    return replace(container, network=network, address=address if address and address in subnet else None)
 
 
 def mac(address: IPv4Address) -> str:
@@ -215,11 +239,13 @@ def diff(
             changes.append(Change(Action.ADD, target))
             continue
         target = _keep_roaming(target, old, now, moved)
+        if isinstance(target, Network) and isinstance(old, Network):
+            old = old.without_additions(target)
         if target != old:
             changes.append(Change(Action.SET, target, old))
-    # A sysctl that is not wanted is not ours to remove: `down` puts the original value back instead. Nor is a port,
-    # which is Docker's.
-    extra = [r for key, r in there.items() if key not in want and r.kind not in {"sysctl", "port"}]
+    # A sysctl that is not wanted is not ours to remove: `down` puts the original value back instead. Nor are a port and
+    # a container, which are Docker's and its user's.
+    extra = [r for key, r in there.items() if key not in want and r.kind not in {"sysctl", "port", "stopped"}]
     changes.sort(key=lambda change: _rank(change.resource))
     return (*changes, *(Change(Action.REMOVE, r) for r in sorted(extra, key=_rank, reverse=True)))
 
@@ -266,7 +292,7 @@ def withheld_text(change: Change) -> str:
     return f"not removed, because nobody said that it left: {change.resource}; 'meshd sync --force' removes it"
 
 
-def misplaced(containers: Iterable[Container], own: Host, hosts: Iterable[Host]) -> tuple[str, ...]:
+def misplaced(containers: Iterable[RunningContainer], own: Host, hosts: Iterable[Host]) -> tuple[str, ...]:
     """Return what users are told of each container outside of its host's subnet, as `docker run --ip` may put it.
 
     Docker's network has the whole overlay for its subnet, so that Docker takes the address. To give it to the container

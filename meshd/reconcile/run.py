@@ -20,13 +20,15 @@ from meshd.net.netlink import one_socket
 from meshd.net.resources import (
     Action,
     Change,
-    Container,
     Diversion,
     Engine,
+    Network,
     Peer,
     Port,
     Resource,
     Route,
+    RunningContainer,
+    StoppedContainer,
     Sysctl,
     Table,
 )
@@ -46,7 +48,7 @@ OVERHEAD = 80
 # What a change of members alone can change, and what takes packets from it: after Serf's hint nothing else is read.
 MEMBERSHIP = frozenset({"device", "peer", "route", "rule", "tags"})
 # Everything that does not ask Docker, which takes longer than all the rest together.
-WITHOUT_DOCKER = frozenset(plan.ORDER) - {"network", "iptables"}
+WITHOUT_DOCKER = frozenset(plan.ORDER) - {"network", "stopped", "iptables"}
 MUST_MOVE = (
     "the subnet {subnet} is also claimed by {rival}, which keeps it: 'meshd renumber' gives this host another one"
 )
@@ -249,6 +251,8 @@ class _Run:
         else:
             changes, failures = self.write(seen.roster, decision)
             unended = self.end_connections(changes, failures)
+            taken, failed = self.take_over(changes)
+            changes, failures = (*changes, *taken), failures + failed
             restarts, failed = self.restart_handshakes(decision)
             failures += failed
             self.tell_dropped({name: before[name] for name in before.keys() - usable.keys()})
@@ -279,7 +283,7 @@ class _Run:
         """Return what is wrong with the addresses of containers, None if Docker was not asked."""
         if "network" not in facts.readable:
             return None
-        containers = [r for r in facts.resources if isinstance(r, Container)]
+        containers = [r for r in facts.resources if isinstance(r, RunningContainer)]
         return plan.misplaced(containers, self.own, seen.roster.sorted_hosts())
 
     def notices(self, seen: _Seen, facts: _Facts) -> tuple[str, ...]:
@@ -357,9 +361,9 @@ class _Run:
         engine, unasked = _engine(self.machine, readable, self.options.engine)
         mtu, unmeasured = _mtu(self.machine, self.state.settings, kinds)
         if engine is None:
-            readable -= {"network", "iptables"}
+            readable &= WITHOUT_DOCKER
         if unmeasured:
-            readable -= {"link", "network"}
+            readable -= {"link", "network", "stopped"}
         return _Facts(tuple(resources), readable, engine, mtu, (*failures, *unasked, *unmeasured))
 
     def decide(self, seen: _Seen, facts: _Facts) -> _Decision:
@@ -377,6 +381,7 @@ class _Run:
             loose=loose,
             before=next((d.before for d in facts.diversions if d.before is not None), None),
             mtus=mtus,
+            lost=tuple(r for r in facts.resources if isinstance(r, StoppedContainer)),
         )
         wanted = plan.desired(here, hosts)
         moved = {r.public_key for n, r in roster.hosts.items() if n in known and r.endpoint != known[n].endpoint}
@@ -425,6 +430,20 @@ class _Run:
         for why, count in sorted(ended.items()):
             log.warning("ended %d connection%s %s", count, "s" * (count != 1), why)
         return f"connections that contradict the firewall's rules cannot be ended yet: {left}" if left else ""
+
+    def take_over(self, made: Collection[Change]) -> tuple[tuple[Change, ...], list[Failure]]:
+        """After the Docker network was made anew, have its stopped containers start on the new one: changes, failures.
+
+        Only now they have lost it.
+        """
+        networks = [c.resource for c in made if isinstance(c.resource, Network) and c.action is Action.SET]
+        if not networks:
+            return (), []
+        observed, readable, failures = self.machine.observe({"stopped"})
+        lost = [r for r in observed if isinstance(r, StoppedContainer)]
+        wanted = [plan.taken_over(container, networks[0].name, self.own.record.subnet) for container in lost]
+        changes = plan.diff(wanted, lost, now=self.now, kinds=readable & {"stopped"})
+        return changes, failures + self.machine.apply(changes)
 
     def restart_handshakes(self, decision: _Decision) -> tuple[tuple[Change, ...], list[Failure]]:
         """Start again what is overdue: return the changes, and failures. The peers are read once more right before.

@@ -1,13 +1,15 @@
 """Docker's versions: a mesh on each, and the upgrade of a host in place from one to the next."""
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from meshd.lab import images
 from meshd.lab.hosts import Lab, LabHost
-from tests.lab.conftest import assemble, eventually, overlay, run_box
+from tests.lab.conftest import assemble, eventually, init, log, overlay, rtt, run_box, run_container
 from tests.lab.faults import restart_docker
 from tests.lab.promises import all_reach_all, from_the_underlay, published, seen, serve
 
@@ -66,6 +68,39 @@ def test_docker_upgrade_in_place(lab: Lab) -> None:
         lab.down()
 
 
+# What a daemon.json may add to every network that is made on its host.
+DEFAULTS = (
+    "com.docker.network.driver.mtu=1234",
+    "com.docker.network.bridge.enable_icc=true",
+    "com.docker.network.bridge.host_binding_ipv4=127.0.0.1",
+    "com.docker.network.bridge.gateway_mode_ipv4=nat",
+    "com.docker.network.enable_ipv6=true",
+)
+
+
+@pytest.mark.parametrize("suite", VERSIONS)
+def test_docker_default_options_change_nothing(lab: Lab, suite: str) -> None:
+    """What Docker adds to a network of its own accord is no reason to replace the network, and brings no IPv6."""
+    lab.up(1, docker=False)
+    (host,) = lab.hosts()
+    try:
+        lab.start_docker(host, FOLDER / suite, [f"--default-network-opt=bridge={option}" for option in DEFAULTS])
+        images.build(host)
+        init(host)
+        (made,) = json.loads(host.run(["docker", "network", "inspect", "ovl0"]).stdout)
+        assert made["Options"]["com.docker.network.bridge.host_binding_ipv4"] == "127.0.0.1", "Docker has added it"
+        assert made["Options"]["com.docker.network.driver.mtu"] == "1420"
+        assert not made["EnableIPv6"]
+        run_box(host)
+        host.run(["meshd", "sync"])
+        eventually(lambda: host.run(["meshd", "plan"]).stdout == "no changes\n", LIMIT, "settled")
+        (found,) = json.loads(host.run(["docker", "network", "inspect", "ovl0"]).stdout)
+        assert found["Id"] == made["Id"]
+        assert "set docker network" not in log(host)
+    finally:
+        lab.down()
+
+
 @pytest.fixture(scope="module", params=[INSTALLED, *VERSIONS])
 def mesh(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Mesh]:
     yield Mesh(lab, None if request.param == INSTALLED else FOLDER / request.param)
@@ -87,9 +122,11 @@ def test_dockerd_restart(mesh: Mesh, number: str) -> None:
 
 
 def test_docker_networks_pruned(mesh: Mesh) -> None:
-    """After `docker network prune`, with and without containers, the mesh is whole."""
+    """After `docker network prune`, with and without containers, the mesh is whole, and stopped ones start again."""
     mesh.hosts[0].run(["docker", "network", "prune", "-f"])
     bare = mesh.hosts[2]
+    run_container(bare, "kept", "--network-alias", "alias", "meshd/serf", "sleep", "100000")
+    bare.run(["docker", "stop", "-t", "0", "kept"])
     bare.run(["docker", "rm", "-f", "box"])
     before = bare.run(["docker", "network", "inspect", "-f", "{{.Id}}", "ovl0"]).stdout
     assert "ovl0" in bare.run(["docker", "network", "prune", "-f"]).stdout
@@ -103,3 +140,6 @@ def test_docker_networks_pruned(mesh: Mesh) -> None:
     eventually(made_again, LIMIT, "the network is there again")
     run_box(bare)
     mesh.check()
+    eventually(lambda: bare.run(["docker", "start", "kept"], check=False).returncode == 0, LIMIT, "it starts")
+    assert rtt(bare, "box", "alias")
+    bare.run(["docker", "rm", "-f", "kept"])

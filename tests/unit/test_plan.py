@@ -13,7 +13,6 @@ from meshd.net.resources import (
     Action,
     Address,
     Change,
-    Container,
     Engine,
     Link,
     Network,
@@ -21,6 +20,8 @@ from meshd.net.resources import (
     Port,
     Resource,
     Route,
+    RunningContainer,
+    StoppedContainer,
     Sysctl,
     Table,
     Tags,
@@ -309,8 +310,8 @@ def test_port_is_never_removed() -> None:
     assert plan.diff((), [Port("veth1", None)], now=NOW) == ()
 
 
-def boxes(*addresses: str) -> list[Container]:
-    return [Container(f"box{number}", IPv4Address(address)) for number, address in enumerate(addresses)]
+def boxes(*addresses: str) -> list[RunningContainer]:
+    return [RunningContainer(f"box{number}", IPv4Address(address)) for number, address in enumerate(addresses)]
 
 
 def test_container_outside_of_the_subnet_is_named_with_a_free_address() -> None:
@@ -333,3 +334,20 @@ def test_container_is_misplaced_also_where_no_address_is_free() -> None:
     full = boxes(*(f"172.20.101.{last}" for last in range(1, 255)), "172.20.250.9")
     (text,) = plan.misplaced(full, host(1), [])
     assert text.endswith("other hosts do not reach it; start it without --ip")
+
+
+@pytest.mark.parametrize(
+    ("fixed", "kept"), [(None, None), ("172.20.101.50", "172.20.101.50"), ("172.20.102.50", None)], ids=str
+)
+def test_lost_container_gets_network_back(fixed: str | None, kept: str | None) -> None:
+    """A stopped container that has lost the network gets it back, and keeps a fixed address of this host's subnet."""
+    lost = StoppedContainer("0123", "web", None, IPv4Address(fixed) if fixed else None)
+    resources = wanted(of=replace(local(), lost=(lost,)))
+    changes = plan.diff(resources, [lost], now=NOW)
+    (change,) = [change for change in changes if isinstance(change.resource, StoppedContainer)]
+    assert change == Change(
+        Action.SET, StoppedContainer("0123", "web", "ovl0", IPv4Address(kept) if kept else None), lost
+    )
+    order = [change.resource.kind for change in changes]
+    assert order.index("network") < order.index("stopped")
+    assert plan.diff((), [lost], now=NOW) == (), "nor is it removed with the network"

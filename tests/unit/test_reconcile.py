@@ -22,7 +22,6 @@ from meshd.net.links import Links
 from meshd.net.resources import (
     Action,
     Change,
-    Container,
     Diversion,
     Engine,
     Link,
@@ -31,6 +30,8 @@ from meshd.net.resources import (
     PolicyRule,
     Resource,
     Route,
+    RunningContainer,
+    StoppedContainer,
     Sysctl,
     Table,
     Tags,
@@ -347,6 +348,31 @@ def test_without_docker_its_network_and_rules_are_left_as_they_are(host: State) 
     assert run(host, fake, kinds=WITHOUT_DOCKER).failures == ()
     assert run(host, fake, kinds=MEMBERSHIP).failures == ()
     assert fake.asked_docker == asked, "not asked where it is known, or not needed"
+
+
+class Forgetful(InMemory):
+    """Docker with a stopped container, which loses a network that is made anew."""
+
+    def apply(self, change: Change) -> None:
+        super().apply(change)
+        if isinstance(change.resource, Network):
+            web = StoppedContainer("0123", "web", None)
+            self.resources[web.kind, web.key] = web
+
+
+def test_stopped_containers_are_taken_over_with_the_network_that_replaces_theirs(host: State) -> None:
+    fake = Fake()
+    run(host, fake)
+    docker = Forgetful({"network", "stopped"}, *fake.has("network"))
+    others = [adapter for kind, adapter in fake.adapters.items() if kind not in docker.kinds]
+    fake.machine.adapters = (*others, docker)
+    fake.underlay = 1400
+    report = run(host, fake)
+    assert report.failures == ()
+    made = [c.resource for c in report.changes if c.resource.kind in docker.kinds]
+    assert [type(resource) for resource in made] == [Network, StoppedContainer]
+    assert made[1] == StoppedContainer("0123", "web", "ovl0")
+    assert run(host, fake).changes == (), "and once only"
 
 
 def test_without_an_underlay_the_mtu_stays(host: State) -> None:
@@ -681,8 +707,8 @@ def test_kernel_that_lists_no_connections_is_told_of_once(host: State, caplog: p
 def test_misplaced_container_is_told_of_and_left_alone(host: State) -> None:
     fake = Fake()
     run(host, fake)
-    outside = Container("web", record(2).address + 7)
-    fake.adapters["network"].resources["container", "web"] = outside
+    outside = RunningContainer("web", record(2).address + 7)
+    fake.adapters["network"].resources["running", "web"] = outside
     report = run(host, fake)
     assert (report.changes, report.failures) == ((), ())
     (text,) = report.misplaced or ()
