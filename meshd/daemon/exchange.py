@@ -31,6 +31,7 @@ from meshd.gossip.responder import Reply, merge_tombstones, respond, signed
 from meshd.mesh.membership import is_news
 from meshd.mesh.model import Record
 from meshd.mesh.roster import Roster
+from meshd.mesh.terms import Mesh
 from meshd.mesh.tombstones import Tombstones
 from meshd.mesh.votes import Claim, Vote, claim_of
 from meshd.reconcile.run import Report
@@ -222,13 +223,14 @@ class Exchange:
     def _wait_for(self, question: Applied, payload: bytes, answer: Respond) -> None:
         if question.name == self.state.settings.name:
             return
+        mesh, asked = self.state.mesh, _Waiting(question, answer, time.monotonic() + PATIENCE)
         with self._answering:
+            if self._is_answered(payload, asked, mesh):
+                return
             if len(self._waiting) >= MAX_WAITING:
                 return  # a host asks again
-            self._waiting[payload] = _Waiting(question, answer, time.monotonic() + PATIENCE)
-        self._answer()
-        if self.is_asked:
-            self.hint(READINESS)
+            self._waiting[payload] = asked
+        self.hint(READINESS)
 
     @property
     def is_asked(self) -> bool:
@@ -241,18 +243,23 @@ class Exchange:
         mesh = self.state.mesh
         with self._answering:
             now = time.monotonic()
-            waiting = {payload: asked for payload, asked in self._waiting.items() if asked.until > now}
-            for payload, asked in [*waiting.items()]:
-                is_applied = asked.question.is_answered_by(self._applied)
-                refusal = "" if is_applied else self._report.obstacle(asked.question, mesh)
-                if refusal is None:
-                    continue
-                del waiting[payload]
-                try:
-                    asked.answer(signed(self.state, APPLIED, payload, refusal))
-                except MeshdError as error:
-                    log.debug("answering %s: %s", asked.question.name, error)
-            self._waiting = waiting
+            self._waiting = {
+                payload: asked
+                for payload, asked in self._waiting.items()
+                if asked.until > now and not self._is_answered(payload, asked, mesh)
+            }
+
+    def _is_answered(self, payload: bytes, asked: _Waiting, mesh: Mesh) -> bool:
+        """Answer if the record that was asked for is applied or refused now. Return whether it is."""
+        is_applied = asked.question.is_answered_by(self._applied)
+        refusal = "" if is_applied else self._report.obstacle(asked.question, mesh)
+        if refusal is None:
+            return False
+        try:
+            asked.answer(signed(self.state, APPLIED, payload, refusal))
+        except MeshdError as error:
+            log.debug("answering %s: %s", asked.question.name, error)
+        return True
 
     def _ask_back(self, question: AskTombstones) -> None:
         """Ask a host that knows other tombstones than this one: it may know more."""
