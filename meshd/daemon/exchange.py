@@ -251,12 +251,11 @@ class Exchange:
 
     def _is_answered(self, payload: bytes, asked: _Waiting, mesh: Mesh) -> bool:
         """Answer if the record that was asked for is applied or refused now. Return whether it is."""
-        is_applied = asked.question.is_answered_by(self._applied)
-        refusal = "" if is_applied else self._report.obstacle(asked.question, mesh)
-        if refusal is None:
+        refusal = self._report.obstacle(asked.question, mesh)
+        if refusal is None and not asked.question.is_answered_by(self._applied):
             return False
         try:
-            asked.answer(signed(self.state, APPLIED, payload, refusal))
+            asked.answer(signed(self.state, APPLIED, payload, refusal or ""))
         except MeshdError as error:
             log.debug("answering %s: %s", asked.question.name, error)
         return True

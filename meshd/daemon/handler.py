@@ -69,8 +69,9 @@ def _reconcile(state: State, question: Applied | None, payload: bytes) -> None:
     for failure in report.failures:
         print(f"meshd: {printable(failure)}", file=sys.stderr)  # noqa: T201  Serf's log
     if question is not None:
-        is_applied = question.is_answered_by(report.applied)
-        refusal = "" if is_applied else report.obstacle(question, state.mesh)
+        refusal = report.obstacle(question, state.mesh)
+        if refusal is None and question.is_answered_by(report.applied):
+            refusal = ""
         if refusal is not None:
             _answer(signed(state, APPLIED, payload, refusal))
     elif report.roster.hosts and state.certificate.delegation is not None:

@@ -172,12 +172,20 @@ def announce(state: State, record: Record) -> None:
 def look_up_record(state: State, name: str, of: Collection[str]) -> Record | None:
     """Ask members, MOST_ASKED of them at random, for a host's record; return that which counts. Raises SerfError."""
     found: Record | None = None
+    for record in look_up_records(state, name, of):
+        if found is None or record.replaces(found):
+            found = record
+    return found
+
+
+def look_up_records(state: State, name: str, of: Collection[str]) -> list[Record]:
+    """Ask members, MOST_ASKED of them at random, for a host's record; return what each has. Raises SerfError."""
+    found = []
     for _, raw in _ask(state, RECORD, AskRecord(name).payload(), _some(of)):
         with suppress(RecordError, CredentialError):
             record = from_wire(raw, state.mesh.overlay, state.mesh.subnet_length)
             state.mesh.check(name, record)
-            if found is None or record.replaces(found):
-                found = record
+            found.append(record)
     return found
 
 

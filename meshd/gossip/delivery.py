@@ -3,7 +3,7 @@
 import math
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -11,9 +11,9 @@ from meshd.errors import SerfError
 from meshd.gossip import calls
 from meshd.gossip.messages import APPLIED, NONCE, Applied
 from meshd.gossip.serf_agent import members
-from meshd.mesh.model import Host, Record, Status
+from meshd.mesh.model import Host, Status
 from meshd.mesh.tombstones import Tombstones
-from meshd.state.claim import has_ended
+from meshd.state.claim import has_ended, settled
 from meshd.state.directory import State
 
 # An asker hears within this time from everybody who is ready; who is not is asked again. Gossip takes as long as the
@@ -62,14 +62,20 @@ def tell_tombstones(state: State, tombstones: Tombstones) -> Readiness:
 
 
 def wait_ready(
-    state: State, record: Record, timeout: float, progress: Progress = lambda *_: None, *, meeting: bool = True
+    state: State,
+    timeout: float,
+    progress: Progress = lambda *_: None,
+    *,
+    meeting: bool = True,
+    is_over: Callable[[Collection[str]], bool] = lambda _: False,
 ) -> Readiness:
     """Ask the others until all alive, admitted hosts have applied this host's record, or time is over.
 
     `progress` gets the number that is ready and the number of all, this host included. With `meeting` those who do not
-    answer are met in person.
+    answer are met in person. `is_over` gets the names of all hosts as long as some of them have not said yes, and says
+    whether to give up.
     """
-    question = Applied.of(Host(state.settings.name, record), secrets.token_bytes(NONCE)).payload()
+    nonce = secrets.token_bytes(NONCE)
     ready: set[str] = set()
     refusals: dict[str, str] = {}
     deadline = time.monotonic() + timeout
@@ -81,6 +87,8 @@ def wait_ready(
         if meeting and asked >= PATIENCE:
             calls.sync_with(state, {host.name for host in missing}, ASK)
         wait = min(_ask_timeout(len(expected)), max(ASK, deadline - time.monotonic()))
+        # The record of this moment: the authority may confirm it meanwhile.
+        question = Applied.of(Host(state.settings.name, settled(state).record), nonce).payload()
         for name, refusal in calls.ask_hosts(state, APPLIED, question, missing, wait):
             if refusal:
                 refusals[name] = refusal
@@ -94,7 +102,8 @@ def wait_ready(
             expected = {host.name for host in hosts}
             progress(len(ready & expected) + 1, len(expected) + 1)
             missing = [host for host in hosts if host.name not in ready]
-            if not missing or time.monotonic() >= deadline or has_ended(state):
+            goes_on = missing and time.monotonic() < deadline and not has_ended(state)
+            if not goes_on or (asked and is_over(expected)):
                 names = frozenset(host.name for host in missing)
                 why = {name: refusal for name, refusal in refusals.items() if name in names}
                 return Readiness(frozenset(ready & expected), names, why)

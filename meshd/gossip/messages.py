@@ -120,10 +120,13 @@ class Applied:
         return mine == (record.seq, record.certificate.identity, record.public_key)
 
     def is_answered_by(self, applied: Roster) -> bool:
-        """Return whether this record, a newer one of its identity, or its end is among what a host has applied."""
+        """Return whether this record, a newer one of its identity and key, or its end is among what a host has applied.
+
+        With another key it is the record of another machine, or of another life of this one.
+        """
         record = applied.hosts.get(self.name)
         if record is not None and record.certificate.identity == self.identity:
-            return record.seq > self.seq or (record.seq == self.seq and record.public_key == self.public_key)
+            return record.seq >= self.seq and record.public_key == self.public_key
         graves = applied.gone.get(self.name, {}).values()
         return any(tombstone.is_about(self.identity) and tombstone.seq >= self.seq for tombstone in graves)
 

@@ -2,22 +2,22 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from meshd import files
 from meshd.daemon import hints, service
 from meshd.endpoint import Endpoint, IPAddress
 from meshd.errors import ConflictError, InputError, SerfError
-from meshd.gossip import serf_agent
+from meshd.gossip import calls, serf_agent
 from meshd.gossip.delivery import Progress, Readiness, wait_ready
 from meshd.lifecycle import leave, preflight
 from meshd.lifecycle.preflight import Command
-from meshd.lifecycle.rollback import all_or_nothing
+from meshd.lifecycle.rollback import all_or_nothing, steps, undoing
 from meshd.lifecycle.up import begin, up
 from meshd.mesh import addressing
 from meshd.mesh.invitations import Admission, Invitation
-from meshd.mesh.model import Member
+from meshd.mesh.model import Member, Record
 from meshd.net import underlay
 from meshd.state import authority
 from meshd.state.claim import choose_subnet, endpoint, has_ended, publish, settle_subnet, settled
@@ -174,14 +174,68 @@ def wait_for_others(state: State, timeout: float, progress: Progress, *, is_new:
     """Wait until the others have configured this host, and return who has.
 
     Raises InputError if this host is no longer a member. One that `is_new`, and hears only now that its invitation was
-    revoked, is as it was before.
+    revoked, is as it was before. So is one whose name another new host has got, with ConflictError.
     """
-    readiness = wait_ready(state, settled(state).record, timeout, progress)
+    rivals: list[Record] = []
+
+    def is_over(hosts: Collection[str]) -> bool:
+        rivals[:] = _rivals(state, hosts) if is_new else []
+        return bool(rivals)
+
+    readiness = wait_ready(state, timeout, progress, is_over=is_over)
+    if rivals:
+        has_same = rivals[0].certificate.identity == state.certificate.identity
+        # A goodbye would end the other machine's membership, if both have one identity.
+        withdraw = (lambda _: None) if has_same else leave.end_quietly
+        with undoing(lambda: steps(state, existed=False, withdraw=withdraw)):
+            raise ConflictError(_lost_name(state, rivals[0]))
     if reason := has_ended(state):
         if is_new:
             leave.leave(state, force=True)
         raise InputError(reason)
     return readiness
+
+
+def _rivals(state: State, hosts: Collection[str]) -> list[Record]:
+    """Return the records that these hosts have for this one's name, if none of them has this host's and those count.
+
+    Serf accepts each of two that join in the same second where it is heard of first. As long as the hosts do not agree,
+    the authority is asked: of two identities it confirms one, and all hosts take that one.
+    """
+    name, own, roster = state.settings.name, settled(state).record, state.roster()
+    found = calls.look_up_records(state, name, hosts)
+    others = [r for r in found if r.public_key != own.public_key and not roster.ended(name, r, time.time())]
+    if others and own.certificate.delegation is not None and calls.request_confirmation(state):
+        hints.wake(state.socket, "certificate confirmed")
+    elif earlier := [r.seq for r in others if _is_earlier_life(r, own)]:
+        _go_beyond(state, max(earlier))
+    elif len(others) == len(found) and all(record.replaces(own) for record in others):
+        return others
+    return []
+
+
+def _is_earlier_life(record: Record, own: Record) -> bool:
+    """Return whether a record is of this machine, which has lost its disk and uses its invitation again."""
+    return record.endpoint == own.endpoint and record.certificate.identity == own.certificate.identity
+
+
+def _go_beyond(state: State, number: int) -> None:
+    """Publish the own record under a number beyond one that a wrong clock may have given."""
+    with state.lock():
+        claim = settled(state)
+        record = claim.record
+        publish(state, claim, subnet=record.subnet, endpoint=record.endpoint, settled=True, beyond=number)
+    hints.wake(state.socket, "another number")
+
+
+def _lost_name(state: State, rival: Record) -> str:
+    name, there = state.settings.name, rival.endpoint.address
+    if rival.certificate.identity == state.certificate.identity:
+        return f"another machine, at {there}, has used this invitation for {name}: make one for another name"
+    return (
+        f"the name {name} is another host's, at {there}: pass --name. If that one is gone, use an invitation "
+        f"for that name ('meshd invite {name}')"
+    )
 
 
 def _not_set_up(state: State) -> None:

@@ -10,11 +10,10 @@ from meshd.gossip.delivery import ASK, MEETING, wait_ready
 from meshd.lifecycle.containers import attached_containers, stopped_containers
 from meshd.lifecycle.up import take_down
 from meshd.mesh import membership, tombstones
-from meshd.mesh.model import Record
 from meshd.mesh.tombstones import Tombstones
 from meshd.reconcile.run import Report
 from meshd.state.claim import has_ended, publish
-from meshd.state.directory import State
+from meshd.state.directory import Claim, State
 
 GOODBYE_TIMEOUT = 5.0
 
@@ -72,20 +71,16 @@ def say_goodbye(state: State) -> str:
     # An agent that someone runs by hand is not ours to start; without one there is nobody to tell.
     connect = serf_agent.start if state.settings.daemon else serf_agent.rpc
     with connect(state) as client:
-        # A reconcile that is under way publishes what it has read: it would take the goodbye back.
-        with state.lock():
-            last = state.claim() or claim
-            record = last.record
-            claim = publish(state, last, subnet=record.subnet, endpoint=record.endpoint, settled=True, leaving=True)
+        goodbye = _end_record(state, claim)
         service.stop(state)
         # The others must all have heard it before Serf's own leave: what Serf says of a left member is no evidence.
         try:
             calls.rebroadcast(state, ASK)
             if not adopted:
                 calls.rejoin(state, membership.lost(state.contacts(), client.members()).values())
-            told = wait_ready(state, claim.record, GOODBYE_TIMEOUT, meeting=False)
+            told = wait_ready(state, GOODBYE_TIMEOUT, meeting=False)
             over = bool(has_ended(state))
-            met = _tell_in_person(state, claim.record, told.missing) if told.missing and not over else 0
+            met = _tell_in_person(state, goodbye, told.missing) if told.missing and not over else 0
         except MeshdError as error:
             return str(error)
         # Among many that swallow it Serf may not see its leave go out in time. What counts has been said.
@@ -94,15 +89,33 @@ def say_goodbye(state: State) -> str:
     return "" if told.ready or met or over else "no other host has confirmed it"
 
 
-def _tell_in_person(state: State, record: Record, missing: Collection[str]) -> int:
+def end_quietly(state: State) -> None:
+    """Tell of the end of this host's record, where another host has its name. Raises MeshdError.
+
+    Serf hears of no leave: that is of a name, and those that have the other host under it would list it as leaving.
+    """
+    if (claim := state.claim()) is not None:
+        calls.broadcast_tombstones(state, _end_record(state, claim))
+        calls.rebroadcast(state, ASK)
+
+
+def _end_record(state: State, claim: Claim) -> Tombstones:
+    """Make this host's record its last one; return the tombstone that it is. Raises MeshdError."""
+    # A reconcile that is under way publishes what it has read: it would take the goodbye back.
+    with state.lock():
+        last = state.claim() or claim
+        record = last.record
+        claim = publish(state, last, subnet=record.subnet, endpoint=record.endpoint, settled=True, leaving=True)
+    return Tombstones(tombstones.grave(state.settings.name, tombstones.of_leaving(claim.record)))
+
+
+def _tell_in_person(state: State, goodbye: Tombstones, missing: Collection[str]) -> int:
     """Bring the goodbye to those who have not said that they heard it; return the number of those who were met.
 
     As an event, too, which they go on telling each other when this host is no longer there.
     """
     try:
-        calls.broadcast_tombstones(
-            state, Tombstones(tombstones.grave(state.settings.name, tombstones.of_leaving(record)))
-        )
+        calls.broadcast_tombstones(state, goodbye)
         return calls.sync_with(state, missing, MEETING)
     except MeshdError:
         return 0

@@ -5,11 +5,12 @@ from contextlib import contextmanager, suppress
 
 from meshd.daemon import service
 from meshd.errors import MeshdError
-from meshd.gossip import serf, serf_agent
+from meshd.gossip import calls, serf, serf_agent
 from meshd.interrupts import interruptible
 from meshd.lifecycle.containers import attached_containers, disconnect
-from meshd.lifecycle.leave import say_goodbye
+from meshd.lifecycle.leave import end_quietly, say_goodbye
 from meshd.lifecycle.up import stop_serf
+from meshd.mesh.model import Status
 from meshd.reconcile.run import Report, dismantle
 from meshd.state.directory import State
 
@@ -51,17 +52,18 @@ def undo(steps: Iterable[Step]) -> list[str]:
     return left
 
 
-def steps(state: State, *, existed: bool) -> Iterator[Step]:
+def steps(state: State, *, existed: bool, withdraw: Callable[[State], None] | None = None) -> Iterator[Step]:
     """Yield what takes away all that meshd has put on this host, from traffic to files. Each is harmless twice.
 
-    `existed` says whether the state directory was there before.
+    `existed` says whether the state directory was there before. `withdraw` takes back what others have heard.
     """
+    withdraw = withdraw or _withdraw
     if state.exists:
         with suppress(Exception):
             state.mark_down()  # it goes with the rest in a moment
         settings = state.settings
         yield "the daemon", lambda: service.stop(state)
-        yield "what other hosts have heard of this one", lambda: _withdraw(state)
+        yield "what other hosts have heard of this one", lambda: withdraw(state)
         yield "the Serf agent", lambda: stop_serf(state)
         yield "containers", lambda: disconnect(settings, attached_containers(settings, force=True))
         yield "the network", lambda: dismantle(state)
@@ -71,6 +73,17 @@ def steps(state: State, *, existed: bool) -> Iterator[Step]:
 
 
 def _withdraw(state: State) -> None:
-    """Take back a record that some members may have seen; not under a name that is another host's."""
-    if serf.running(state.serf_config) is not None and not serf_agent.name_conflict(state):
+    """Take back a record that some members may have seen; under another host's name, only where somebody has it."""
+    if serf.running(state.serf_config) is None:
+        return
+    if not serf_agent.name_conflict(state):
         say_goodbye(state)
+    elif _is_held(state):
+        end_quietly(state)
+
+
+def _is_held(state: State) -> bool:
+    """Return whether members, some of them picked at random, have this host's record."""
+    claim, name = state.claim(), state.settings.name
+    alive = {m.name for m in serf_agent.members(state) if m.status is Status.ALIVE} - {name}
+    return claim is not None and bool(alive) and claim.record in calls.look_up_records(state, name, alive)

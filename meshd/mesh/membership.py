@@ -229,7 +229,7 @@ def _news(view: View, claims: Mapping[str, Record], heard: Mapping[str, Record])
 
 def is_news(record: Record, last: Record | None) -> bool:
     """Return whether a record that counts is newer than the last one. Each identity has numbers of its own."""
-    return last is None or last.certificate.identity != record.certificate.identity or record.seq > last.seq
+    return last is None or last.certificate.identity != record.certificate.identity or record.replaces(last)
 
 
 def usable_contacts(contacts: Mapping[str, Endpoint], overlay: IPv4Network) -> dict[str, Endpoint]:

@@ -158,11 +158,13 @@ class Record:
     def replaces(self, other: "Record") -> bool:
         """Return whether this one counts of two valid records of one name, as far as these two tell.
 
-        Of one identity the newer one does. Of two, that to which the authority itself has given the name, or the later.
+        Of one identity the newer one does, and of two with one number that with the higher key: two machines may use
+        one invitation in the same second. Of two identities, that to which the authority itself has given the name, or
+        the later.
         """
         mine, others = self.certificate, other.certificate
         if mine.identity == others.identity:
-            return self.seq > other.seq
+            return (self.seq, self.public_key) > (other.seq, other.public_key)
         return mine.supersedes(others) or (mine.delegation is None and others.delegation is not None)
 
 

@@ -129,8 +129,8 @@ class View:
             return record  # each identity counts for itself
         if record.seq < last.seq:
             raise StaleError(f"its record {record.seq} is older than {last.seq}, which stays in force")
-        if record.seq == last.seq and record != last:
-            raise RecordError(f"two different records with the sequence number {record.seq}; the first stays in force")
+        if record != last and not record.replaces(last):
+            raise RecordError(f"two different records with the sequence number {record.seq}; the other stays in force")
         return record
 
     def claims(self, members: Iterable[Member]) -> Iterator[tuple[str, Record]]:

@@ -65,7 +65,7 @@ def found(state: State, mesh: str, name: str) -> None:
     seed, own = certificates.new_seed(), certificates.new_seed()
     state.save_authority_key(seed)
     state.save_authority(certificates.public(seed))
-    certificate = _new_certificate(state, certificates.public(own), Terms())
+    certificate = _new_certificate(state, name, certificates.public(own), Terms())
     state.save_certificate(certificates.certify(seed, mesh, name, certificate), own)
     _note(state, certificate.serial, name, _FOREVER, certificate.identity)
 
@@ -76,7 +76,7 @@ def invite(state: State, name: str, terms: Terms) -> Invitation:
     if not is_name(name):
         raise InputError(f"the host name {name!r} is not 1 to 63 letters, digits, dots and dashes")
     _check(state, terms)
-    certificate = _new_certificate(state, certificates.public(own), terms)
+    certificate = _new_certificate(state, name, certificates.public(own), terms)
     certificate = certificates.certify(seed, state.settings.mesh, name, certificate)
     _note(state, certificate.serial, name, terms.expires, certificate.identity)
     return _invitation(state, own, name=name, certificate=certificate)
@@ -138,14 +138,19 @@ def _invitation(
     )
 
 
-def _new_serial(state: State) -> int:
-    """Return a serial beyond all earlier ones, whatever the clock says: of two for one name the later counts."""
-    return max(certificates.new_serial(time.time()), *(int(serial) + 1 for serial in state.issued()), 1)
+def _new_serial(state: State, name: str = "") -> int:
+    """Return a serial beyond all earlier ones, whatever the clock says: of two for one name the later counts.
+
+    Another copy of the authority may have given the name out, by a clock that was wrong.
+    """
+    owner = state.roster().owner(name)
+    earlier = [*map(int, state.issued()), owner.serial if owner is not None else 0]
+    return max(certificates.new_serial(time.time()), max(earlier) + 1)
 
 
-def _new_certificate(state: State, identity: bytes, terms: Terms) -> Certificate:
+def _new_certificate(state: State, name: str, identity: bytes, terms: Terms) -> Certificate:
     """Return the certificate, not signed yet, of an identity that is a member from now on."""
-    serial = _new_serial(state)
+    serial = _new_serial(state, name)
     return Certificate(serial, terms.expires, identity, terms.subnets, since=certificates.since(serial))
 
 
@@ -195,7 +200,7 @@ def _confirmed_serial(state: State, name: str, identity: bytes, by: Delegation) 
         return min(known)
     if len(_confirmed_by(issued, {label(by.serial)})) >= by.most:
         return None
-    serial = _new_serial(state)
+    serial = _new_serial(state, name)
     _note(state, serial, name, _FOREVER, identity, by=label(by.serial))
     return serial
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from meshd.lab.hosts import Lab, LabHost
+from meshd.state.directory import State
 from tests.lab.conftest import (
     SUSPECTED,
     assemble,
@@ -158,15 +159,21 @@ def test_unheard_rejoin_is_admitted_after_confirmation(lab: Lab, hosts: list[Lab
 def test_rejoin_after_disk_loss_needs_named_invitation(lab: Lab, hosts: list[LabHost]) -> None:
     """A host that lost its disk is refused by a reusable invitation and admitted by one for its name."""
     one, two, three = hosts
+    known = [State(host.directory / "meshd") for host in (one, two)]
+    eventually(
+        lambda: all(s.roster().hosts["barge3"].certificate.delegation is None for s in known), 60, "it is confirmed"
+    )
     lab.power_off(three)
     three = lab.power_on("barge3")
     three.run(["sh", "-c", f"rm -rf {STATE}/*"])
     eventually(lambda: state(one, "barge3") == "failed", SUSPECTED, "it is seen as failed")
-    join(three, one, invitation(one), "--no-docker", "--timeout=1")
-    for host in (one, two):
-        eventually(lambda h=host: "meshd invite NAME" in members(h)["barge3"]["reason"], 20, "it is refused")  # type: ignore[misc]
+    before, command = peers(one), ["meshd", "join", str(one.address), "--no-docker"]
+    refused = three.run(command, env={"MESHD_INVITE": invitation(one)}, check=False)
+    assert refused.returncode == 1
+    assert "use an invitation for that name ('meshd invite barge3')" in refused.stderr
+    assert peers(one) == before, "what is known of it stays"
     named = one.run(["meshd", "invite", "barge3"]).stdout.split("MESHD_INVITE=")[1].split()[0]
-    join(three, one, named)
+    join(three, one, named, "--no-docker")
     eventually(lambda: settled([one, two, three]), 15, "it is a host again")
 
 

@@ -1,5 +1,6 @@
 """What the authority signs: serials that never go back, revocations with all that belongs to them."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from meshd.mesh.tombstones import is_proved
 from meshd.state import authority
 from meshd.state.authority import RUNAWAY, Terms, label
 from meshd.state.directory import State
-from tests.conftest import AUTHORITY, NOW, delegated, delegation, record
+from tests.conftest import AUTHORITY, NOW, certificate, delegated, delegation, record
 
 LASTING = delegation(expires=0)
 
@@ -41,6 +42,15 @@ def test_forget_signs_no_number_that_keeps_out_later_hosts(holder: State) -> Non
     assert authority.forget(holder, "barge2", record(2, seq=RUNAWAY - 1)).seq == RUNAWAY - 1
     with pytest.raises(InputError, match="run 'meshd revoke barge2' instead"):
         authority.forget(holder, "barge2", record(2, seq=RUNAWAY))
+
+
+def test_copy_goes_beyond_a_serial_that_another_copy_gave_by_a_wrong_clock(holder: State) -> None:
+    """What it certifies for the name counts, though it has not noted that serial."""
+    ahead = certificate("barge2", serial=certificates.new_serial(time.time() + 30 * 86400))
+    holder.save_roster(Roster({"barge2": record(2, by=ahead)}))
+    again = authority.invite(holder, "barge2", Terms()).certificate
+    assert again is not None
+    assert again.supersedes(ahead)
 
 
 def confirmed(holder: State, name: str) -> Record:

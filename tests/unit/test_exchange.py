@@ -109,6 +109,16 @@ def test_refused_record_is_answered_with_the_reason(state: State) -> None:
     assert len(answers[1]) < ANSWER_LIMIT
 
 
+def test_stale_record_is_no_answer_for_another_machine(state: State) -> None:
+    """Who shows an older record of its identity than the one in force is told so, and not yes."""
+    exchange, answers = exchange_of(state), list[bytes]()
+    stale = Roster({"barge2": record(2, seq=6)}, stale={"barge2": "its record 5 is older"})
+    exchange.after(Report(stale, (member(1), member(2, of=record(2, seq=5)))))
+    question = applied(record(2, seq=5))
+    exchange.receive(QUERY, APPLIED, question, answers.append)
+    assert [refusal(APPLIED, question, answer) for answer in answers] == ["its record 5 is older"]
+
+
 def test_questions_that_wait_are_bounded(state: State) -> None:
     """A flood of questions does not fill the memory."""
     exchange = exchange_of(state)

@@ -108,9 +108,19 @@ def test_newer_record_replaces_key() -> None:
 def test_older_or_conflicting_record_is_refused(seq: int, reason: str) -> None:
     """An older or conflicting record is refused, and the last good one stays in force."""
     known = Roster(hosts={"barge2": record(2, seq=5)})
-    roster = admitted([member(2, of=record(2, seq=seq, key="thief"))], known)
+    roster = admitted([member(2, of=record(2, seq=seq, subnet=record(7).subnet))], known)
     assert roster.hosts == known.hosts
     assert reason in {**roster.refused, **roster.stale}["barge2"]
+
+
+def test_of_two_machines_with_one_identity_and_number_all_take_the_same() -> None:
+    """Whichever of the two a host has heard of first, by tags or by an announcement."""
+    low, high = sorted((record(2, seq=5, key=key) for key in ("one", "other")), key=lambda r: r.public_key)
+    for first, then in ((low, high), (high, low)):
+        known = Roster(hosts={"barge2": first})
+        assert admitted([member(2, of=then)], known).hosts == {"barge2": high}
+        heard = admit(View(OWN, MESH, known, NOW), [member(2, of=first)], heard={"barge2": then})
+        assert heard.hosts == {"barge2": high}
 
 
 def test_bad_tags_keep_last_good_record() -> None:
