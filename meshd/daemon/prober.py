@@ -102,7 +102,7 @@ class Prober:
             return  # before the first look
         self._read_at, self._sent = time.monotonic(), icmp.sent_bytes(self.state.settings.wireguard)
         peers = {r.public_key: r for r in found if isinstance(r, Peer) and r.public_key in self._hosts}
-        self._paths = paths.observe(self._paths, peers, self._full, now=self._read_at)
+        self._paths = paths.observe(self._paths, peers, self._full, now=self._read_at, kept=self._kept)
         self._publish()
 
     # --- measuring -------------------------------------------------------------------------------------------------

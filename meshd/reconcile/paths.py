@@ -7,6 +7,7 @@ paths. So sizes that are missing are asked for again, beside smaller ones that d
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from meshd.net.resources import Peer
 from meshd.reconcile.plan import FRESH
@@ -174,15 +175,24 @@ def quiet(full: int) -> int:
     return 2 * (full + OVERHEAD)
 
 
-def new(peer: Peer, full: int, *, now: float) -> Path:
-    """Return a path of which nothing is known yet."""
-    return Path(full, peer, due=now, since=now, sent=peer.sent)
+def new(peer: Peer, full: int, *, now: float, kept: int = 0) -> Path:
+    """Return a path that is to be measured, and of which nothing is known but the MTU that its route kept, if any."""
+    return Path(full, peer, due=now, since=now, sent=peer.sent, mtu=kept if SMALLEST <= kept < full else 0)
 
 
-def observe(paths: Mapping[str, Path], peers: Mapping[str, Peer], full: int, *, now: float) -> dict[str, Path]:
-    """Return the paths of these peers, by public key, as they are now."""
+def observe(
+    paths: Mapping[str, Path],
+    peers: Mapping[str, Peer],
+    full: int,
+    *,
+    now: float,
+    kept: Mapping[str, int] = MappingProxyType({}),
+) -> dict[str, Path]:
+    """Return the paths of these peers, by public key, as they are now; `kept` are the MTUs that routes have."""
     return {
-        key: paths[key].observed(peer, full, now=now) if key in paths else new(peer, full, now=now)
+        key: paths[key].observed(peer, full, now=now)
+        if key in paths
+        else new(peer, full, now=now, kept=kept.get(key, 0))
         for key, peer in peers.items()
     }
 

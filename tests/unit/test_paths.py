@@ -257,3 +257,12 @@ def test_paths_come_and_go_with_their_peers() -> None:
     known = {KEY: replace(before[KEY], mtu=928)}
     assert paths.mtus(paths.observe(known, {KEY: peer()}, FULL, now=101.0)) == {KEY: 928}
     assert paths.observe(known, {}, FULL, now=101.0) == {}
+
+
+def test_what_a_route_kept_is_known_and_not_narrowed_on_the_way() -> None:
+    """A daemon that starts on a narrow path must not take the route's MTU away until it has measured anew."""
+    found = paths.observe({}, {KEY: peer()}, FULL, now=100.0, kept={KEY: 928})
+    world = World(width=928)
+    assert world.measure(found[KEY]).mtu == 928
+    assert world.found == [928]
+    assert paths.observe({}, {KEY: peer()}, FULL, now=100.0, kept={KEY: FULL})[KEY].mtu == 0
