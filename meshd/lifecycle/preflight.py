@@ -20,7 +20,7 @@ from meshd.mesh import addressing
 from meshd.net import links, listeners, routes, underlay, wireguard
 from meshd.net.docker import DEFAULT_POOLS, DockerNetwork
 from meshd.net.listeners import Process
-from meshd.net.resources import Device, Link, Resource
+from meshd.net.resources import Device, Link, Network, Resource
 from meshd.reconcile import plan
 from meshd.state.claim import settled
 from meshd.state.directory import State
@@ -79,17 +79,24 @@ def check_again(state: State) -> None:
 
 
 def _left(state: State) -> set[str]:
-    """Return the names of the links here that are this mesh's own, by the key of the one and the MAC of the other."""
+    """Return the names of the links here that are this mesh's own.
+
+    One is known by its key, and the bridge by its MAC, or by the label of the Docker network that is on it.
+    """
     settings, key, found = state.settings, state.wireguard_key, list[Resource]()
     with suppress(MeshdError):
         found += wireguard.find(settings.wireguard, key, settings.wireguard_backend).read()
     found += links.Links((settings.bridge,), ()).read()
     own = {public_key(key), plan.mac(settled(state).record.address)}
-    return {
+    names = {
         r.name
         for r in found
         if (isinstance(r, Device) and r.public_key in own) or (isinstance(r, Link) and r.mac in own)
     }
+    if settings.docker and settings.bridge not in names:
+        with suppress(MeshdError):
+            names |= {r.bridge for r in DockerNetwork(settings.mesh, settings.bridge).read() if isinstance(r, Network)}
+    return names
 
 
 def free_overlay(settings: Settings) -> IPv4Network | None:
