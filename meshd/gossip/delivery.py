@@ -25,6 +25,8 @@ TELLINGS = 4
 PATIENCE = 2
 # Seconds until a Serf that did not answer is asked again.
 AGAIN = 0.2
+# Seconds that a Serf which has just started has to find one of the hosts that are known.
+FOUND = 5.0
 # Seconds for meeting who has not said that it has a tombstone.
 MEETING = 10.0
 
@@ -71,14 +73,15 @@ def wait_ready(
 ) -> Readiness:
     """Ask the others until all alive, admitted hosts have applied this host's record, or time is over.
 
-    `progress` gets the number that is ready and the number of all, this host included. With `meeting` those who do not
-    answer are met in person. `is_over` gets the names of all hosts as long as some of them have not said yes, and says
-    whether to give up.
+    A Serf that lists none of the known hosts alive has FOUND seconds to find one. `progress` gets the number that is
+    ready and the number of all, this host included. With `meeting` those who do not answer are met in person.
+    `is_over` gets the names of all hosts as long as some of them have not said yes, and says whether to give up.
     """
     nonce = secrets.token_bytes(NONCE)
     ready: set[str] = set()
     refusals: dict[str, str] = {}
-    deadline = time.monotonic() + timeout
+    begun = time.monotonic()
+    deadline, found = begun + timeout, begun + min(FOUND, timeout)
     asked = 0
 
     def ask(expected: set[str], missing: list[Host]) -> None:
@@ -102,6 +105,9 @@ def wait_ready(
             expected = {host.name for host in hosts}
             progress(len(ready & expected) + 1, len(expected) + 1)
             missing = [host for host in hosts if host.name not in ready]
+            if not hosts and time.monotonic() < found and state.roster().hosts and not has_ended(state):
+                time.sleep(AGAIN)
+                continue
             goes_on = missing and time.monotonic() < deadline and not has_ended(state)
             if not goes_on or (asked and is_over(expected)):
                 names = frozenset(host.name for host in missing)
