@@ -5,7 +5,7 @@ Run on a host of the lab, by path: `python forge.py`, with JSON on standard inpu
     {"key": hex or null, "targets": ["10.10.10.101"], "messages": [["alive", {...}], ["raw", {"hex": "…"}], …]}
 
 With "streams", which is as "messages", what is in there goes by TCP. With "seconds" all of it is sent for so long. With
-"answer" the probes of so many seconds are answered, with coordinates that are no numbers; their count is printed.
+"answer" so many probes are answered, with coordinates that are no numbers, and it ends when they are.
 
 The format is that of https://github.com/hashicorp/memberlist (net.go, security.go) and serf (messages.go): a type byte
 and msgpack; encrypted: version 1, a nonce of 12 bytes, AES-GCM.
@@ -94,21 +94,26 @@ def probes(message: bytes) -> list[int]:
     return [msgpack.unpackb(message[1:], raw=True)[b"SeqNo"]] if message[0] == PING else []
 
 
-def answer_probes(key: bytes, seconds: float) -> int:
-    """Answer Serf's probes with coordinates that are no numbers; return how many."""
-    nan, answered, until = float("nan"), 0, time.monotonic() + seconds
+def answer_probes(key: bytes, task: dict[str, Any]) -> None:
+    """Answer Serf's probes with coordinates that are no numbers, and be announced anew until there are enough."""
+    nan, answered, announced = float("nan"), 0, time.monotonic()
     coordinate = bytes([1]) + encoded({"Vec": [nan] * 8, "Error": nan, "Adjustment": nan, "Height": float("inf")})
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as gossip:
         gossip.bind(("", PORT))
         gossip.settimeout(0.2)
-        while time.monotonic() < until:
+        while answered < task["answer"]:
             with suppress(TimeoutError):
                 packet, sender = gossip.recvfrom(65536)
                 for number in probes(crypto_aead_aes256gcm_decrypt(packet[13:], None, packet[1:13], key)):
                     reply = bytes([ACK]) + encoded({"SeqNo": number, "Payload": coordinate})
                     gossip.sendto(sealed(key, reply), sender)
                     answered += 1
-    return answered
+            if time.monotonic() > announced + 1:
+                # Whoever has answered too late is taken for dead, and lives again by a greater number.
+                announced = time.monotonic()
+                for _, fields in task["messages"]:
+                    fields["incarnation"] += 1
+                send(task, key)
 
 
 def compressed_zeros(codes: int) -> bytes:
@@ -176,7 +181,7 @@ def main() -> None:
             break
         time.sleep(0.1)
     if key is not None and "answer" in task:
-        sys.stdout.write(str(answer_probes(key, task["answer"])))
+        answer_probes(key, task)
 
 
 if __name__ == "__main__":
