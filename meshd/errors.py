@@ -5,6 +5,7 @@
     ├── MissingError         a program, kernel feature or service that meshd needs is not there
     ├── ConflictError        something that is not meshd's is in the way
     ├── SerfError            the Serf agent did not answer, or said no
+    ├── WrongMachineError    this host is another machine, as far as anyone can tell
     └── ApplyError           the kernel or an engine refused a read or a change
         └── InUseError       containers use what is to be replaced: it is replaced once they are gone
 
@@ -30,6 +31,13 @@ class MissingError(MeshdError):
 
 class ConflictError(MeshdError):
     """Something that is not meshd's occupies a name, a port or a prefix."""
+
+
+class WrongMachineError(MeshdError):
+    """The state is a copy: it belongs to another machine, or this host's identity answers on one."""
+
+    # EX_CONFIG of sysexits(3). The systemd unit does not start the daemon again after it.
+    exit_code = 78
 
 
 class SerfError(MeshdError):

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from meshd.cli import output
-from meshd.cli.options import as_root
+from meshd.cli.options import as_host, as_root
 from meshd.cli.types import Duration, Prefix
 from meshd.errors import InputError
 from meshd.gossip.delivery import Readiness
@@ -42,6 +42,7 @@ REUSABLE = 86400
     help=f"How many hosts a reusable invitation is for, at most {MAX_HOSTS}.  [default: {DEFAULT_HOSTS}]",
 )
 @click.pass_obj
+@as_host
 def invite(
     state: State,
     name: str | None,
@@ -95,6 +96,7 @@ def print_invitation(state: State, invitation: Invitation) -> None:
 @click.argument("name")
 @click.pass_obj
 @as_root
+@as_host
 def forget(state: State, name: str) -> None:
     """Remove a dead host from the mesh.
 
@@ -115,6 +117,7 @@ def forget(state: State, name: str) -> None:
 @click.option("--with-hosts", is_flag=True, help="Exclude the hosts that joined with the invitation as well.")
 @click.pass_obj
 @as_root
+@as_host
 def revoke(state: State, name: str, *, with_hosts: bool) -> None:
     """Exclude a host, or end an invitation.
 
@@ -167,6 +170,7 @@ passphrase_option = click.option(
 @click.argument("file", type=click.File("w", lazy=False), default="-")
 @passphrase_option
 @click.pass_obj
+@as_host
 def export(state: State, file: Any, passphrase_file: Any) -> None:
     """Write the authority's key to FILE.
 
@@ -184,6 +188,7 @@ def export(state: State, file: Any, passphrase_file: Any) -> None:
 @click.argument("file", type=click.File())
 @passphrase_option
 @click.pass_obj
+@as_host
 def restore(state: State, file: Any, passphrase_file: Any) -> None:
     """Take over the authority from FILE.
 

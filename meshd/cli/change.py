@@ -5,7 +5,7 @@ from ipaddress import IPv4Network
 import click
 
 from meshd.cli import output, views
-from meshd.cli.options import as_root, json_option
+from meshd.cli.options import as_host, as_root, json_option
 from meshd.cli.types import Prefix
 from meshd.daemon import hints
 from meshd.lifecycle import renumber as lifecycle
@@ -33,6 +33,7 @@ def plan(state: State, as_json: bool) -> None:
 @json_option
 @click.pass_obj
 @as_root
+@as_host
 def sync(state: State, as_json: bool, force: bool) -> None:
     """Apply the desired state to this host now.
 
@@ -61,6 +62,7 @@ def _sync(state: State, *, as_json: bool, dry: bool, force: bool) -> None:
 @click.option("--force", is_flag=True, help="Move containers too: they lose their connections and get new addresses.")
 @click.pass_obj
 @as_root
+@as_host
 def renumber(state: State, subnet: IPv4Network | None, force: bool) -> None:
     """Give this host another subnet.
 

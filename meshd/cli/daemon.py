@@ -2,12 +2,14 @@
 
 import click
 
+from meshd.cli.options import as_host
 from meshd.daemon import agent as daemon
 from meshd.state.directory import State
 
 
 @click.command()
 @click.pass_obj
+@as_host
 def agent(state: State) -> None:
     """Run the daemon in the foreground.
 

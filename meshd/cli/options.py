@@ -9,7 +9,8 @@ import click
 
 from meshd.cli.types import Address, OrWord, Prefix
 from meshd.errors import InputError
-from meshd.state import settings
+from meshd.state import machine_id, settings
+from meshd.state.directory import State
 from meshd.state.settings import AUTO, DEFAULTS, OPTIONS, UP, Option, Scope
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -111,6 +112,17 @@ def as_root(command: F) -> F:
         if os.geteuid() != 0:
             raise InputError("meshd changes links, routes and firewall rules: run it as root (sudo meshd …)")
         return command(*arguments, **options)
+
+    return checked  # type: ignore[return-value]
+
+
+def as_host(command: F) -> F:
+    """Require that the state is this machine's before the command does anything: it acts as the host in there."""
+
+    @wraps(command)
+    def checked(state: State, *arguments: Any, **options: Any) -> Any:
+        machine_id.check(state)
+        return command(state, *arguments, **options)
 
     return checked  # type: ignore[return-value]
 

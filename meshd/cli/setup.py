@@ -9,6 +9,7 @@ import click
 
 from meshd.cli import authority, output, views
 from meshd.cli.options import (
+    as_host,
     as_root,
     changed,
     changing_options,
@@ -27,6 +28,7 @@ from meshd.lifecycle import up as running
 from meshd.mesh import endings, invitations
 from meshd.mesh.invitations import Invitation
 from meshd.mesh.model import Host
+from meshd.state import machine_id
 from meshd.state.authority import Terms, expiry, invite_many
 from meshd.state.claim import settled
 from meshd.state.directory import State
@@ -39,6 +41,7 @@ INVITED = [name for name, option in OPTIONS.items() if option.scope is not Scope
 @setting_options(joins=False)
 @click.pass_obj
 @as_root
+@as_host
 def init(state: State, /, **options: Any) -> None:
     """Start a new mesh on this host.
 
@@ -77,6 +80,7 @@ def init(state: State, /, **options: Any) -> None:
 @strict_option
 @click.pass_obj
 @as_root
+@as_host
 def join(
     state: State,
     /,
@@ -117,11 +121,12 @@ def _join(state: State, address: str, invitation: Invitation, options: dict[str,
 
 @click.command()
 @changing_options()
+@click.option("--moved", is_flag=True, help="The state comes from another machine, which is gone for good.")
 @wait_option
 @strict_option
 @click.pass_obj
 @as_root
-def up(state: State, /, *, timeout: float, strict: bool, **options: Any) -> None:
+def up(state: State, /, *, timeout: float, strict: bool, moved: bool, **options: Any) -> None:
     """Start the mesh on this host again.
 
     After 'meshd down' it brings back the same keys and the same subnet. On a host that is up it is harmless. An option
@@ -134,7 +139,9 @@ def up(state: State, /, *, timeout: float, strict: bool, **options: Any) -> None
       meshd up --allow tcp/22 --allow tcp/9100
       meshd up --mtu 1380 --bind auto
     """
-    report = changing.change(state, changed(options))
+    if not moved:
+        machine_id.check(state)
+    report = changing.change(state, changed(options), moved=moved)
     _warn_of_end(state, is_certified=False)
     _wait(state, timeout, strict=strict, is_new=False)
     for failure in report.failures:
@@ -166,6 +173,7 @@ def down(state: State, force: bool) -> None:
 )
 @click.pass_obj
 @as_root
+@as_host
 def leave(state: State, force: bool) -> None:
     """Leave the mesh permanently.
 

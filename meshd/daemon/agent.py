@@ -18,7 +18,7 @@ from functools import partial
 from threading import Event, Thread
 
 from meshd import files
-from meshd.daemon import hints
+from meshd.daemon import hints, twins
 from meshd.daemon.complaints import Complaints
 from meshd.daemon.exchange import PATIENCE, Exchange
 from meshd.daemon.follow import Follower, follow
@@ -97,6 +97,10 @@ class Agent:
         settings = self.state.settings
         if self.state.is_down:
             raise InputError(f"the mesh {settings.mesh} is down on this host: run 'meshd up'")
+        # Before the lock: who waits for the daemon waits for this as well, and nobody lays a tunnel meanwhile.
+        with suppress(MeshdError):
+            follow(self.state, self.follower, time.monotonic())
+        twins.settle(self.state)
         with self.state.agent_lock():
             log.info("meshd of mesh %s on %s starts", settings.mesh, settings.name)
             with suppress(MeshdError):  # of a damaged file, which each reconcile reports
@@ -126,6 +130,7 @@ class Agent:
             self._watch_log,
             self.exchange.watch,
             self.exchange.ask,
+            self.exchange.twins.watch,
             self.prober.measure,
             self._rejoin,
             self.keeper.watch,
@@ -236,6 +241,7 @@ class Agent:
             is_newcomer=time.monotonic() < self.newcomer_until,
             overdue=self.handshakes.overdue(time.monotonic()),
             mtus=self.prober.mtus,
+            beyond=self.exchange.twins.beyond,
             engine=self.engine,
             unended=self.report.unended,
             alone=bool(self.silence),
@@ -310,6 +316,7 @@ class Agent:
             try:
                 for line in client.monitor("INFO"):
                     self.keeper.hear(line, pid)
+                    self.exchange.twins.hear(line)
                     if "serf: EventMember" in line:
                         self.echoes.logged(time.monotonic())
                         self.hint(Source.LOG, line.partition("serf: ")[2][:80])

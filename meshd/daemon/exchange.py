@@ -24,9 +24,23 @@ from meshd.daemon.asking import (
     SyncWith,
 )
 from meshd.daemon.hints import READINESS, Hint, Source
+from meshd.daemon.twins import TwinWatch
 from meshd.errors import MeshdError
 from meshd.gossip import calls, messages, serf_agent
-from meshd.gossip.messages import APPLIED, EVENT, GONE, HOLDS, QUERY, RECORD, Applied, AskTombstones, Holds
+from meshd.gossip.messages import (
+    APPLIED,
+    EVENT,
+    GONE,
+    HOLDS,
+    QUERY,
+    RECORD,
+    TWINS,
+    Applied,
+    AskTombstones,
+    Holds,
+    TellTwins,
+    Where,
+)
 from meshd.gossip.responder import Reply, merge_tombstones, respond, signed
 from meshd.mesh.membership import is_news
 from meshd.mesh.model import Record
@@ -67,6 +81,7 @@ class Exchange:
         self.state = state
         self.hint = hint
         self.stopping = stopping
+        self.twins = TwinWatch(state, hint, stopping)
         self.asking = Asking(state.settings.name, time.monotonic(), random.Random())  # noqa: S311  no secret
         self.heard: dict[str, Record] = {}
         self.votes: dict[Claim, Vote] = {}
@@ -85,6 +100,7 @@ class Exchange:
         """Answer the questions that waited for this reconcile, and take up what it gives reason to ask or to tell."""
         self._report, self._applied = report, report.applied
         self._answer()
+        self.twins.after(report.roster.hosts)
         with self._sharing:
             self.heard = {n: r for n, r in self.heard.items() if self._is_news(n, r)}
             claims = {claim_of(n, r) for d in report.roster.disputes for n, r in d.claims.items()}
@@ -159,7 +175,7 @@ class Exchange:
     def watch(self) -> None:
         """Hear the other hosts' messages until the connection breaks. Raises SerfError."""
         with serf_agent.rpc(self.state) as client:
-            for event in client.stream(f"query,user:{GONE},user:{RECORD}"):
+            for event in client.stream(f"query,user:{GONE},user:{RECORD},user:{TWINS}"):
                 payload, identity = event.get("Payload"), event.get("ID")
                 if isinstance(payload, bytes):
                     answer = partial(client.respond, identity) if isinstance(identity, int) else None
@@ -175,6 +191,15 @@ class Exchange:
             return
         if isinstance(message, Holds) and answer is not None:
             self._vote(message, payload, answer)
+            return
+        if isinstance(message, TellTwins):
+            self.twins.told(message)
+            return
+        if isinstance(message, Where) and answer is not None and message.name != self.state.settings.name:
+            if sighting := self.twins.sighting(message):
+                answer(sighting)
+            return
+        if self.twins.is_own(payload):
             return
         if isinstance(message, AskTombstones):
             self._ask_back(message)

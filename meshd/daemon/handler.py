@@ -14,6 +14,7 @@ from meshd.gossip import messages
 from meshd.gossip.messages import APPLIED, EVENT, QUERY, Applied
 from meshd.gossip.responder import NOTHING, respond, signed
 from meshd.printable import printable
+from meshd.state import machine_id
 from meshd.state.directory import DEFAULT, State
 
 # How often one event tries to start a first handshake again, while messages of the other side keep putting that off.
@@ -37,6 +38,7 @@ def handle(state: State, environment: Mapping[str, str], payload: bytes) -> None
     """
     if not state.exists or state.settings.daemon or state.is_down:
         return
+    machine_id.check(state)
     kind = environment.get("SERF_EVENT", "")
     name = environment.get("SERF_QUERY_NAME") or environment.get("SERF_USER_EVENT") or ""
     message = messages.read(kind, name, payload, state.mesh) if kind in {QUERY, EVENT} else None

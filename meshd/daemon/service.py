@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from meshd import detached
-from meshd.errors import MeshdError
+from meshd.errors import MeshdError, WrongMachineError
 from meshd.state.directory import DEFAULT, State
 
 UNITS = Path("/etc/systemd/system")
@@ -36,6 +36,8 @@ ExecStart={python} -I -m meshd --state-dir {directory} agent
 WorkingDirectory=/
 Restart=always
 RestartSec=1
+# The state is another machine's, or in use on one (errors.WrongMachineError): somebody has to decide.
+RestartPreventExitStatus={wrong_machine}
 KillMode=process
 # The first reconcile may wait for an underlay that is late, and Docker waits for the first reconcile.
 TimeoutStartSec=60
@@ -98,6 +100,7 @@ def unit(state: State) -> str:
 
     return UNIT.format(
         mesh=state.settings.mesh,
+        wrong_machine=WrongMachineError.exit_code,
         python=_quoted(sys.executable),
         directory=_quoted(str(state.directory)),
         home="read-only" if hidden("/home/", "/root/", "/run/user/") else "yes",

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 
 from meshd.endpoint import Endpoint
 from meshd.errors import SerfError
@@ -17,19 +18,26 @@ from meshd.gossip.messages import (
     HOLDS,
     NONCE,
     RECORD,
+    TWINS,
+    WHERE,
     Answer,
     AskConfirmation,
     AskRecord,
     AskTombstones,
     Holds,
+    Sighting,
     TellRecord,
+    TellTwins,
+    Where,
 )
+from meshd.gossip.responder import signed
 from meshd.gossip.serf_agent import rpc
 from meshd.mesh.certificates import CredentialError
 from meshd.mesh.model import Certificate, Host, Record
 from meshd.mesh.records import RecordError, encode, from_wire, to_wire
 from meshd.mesh.terms import Mesh
 from meshd.mesh.tombstones import Tombstones
+from meshd.mesh.twins import Place, Twins
 from meshd.state.directory import State
 
 # Members asked at once. Their names travel in the query; one of them would do.
@@ -41,6 +49,18 @@ ASK_FOR = 30.0
 TELL = 3.0
 # Longer than Serf tries one address, and waits for one that it tries already.
 JOIN = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Where else this host runs.
+
+    `is_live` says that another machine has said so by itself, now or a moment ago; `is_answer`, to this very question.
+    """
+
+    place: Place | None = None
+    is_live: bool = False
+    is_answer: bool = False
 
 
 def rejoin(state: State, endpoints: Collection[Endpoint], seconds: float = math.inf, *, replay: bool = False) -> int:
@@ -167,6 +187,57 @@ def announce(state: State, record: Record) -> None:
     """Publish the own record as an event: Serf carries the tags only where it knows this host. Raises SerfError."""
     with rpc(state) as client:
         client.event(RECORD, TellRecord(state.settings.name, to_wire(record)).payload())
+
+
+def where(state: State, own: Host, here: Endpoint, asked: Callable[[bytes], object] = lambda _: None) -> Found:
+    """Ask where this host runs besides `here`, itself and a few others. Raises SerfError.
+
+    `asked` is told the question before it is asked: who answered it here would be heard in place of the other machine.
+    """
+    question = Where(own.name, own.record.certificate.identity, secrets.token_bytes(NONCE)).payload()
+    asked(question)
+    others = random.sample([*state.contacts()], min(len(state.contacts()), MOST_ASKED - 1))
+    nodes, found = [own.name, *(name for name in others if name)], Found()
+    with rpc(state) as client:
+        for sender, raw in client.query(WHERE, question, timeout=ASK, nodes=nodes):
+            answer, sighting = Answer.read(raw), Sighting.read(raw, own.name)
+            if sender == own.name and answer is not None:
+                place = Place.read(answer.refusal)
+                is_signed = state.mesh.trust.is_answer(own, WHERE, question, answer.refusal, answer.signature)
+                if is_signed and place is not None and place.endpoint != here:
+                    return Found(place, is_live=True, is_answer=True)
+            elif sighting is not None and not found.is_live:
+                found = _sighted(state, own, here, sighting) or found
+    return found
+
+
+def _sighted(state: State, own: Host, here: Endpoint, sighting: Sighting) -> Found | None:
+    """Return what another host's answer proves of a second machine of this host; None for nothing."""
+    for word in sighting.words:
+        twins = word.twins
+        if twins.one.endpoint != here and twins.is_about(own.record, own=True) and is_word(state, own, word):
+            return Found(twins.one, is_live=True)
+    with suppress(RecordError, CredentialError):
+        record = from_wire(sighting.wire, state.mesh.overlay, state.mesh.subnet_length)
+        # Of this host itself, with a number that it has never given.
+        is_news = record.certificate.identity == own.record.certificate.identity and record.seq > own.record.seq
+        if is_news and not record.leaving and record.endpoint != here:
+            state.mesh.check(own.name, record)
+            return Found(Place.of(record))
+    return None
+
+
+def is_word(state: State, host: Host, word: TellTwins) -> bool:
+    """Return whether a host's identity has signed this."""
+    return state.mesh.trust.is_answer(host, TWINS, b"", word.twins.says, word.signature)
+
+
+def tell_twins(state: State, twins: Twins) -> None:
+    """Tell all members that this host runs on another machine as well. Raises SerfError."""
+    answer = Answer.read(signed(state, TWINS, b"", twins.says))
+    with rpc(state) as client:
+        if answer is not None:
+            client.event(TWINS, TellTwins(twins, answer.signature).payload())
 
 
 def look_up_record(state: State, name: str, of: Collection[str]) -> Record | None:

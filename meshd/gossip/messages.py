@@ -10,6 +10,8 @@
 | meshd-record  | query | "What is NAME's record?", for tags that anyone with the gossip key can spoil.               |
 | meshd-record  | event | "This is my record."                                                                        |
 | meshd-confirm | query | "Certify NAME", to the authority, in place of a certificate that a delegation signed.       |
+| meshd-where   | query | "Where does NAME run?" That host itself: an Answer with its place. Others: a Sighting.      |
+| meshd-twins   | event | "I run on another machine as well", signed.                                                 |
 
 Messages begin with their version and may end with extensions (meshd.mesh.versioned). The three that hosts of version 2
 answer as well are sent as their text: words, and behind them extensions, each as NUMBER=HEX.
@@ -31,6 +33,7 @@ from meshd.mesh.records import MAX_SEQ, RecordError, decode, pack_certificate, r
 from meshd.mesh.roster import Roster
 from meshd.mesh.terms import Mesh
 from meshd.mesh.tombstones import Tombstones, is_within
+from meshd.mesh.twins import Twins
 
 APPLIED = "meshd-applied"
 HOLDS = "meshd-holds"
@@ -38,6 +41,8 @@ GONE = "meshd-gone"
 BURY = "meshd-bury"
 RECORD = "meshd-record"
 CONFIRM = "meshd-confirm"
+WHERE = "meshd-where"
+TWINS = "meshd-twins"
 # Serf's words for the two kinds.
 QUERY, EVENT = "query", "user"
 # Serf drops a query's answer of more than 1024 bytes and a user event of more than 512, both with its own headers.
@@ -47,6 +52,8 @@ EVENT_LIMIT = 470
 KEY, NONCE = 32, 8
 # A reason is for people, and travels in an answer.
 REASON_LIMIT = 200
+# Words of a host's machines in one answer: it has two.
+MOST_WORDS = 2
 _EXTENSION = re.compile(r"([1-9][0-9]{0,2})=((?:[0-9a-f]{2})*)")
 
 
@@ -275,7 +282,82 @@ class AskConfirmation(AskRecord):
                 return read_certificate(answer, is_delegated=False, version=FORMER)
 
 
-Message = Applied | Holds | AskTombstones | TellTombstones | AskRecord | TellRecord | AskConfirmation
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Where the host `name` of this identity runs (mesh.twins.Place), which is the text of its own Answer.
+
+    The `nonce` is as in Applied: an answer that somebody shows again is none. Another host answers with a Sighting.
+    """
+
+    name: str
+    identity: bytes
+    nonce: bytes
+
+    def payload(self) -> bytes:
+        return versioned.pack(self.name, self.identity, self.nonce)
+
+    @classmethod
+    def read(cls, payload: bytes, _: Mesh) -> Self | None:
+        match versioned.unpack(payload):
+            case [str(name), bytes(identity), bytes(nonce)] if (
+                is_name(name) and len(identity) == KEY and len(nonce) == NONCE
+            ):
+                return cls(name, identity, nonce)
+            case _:
+                return None
+
+
+@dataclass(frozen=True, slots=True)
+class TellTwins:
+    """That a host runs on two machines: the word of one of them, which its identity has signed as an Answer."""
+
+    twins: Twins
+    signature: bytes
+
+    def payload(self) -> bytes:
+        return versioned.pack(self.twins.name, self.twins.says, self.signature)
+
+    @classmethod
+    def read(cls, payload: bytes, _: Mesh) -> Self | None:
+        match versioned.unpack(payload):
+            case [str(name), str(text), bytes(signature)] if is_name(name):
+                twins = Twins.read(name, text)
+                return cls(twins, signature) if twins is not None else None
+            case _:
+                return None
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """What another host knows of the one that is asked for: its record in force, and the words of its machines."""
+
+    wire: bytes
+    words: tuple[TellTwins, ...] = ()
+
+    def payload(self) -> bytes:
+        return versioned.pack(self.wire, [[word.twins.says, word.signature] for word in self.words[:MOST_WORDS]])
+
+    @classmethod
+    def read(cls, payload: bytes, name: str) -> Self | None:
+        match versioned.unpack(payload):
+            case [bytes(wire), list(entries)]:
+                words = (_word(name, entry) for entry in entries[:MOST_WORDS])
+                return cls(wire, tuple(word for word in words if word is not None))
+            case _:
+                return None
+
+
+def _word(name: str, entry: object) -> TellTwins | None:
+    match entry:
+        case [str(text), bytes(signature)] if (twins := Twins.read(name, text)) is not None:
+            return TellTwins(twins, signature)
+        case _:
+            return None
+
+
+Message = (
+    Applied | Holds | AskTombstones | TellTombstones | AskRecord | TellRecord | AskConfirmation | Where | TellTwins
+)
 
 MESSAGES: Mapping[tuple[str, str], Callable[[bytes, Mesh], Message | None]] = {
     (QUERY, APPLIED): Applied.read,
@@ -286,6 +368,8 @@ MESSAGES: Mapping[tuple[str, str], Callable[[bytes, Mesh], Message | None]] = {
     (QUERY, RECORD): AskRecord.read,
     (EVENT, RECORD): TellRecord.read,
     (QUERY, CONFIRM): AskConfirmation.read,
+    (QUERY, WHERE): Where.read,
+    (EVENT, TWINS): TellTwins.read,
 }
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from meshd.gossip.messages import (
     BURY,
     REASON_LIMIT,
+    WHERE,
     Answer,
     Applied,
     AskConfirmation,
@@ -16,12 +17,15 @@ from meshd.gossip.messages import (
     Message,
     TellRecord,
     TellTombstones,
+    TellTwins,
+    Where,
 )
 from meshd.mesh import certificates, membership
 from meshd.mesh.certificates import CredentialError
 from meshd.mesh.model import Host, Record
 from meshd.mesh.records import RecordError, from_wire, to_wire
 from meshd.mesh.tombstones import Tombstones
+from meshd.mesh.twins import Place
 from meshd.printable import printable
 from meshd.state import authority
 from meshd.state.directory import State
@@ -51,17 +55,20 @@ def respond(
 
     `query` is the payload of the query that it came by, None for an event. `waiting` are the records of members that
     are no hosts only because their invitation's share is used up (see Roster). The answers to Applied and Holds are the
-    daemon's, or the handler's: these have reconciled.
+    daemon's, or the handler's: these have reconciled. What TellTwins says is the daemon's as well.
     """
+    answer: bytes | None
     match message:
         case TellTombstones():
             return _told(state, message.tombstones, query)
         case TellRecord():
             return _announced(state, message)
-        case Applied() | Holds():
+        case Applied() | Holds() | TellTwins():
             return NOTHING
+        case Where():
+            answer = _place(state, message, query)
         case AskTombstones():
-            answer: bytes | None = message.page(state.roster().all_tombstones)
+            answer = message.page(state.roster().all_tombstones)
         case AskConfirmation():
             answer = _confirmation(state, message.name, waiting)
         case AskRecord():
@@ -89,6 +96,16 @@ def _record(state: State, name: str) -> bytes | None:
         return to_wire(claim.record) if claim is not None and claim.settled else None
     record = state.roster().hosts.get(name)
     return to_wire(record) if record is not None else None
+
+
+def _place(state: State, question: Where, query: bytes | None) -> bytes | None:
+    """Return where this host runs, if it is the one that is asked for."""
+    if query is None or question.name != state.settings.name or question.identity != state.certificate.identity:
+        return None
+    claim = state.claim()
+    if claim is None or not claim.settled or claim.record.leaving:
+        return None
+    return signed(state, WHERE, query, str(Place.of(claim.record)))
 
 
 def _confirmation(state: State, name: str, waiting: Mapping[str, Record]) -> bytes | None:

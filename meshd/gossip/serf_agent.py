@@ -10,7 +10,7 @@ from meshd import files
 from meshd.endpoint import Endpoint
 from meshd.errors import InputError, MeshdError
 from meshd.gossip import serf
-from meshd.gossip.messages import APPLIED, BURY, CONFIRM, GONE, RECORD
+from meshd.gossip.messages import APPLIED, BURY, CONFIRM, GONE, RECORD, WHERE
 from meshd.gossip.serf import Serf
 from meshd.mesh.model import Member
 from meshd.mesh.records import encode
@@ -27,7 +27,8 @@ def handler_command(state: State) -> str:
 def event_handlers(state: State) -> list[str]:
     """Return what Serf's `-event-handler` takes. With a daemon, that answers the queries itself."""
     command = handler_command(state)
-    alone = [f"query:{name}={command}" for name in (APPLIED, GONE, BURY, RECORD, CONFIRM)] + [f"user:{GONE}={command}"]
+    queries = (APPLIED, GONE, BURY, RECORD, CONFIRM, WHERE)
+    alone = [*(f"query:{name}={command}" for name in queries), f"user:{GONE}={command}"]
     return [f"{MEMBER_EVENTS}={command}", *([] if state.settings.daemon else alone)]
 
 

@@ -26,6 +26,7 @@ def main() -> None:
     state.mkdir(parents=True, exist_ok=True)
     root = _other_root(directory / name, *folders) if folders else Path("/")
     _bind(state, root / "var/lib/meshd")
+    _give_machine_id(directory / name / "machine-id", root / "etc/machine-id")
     mount("-t", "tmpfs", "-o", "mode=755", "tmpfs", str(root / "run"))
     for folder in ("wireguard", "lock"):
         (root / "run" / folder).mkdir()
@@ -58,6 +59,14 @@ def _other_root(host: Path, lower: Path, *folders: Path) -> Path:
         inside.mkdir(parents=True, exist_ok=True)
         mount("-o", "bind,ro", str(folder), str(inside))
     return root
+
+
+def _give_machine_id(own: Path, target: Path) -> None:
+    """Give the host a machine-id(5) of its own, which it has on its disk; a machine without any has hosts without."""
+    if not own.exists():
+        own.write_text(f"{os.urandom(16).hex()}\n")
+    if target.exists():
+        mount("--bind", str(own), str(target))
 
 
 def _bind(source: Path, target: Path) -> None:

@@ -31,18 +31,18 @@ PORTS = {
 }
 
 
-def change(state: State, values: Mapping[str, Any]) -> Report:
+def change(state: State, values: Mapping[str, Any], *, moved: bool = False) -> Report:
     """Give settings other values, and start the mesh as `up` does. On any error the host is as it was before.
 
-    Nothing is touched before the machine is found fit for them. Raises InputError for a setting that `up` does not
-    change, or a wrong value, ConflictError for a port in use.
+    Nothing is touched before the machine is found fit for them. With `moved` the state becomes this machine's. Raises
+    InputError for a setting that `up` does not change, or a wrong value, ConflictError for a port in use.
     """
     staying(state)
     _refuse_fixed(values)
     before, found = state.settings, state.found()
     settings = replace(before, **values)
     if settings == before:
-        return up(state)
+        return up(state, moved=moved)
     settings.check_addresses()
     changed = {name for name in values if getattr(settings, name) != getattr(before, name)} - {"bind"}
     bind = state.bind
@@ -55,7 +55,7 @@ def change(state: State, values: Mapping[str, Any]) -> Report:
     now = _found(bind) if is_found else found
     with undoing(lambda: _back(state, before, found, changed, was_down=was_down)):
         _put(state, settings, now, changed)
-        return up(state)
+        return up(state, moved=moved)
 
 
 def _refuse_fixed(names: Collection[str]) -> None:

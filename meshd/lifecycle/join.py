@@ -19,7 +19,7 @@ from meshd.mesh import addressing
 from meshd.mesh.invitations import Admission, Invitation
 from meshd.mesh.model import Member, Record
 from meshd.net import underlay
-from meshd.state import authority
+from meshd.state import authority, machine_id
 from meshd.state.claim import choose_subnet, endpoint, has_ended, publish, settle_subnet, settled
 from meshd.state.directory import Claim, State
 from meshd.state.settings import AUTO, DEFAULTS, Settings
@@ -265,4 +265,5 @@ def _settle_in(
     _ = state.gossip_key, state.rpc_key
     if settings.bind is None:
         state.save_found_bind(bind, underlay.holder(bind) or "")
+    machine_id.bind(state)
     state.save_settings(settings)

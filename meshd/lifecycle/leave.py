@@ -4,11 +4,11 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 
 from meshd.daemon import service
-from meshd.errors import ConflictError, InputError, MeshdError, SerfError
+from meshd.errors import ConflictError, InputError, MeshdError, SerfError, WrongMachineError
 from meshd.gossip import calls, serf, serf_agent
 from meshd.gossip.delivery import ASK, MEETING, wait_ready
 from meshd.lifecycle.containers import attached_containers, stopped_containers
-from meshd.lifecycle.up import take_down
+from meshd.lifecycle.up import ask_elsewhere, take_down
 from meshd.mesh import membership, tombstones
 from meshd.mesh.tombstones import Tombstones
 from meshd.reconcile.run import Report
@@ -24,6 +24,10 @@ def leave(state: State, *, force: bool = False, say: Callable[[str], None] = lam
     Where no goodbye can be said, raises MeshdError and changes nothing; with `force` it goes on, and `say` is told.
     """
     settings = state.settings
+    # A copy would say the goodbye of the other machine.
+    ask_elsewhere(state)
+    if (twins := state.twins().get(settings.name)) is not None and state.agent_pid() is not None:
+        raise WrongMachineError(str(twins))
     if not force and state.authority_key is not None and not state.authority_exported and state.roster().hosts:
         raise ConflictError(
             f"this host holds the authority of the mesh {settings.mesh!r}: hand it on first ('meshd authority export' "

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from meshd.daemon import hints, service
+from meshd.daemon.follow import Follower, follow
+from meshd.daemon.twins import settle
 from meshd.errors import InputError, InUseError, MeshdError, SerfError
 from meshd.gossip import serf, serf_agent
 from meshd.gossip.delivery import ASK
@@ -15,17 +17,32 @@ from meshd.net.docker import Attachment, LeftOffError
 from meshd.net.resources import Action
 from meshd.reconcile.machine import Area, Failure
 from meshd.reconcile.run import Report, dismantle, sync
+from meshd.state import machine_id
 from meshd.state.claim import staying
 from meshd.state.directory import State
 
 
-def up(state: State) -> Report:
-    """Start what `down` stopped: the same keys, the same subnet. What is in the way now stops it before it begins."""
+def up(state: State, *, moved: bool = False) -> Report:
+    """Start what `down` stopped: the same keys, the same subnet. What is in the way now stops it before it begins.
+
+    With `moved` the state becomes this machine's. Raises WrongMachineError while this host runs on another one.
+    """
     staying(state)
     if state.is_down:
         preflight.check_again(state)
+    ask_elsewhere(state)
+    if moved:
+        machine_id.bind(state)
     state.mark_up()
     return begin(state)
+
+
+def ask_elsewhere(state: State) -> None:
+    """Require of a host that is not up that it does not run on another machine. Raises WrongMachineError."""
+    if state.agent_pid() is None:
+        with suppress(MeshdError):
+            follow(state, Follower(), time.monotonic())
+        settle(state)
 
 
 def down(state: State, *, force: bool = False, say: Callable[[str], None] = lambda _: None) -> Report:

@@ -8,7 +8,15 @@ from functools import partial
 
 from meshd import files
 from meshd.endpoint import Endpoint
-from meshd.errors import ApplyError, ConflictError, InputError, MeshdError, MissingError, SerfError
+from meshd.errors import (
+    ApplyError,
+    ConflictError,
+    InputError,
+    MeshdError,
+    MissingError,
+    SerfError,
+    WrongMachineError,
+)
 from meshd.gossip.messages import Applied
 from meshd.mesh import conflicts, endings, membership, tombstones
 from meshd.mesh.model import Host, Member, Record
@@ -35,7 +43,7 @@ from meshd.net.resources import (
 from meshd.reconcile import handshakes, plan
 from meshd.reconcile.handshakes import Unmet
 from meshd.reconcile.machine import Area, Failure, Machine, this_machine
-from meshd.state import authority
+from meshd.state import authority, machine_id
 from meshd.state import claim as own_claim
 from meshd.state.claim import NumbersError
 from meshd.state.directory import State
@@ -69,9 +77,10 @@ class Options:
     `kinds` are the resources to look at. `heard` are records that came another way than by tags, `votes` what the other
     hosts say of claims, which for one that `is_newcomer` count more (see conflicts.disputes). `overdue` are the peers
     whose first handshake is to be started again (see handshakes.restarts). `mtus` are the path MTUs that were measured,
-    by public key. `engine` is what Docker is, if that is known, `unended` the last report's. `alone` says that this
-    host's own Serf does not run, so that nobody is asked: another agent may hold its RPC port. With `dry` nothing is
-    changed or written; with `force` the guard withholds nothing.
+    by public key. `beyond` is what the own record's number has to exceed, since a twin of this host has signed up to
+    it. `engine` is what Docker is, if that is known, `unended` the last report's. `alone` says that this host's own
+    Serf does not run, so that nobody is asked: another agent may hold its RPC port. With `dry` nothing is changed or
+    written; with `force` the guard withholds nothing.
     """
 
     kinds: Collection[str] = plan.ORDER
@@ -80,6 +89,7 @@ class Options:
     is_newcomer: bool = False
     overdue: Mapping[str, int] = field(default_factory=dict)
     mtus: Mapping[str, int] = field(default_factory=dict)
+    beyond: int = 0
     engine: Engine | None = None
     unended: str = ""
     alone: bool = False
@@ -221,7 +231,9 @@ def reconcile(state: State, machine: Machine, now: float, options: Options = EVE
         raise InputError(f"the mesh {state.settings.mesh} is down on this host: 'meshd up' starts it")
     known = state.roster()
     if not options.dry:
-        claim = own_claim.refresh(state, claim, known, now)
+        if problem := own_claim.unasked(state, claim):
+            raise WrongMachineError(problem)
+        claim = own_claim.refresh(state, claim, known, now, beyond=options.beyond)
     return _Run(state, machine, now, options, Host(state.settings.name, claim.record), known).report()
 
 
@@ -303,7 +315,22 @@ class _Run:
         except MeshdError as error:
             used_up = [str(error)]
         diverted = [diversion.text for diversion in facts.diversions if diversion.before is None]
-        return (*claimed, *ends, *used_up, *diverted, *self.state.set_aside())
+        return (*claimed, *ends, *used_up, *diverted, *self.state.set_aside(), *self.machines())
+
+    def machines(self) -> list[str]:
+        """Return which hosts run on two machines at once, and on `dry` why this one may not be the one in the state.
+
+        A reconcile that changes things has passed that before.
+        """
+        state = self.state
+        try:
+            twins = state.twins()
+            texts = [*map(str, twins.values())] if twins and state.agent_pid() is not None else []
+            if self.options.dry:
+                texts += [machine_id.mismatch(state), own_claim.unasked(state, own_claim.settled(state))]
+        except MeshdError as error:
+            return [str(error)]
+        return [text for text in texts if text]
 
     def tell_dropped(self, contacts: Mapping[str, Endpoint]) -> None:
         """Log what an older version of meshd kept on disk, and this one drops."""

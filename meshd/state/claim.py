@@ -28,6 +28,9 @@ USED_UP = (
     "the numbers of this host's records are used up: run 'meshd leave --force' here, then 'meshd join' with a new "
     "invitation"
 )
+UNASKED = (
+    "{name} was at {last} and is at {address} now: 'meshd up' asks first whether it still runs there on another machine"
+)
 # The greatest number of a record, but for the goodbye.
 LAST = MAX_SEQ - 2
 
@@ -82,28 +85,31 @@ def publish(
     """
     seq = last.record.seq if last else 0
     record = Record(keys.public_key(state.wireguard_key), subnet, endpoint, seq, state.certificate, leaving)
+    moved = last.moved if last is not None else 0
     if last is not None and record == replace(last.record, signature=b"") and seq > beyond:
-        claim = Claim(last.record, settled)
+        claim = Claim(last.record, settled, moved)
     else:
         start = int(time.time() if now is None else now)
+        if last is not None and last.record.endpoint.address != endpoint.address:
+            moved = start
         record = replace(record, seq=max(seq + 1, beyond + 1, start))
         if record.seq > LAST + leaving:
             raise NumbersError(USED_UP)
         settings = state.settings
-        claim = Claim(certificates.sign(state.identity_key, settings.mesh, settings.name, record), settled)
+        claim = Claim(certificates.sign(state.identity_key, settings.mesh, settings.name, record), settled, moved)
     if claim != last:
         state.save_claim(claim)
     return claim
 
 
-def refresh(state: State, claim: Claim, known: Roster, now: float | None = None) -> Claim:
+def refresh(state: State, claim: Claim, known: Roster, now: float | None = None, *, beyond: int = 0) -> Claim:
     """Return the own record with today's key, certificate and endpoint; one that changed has been numbered and kept.
 
-    Where the numbers are used up it stays as it is.
+    Its number is greater than `beyond`. Where the numbers are used up it stays as it is.
     """
     record = claim.record
     earlier = _earlier(Host(state.settings.name, record), known)
-    beyond = max((tombstone.seq for tombstone in earlier), default=0)
+    beyond = max((beyond, *(tombstone.seq for tombstone in earlier)))
     with suppress(NumbersError):
         return publish(
             state,
@@ -121,6 +127,21 @@ def _earlier(own: Host, known: Roster) -> list[Tombstone]:
     """Return the tombstones of earlier hosts of this name, with other keys, that this one has to go beyond."""
     graves = known.gone.get(own.name, {}).values()
     return [t for t in graves if t.voids(own.record) and t.public_key != own.record.public_key]
+
+
+def unasked(state: State, claim: Claim) -> str:
+    """Return why this host must not start before it has asked whether it runs elsewhere; else the empty string.
+
+    It has another address than the one that it published last. Its daemon has asked before it starts (daemon.twins).
+    """
+    if not has_moved(state, claim) or not state.settings.daemon or state.agent_pid() is not None:
+        return ""
+    return UNASKED.format(name=state.settings.name, last=claim.record.endpoint, address=state.advertised)
+
+
+def has_moved(state: State, claim: Claim) -> bool:
+    """Return whether this host has another address than the one that it published last."""
+    return claim.record.endpoint.address != state.advertised
 
 
 def endpoint(state: State) -> Endpoint:

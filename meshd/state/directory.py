@@ -19,6 +19,7 @@ from meshd.mesh.records import RecordError, from_wire, pack_certificate, read_ce
 from meshd.mesh.roster import Roster
 from meshd.mesh.terms import Mesh
 from meshd.mesh.tombstones import pack_revocation, proof, read_proof, read_revocation
+from meshd.mesh.twins import Twins
 from meshd.state import locks
 from meshd.state import settings as config
 from meshd.state.settings import Settings
@@ -35,10 +36,14 @@ TOO_LARGE = (
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The own record as it was last published. `settled` says that the mesh has no other claim on the subnet."""
+    """The own record as it was last published. `settled` says that the mesh has no other claim on the subnet.
+
+    `moved` is when its endpoint's address became another one, in Unix time; 0 for never.
+    """
 
     record: Record
     settled: bool = False
+    moved: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,12 +235,14 @@ class State:
         values = self._json("claim.json")
         if values is None:
             return None
-        return self._guard("claim.json", lambda: Claim(self._record(values["record"]), bool(values["settled"])))
+        return self._guard(
+            "claim.json",
+            lambda: Claim(self._record(values["record"]), bool(values["settled"]), int(values.get("moved", 0))),
+        )
 
     def save_claim(self, claim: Claim) -> None:
-        files.write_json(
-            self.directory / "claim.json", {"record": _text(to_wire(claim.record)), "settled": claim.settled}
-        )
+        values = {"record": _text(to_wire(claim.record)), "settled": claim.settled, "moved": claim.moved}
+        files.write_json(self.directory / "claim.json", values)
 
     def roster(self) -> Roster:
         """Return the hosts and tombstones that this host knows of.
@@ -320,6 +327,15 @@ class State:
     def save_contacts(self, contacts: Mapping[str, Endpoint]) -> None:
         files.write_json(self.directory / "contacts.json", {name: str(e) for name, e in contacts.items()})
 
+    def twins(self) -> dict[str, Twins]:
+        """Return the hosts that run on two machines at once, as far as the daemon knows, by name."""
+        values = self._json("twins.json") or {}
+        read = self._guard("twins.json", lambda: [Twins.read(str(name), str(text)) for name, text in values.items()])
+        return {twins.name: twins for twins in read if twins is not None}
+
+    def save_twins(self, twins: Mapping[str, Twins]) -> None:
+        files.write_json(self.directory / "twins.json", {name: one.says for name, one in twins.items()})
+
     def originals(self) -> dict[str, str]:
         """Return the sysctls as they were before meshd changed them: path below /proc/sys -> value."""
         values = self._json("originals.json") or {}
@@ -373,7 +389,7 @@ class State:
 # Every file that this class, or what it starts, writes here.
 _OURS = {
     *("settings.json", "claim.json", "contacts.json", "hosts.json", "originals.json", "serf.json"),
-    *("underlay.json", ASIDE),
+    *("underlay.json", "machine", "twins.json", ASIDE),
     *("authority.pub", "authority.key", "authority.exported", "identity.key", "certificate.json"),
     "issued.json",
     *("wireguard.key", "gossip.key", "rpc.key", "serf.log", "agent.log"),

@@ -17,6 +17,7 @@ import pytest
 
 from meshd.errors import InputError
 from meshd.lab.hosts import Lab, LabHost
+from meshd.mesh.twins import HOLD
 from meshd.state.directory import State
 from tests.lab.conftest import SUSPECTED, assemble, eventually, invitation, peers, serf, snapshot
 from tests.lab.faults import new_key
@@ -103,7 +104,8 @@ def test_one_of_two_gets_the_name(lab: Lab, scene: Scene, kind: str) -> None:
             took = eventually(lambda n=name, t=there: all(listed(h, n) == t for h in scene.mesh), FORGOTTEN, "no other")  # type: ignore[misc]
             print(f"no other one is listed after {took:.1f} s", flush=True)  # noqa: T201
             assert winner.run(["meshd", "status"], check=False).returncode == 0
-        winner.run(["meshd", "leave"])
+        # Two machines had the identity of an invitation for one name, and a host does not leave while it has a twin.
+        eventually(lambda w=winner: w.run(["meshd", "leave"], check=False).returncode == 0, 2 * HOLD, "it leaves")  # type: ignore[misc]
         eventually(lambda n=name: not any(key(host, n) for host in scene.mesh), 10, "it has left")  # type: ignore[misc]
 
 

@@ -18,7 +18,7 @@ from meshd.daemon.agent import Agent
 from meshd.daemon.exchange import Exchange
 from meshd.errors import InputError
 from meshd.gossip import messages, responder
-from meshd.gossip.messages import APPLIED, BURY, CONFIRM, EVENT, GONE, QUERY, RECORD, TellRecord
+from meshd.gossip.messages import APPLIED, BURY, CONFIRM, EVENT, GONE, QUERY, RECORD, TWINS, WHERE, TellRecord
 from meshd.mesh.model import FORMER
 from meshd.mesh.records import to_wire
 from meshd.mesh.tombstones import Tombstones, grave, of_leaving
@@ -27,7 +27,7 @@ from meshd.state.directory import Claim, State
 from tests.conftest import AUTHORITY, forgotten, record
 
 same_state = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-names = st.sampled_from([APPLIED, GONE, BURY, RECORD, CONFIRM, "other"])
+names = st.sampled_from([APPLIED, GONE, BURY, RECORD, CONFIRM, WHERE, TWINS, "other"])
 # Noise, and what is nearly right.
 STAYING = [record(2), record(2, version=FORMER), record(2, extensions=b"\x05\x01x")]
 WIRES = [to_wire(staying) for staying in STAYING]

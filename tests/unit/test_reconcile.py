@@ -10,12 +10,13 @@ import pytest
 from meshd import files
 from meshd.daemon.complaints import Complaints
 from meshd.endpoint import Endpoint, LocalAddresses
-from meshd.errors import ApplyError, InputError, MeshdError, MissingError, SerfError
+from meshd.errors import ApplyError, InputError, MeshdError, MissingError, SerfError, WrongMachineError
 from meshd.gossip.messages import Applied
 from meshd.mesh import certificates, tombstones
 from meshd.mesh.model import Host, Member, Status
 from meshd.mesh.roster import Roster
 from meshd.mesh.tombstones import grave
+from meshd.mesh.twins import Place, Twins
 from meshd.mesh.votes import Vote, claim_of
 from meshd.net import conntrack
 from meshd.net.links import Links
@@ -632,6 +633,46 @@ def test_damaged_wireguard_key_is_an_error(state: State) -> None:
     (state.directory / "wireguard.key").write_text("{")
     with pytest.raises(InputError, match=r"wireguard\.key is damaged"):
         this_machine(state)
+
+
+def test_host_at_another_address_does_not_start_before_its_daemon(host: State) -> None:
+    """It may run at the old address on another machine, which the daemon asks first: the machine is left as it is."""
+    host.save_settings(replace(host.settings, bind=ip_address("10.10.10.104")))
+    fake = Fake()
+    with pytest.raises(WrongMachineError, match=r"barge1 was at 10\.10\.10\.101:51820 and is at 10\.10\.10\.104 now"):
+        run(host, fake)
+    assert fake.has("device") == []
+    report = run(host, fake, dry=True)
+    assert [notice for notice in report.notices if "'meshd up' asks first" in notice], report.notices
+    with host.agent_lock():
+        assert run(host, fake).failures == ()
+    claim = host.claim()
+    assert claim is not None
+    assert claim.moved == int(NOW)
+    host.save_settings(replace(host.settings, wireguard_port=51821))
+    run(host, fake)
+    claim = host.claim()
+    assert claim is not None
+    assert claim.moved == int(NOW), "another port is no other address"
+
+
+def test_host_that_had_a_twin_publishes_beyond_it_once(host: State) -> None:
+    own = host.claim()
+    assert own is not None
+    beyond = own.record.seq + 7
+    first = run(host, Fake(), beyond=beyond).own
+    assert first is not None
+    assert first.record.seq == beyond + 1
+    assert run(host, Fake(), beyond=beyond).own == first
+
+
+def test_known_twins_are_reported_while_a_daemon_runs(host: State) -> None:
+    two = Twins("barge2", Place(2, record(2).endpoint), Place(1, record(3).endpoint))
+    host.save_twins({"barge2": two})
+    assert str(two) not in run(host, Fake(), dry=True).notices
+    with host.agent_lock():
+        assert str(two) in run(host, Fake(), dry=True).notices
+        assert str(two) in run(host, Fake()).notices
 
 
 REWRITTEN = conntrack.REWRITTEN

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from meshd.daemon import service
+from meshd.errors import WrongMachineError
 from meshd.state.directory import DEFAULT, State
 
 
@@ -65,3 +66,8 @@ def test_systemd_verifies_unit(state: State, tmp_path: Path) -> None:
     done = subprocess.run([program, "verify", "--man=no", str(path)], capture_output=True, text=True, check=False)
     own = [line for line in done.stderr.splitlines() if "meshd" in line]
     assert (done.returncode, own) == (0, [])
+
+
+def test_unit_does_not_start_a_copy_again(state: State) -> None:
+    """On another machine than that of the state the daemon ends for good, and does not start every second."""
+    assert directives(state)["RestartPreventExitStatus"] == str(WrongMachineError.exit_code)
