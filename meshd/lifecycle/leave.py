@@ -6,7 +6,7 @@ from contextlib import suppress
 from meshd.daemon import service
 from meshd.errors import ConflictError, InputError, MeshdError, SerfError, WrongMachineError
 from meshd.gossip import calls, serf, serf_agent
-from meshd.gossip.delivery import ASK, MEETING, wait_ready
+from meshd.gossip.delivery import ASK, MEETING, TELLINGS, expected_hosts, wait_ready
 from meshd.lifecycle.containers import attached_containers, stopped_containers
 from meshd.lifecycle.up import ask_elsewhere, take_down
 from meshd.mesh import membership, tombstones
@@ -94,13 +94,21 @@ def say_goodbye(state: State) -> str:
 
 
 def end_quietly(state: State) -> None:
-    """Tell of the end of this host's record, where another host has its name. Raises MeshdError.
+    """End this host's record, where another host has its name, and wait until somebody has confirmed that.
 
     Serf hears of no leave: that is of a name, and those that have the other host under it would list it as leaving.
+    Raises MeshdError, also if nobody has confirmed it.
     """
-    if (claim := state.claim()) is not None:
-        calls.broadcast_tombstones(state, _end_record(state, claim))
-        calls.rebroadcast(state, ASK)
+    if (claim := state.claim()) is None:
+        return
+    end = _end_record(state, claim)
+    calls.broadcast_tombstones(state, end)
+    calls.rebroadcast(state, ASK)
+    # Others tell each other. An event alone may not be out yet when Serf ends.
+    if (hosts := expected_hosts(state)) and not any(
+        calls.deliver_tombstones(state, end, hosts) for _ in range(TELLINGS)
+    ):
+        raise MeshdError(f"no other host has confirmed it: run 'meshd forget {state.settings.name}' if one lists it")
 
 
 def _end_record(state: State, claim: Claim) -> Tombstones:

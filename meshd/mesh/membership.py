@@ -132,10 +132,8 @@ def _counts(
     if tombstone.by is not None and name in owners and owners[name].supersedes(tombstone.by):
         return False
     record = living.get(name)
-    if record is None or tombstone.is_about(record.certificate.identity):
-        return record is None or tombstone.voids(record)
-    # The host that has the name now needs the end of the one before, unless the authority itself has given it the name.
-    return record.certificate.delegation is not None or not tombstone.is_delegated
+    # That of another identity outlasts the host which has the name now: else the other one would be back after that.
+    return record is None or not tombstone.is_about(record.certificate.identity) or tombstone.voids(record)
 
 
 def _sort(view: View, members: Iterable[Member], *, left_is_goodbye: bool) -> _Heard:
