@@ -24,7 +24,7 @@ TOOLS := iperf3 libiperf0 libsctp1 iputils-ping tinc liblzo2-2 nebula
 # The suites with a newer wireguard-go.
 NEWER := trixie sid
 
-.PHONY: install uninstall setup demo demo-down test test-docker test-kernel chaos bench bench-quick bench-scale bench-compare test-unit fuzz check format clean
+.PHONY: install uninstall setup demo demo-down test test-long test-docker test-kernel chaos bench bench-quick bench-scale bench-compare test-unit fuzz check format clean
 
 setup: .make/packages .make/wheel
 
@@ -78,6 +78,13 @@ test: setup .make/busybox .make/firewalls
 
 .make/firewalls: .ci/fetch-firewalls
 	.ci/fetch-firewalls $@
+
+# The same attacks for longer, and more that is drawn at random: half an hour.
+LONG := attacks_bounds attacks_memory attacks_serf handshakes same_name
+test-long: setup
+	rm -rf .make/tests && mkdir -p .make/tests && cp -r tests pyproject.toml .make/tests/
+	cd .make/tests && MESHD_LONG=1 ../../$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
+		$(LONG:%=tests/lab/test_%.py) $(PYTEST)
 
 # Docker's versions of Debian's other suites, unpacked beside the machine's own.
 test-docker: setup $(DOCKERS:%=.make/docker/%)

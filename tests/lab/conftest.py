@@ -1,6 +1,7 @@
 """Labs for tests: real hosts in namespaces, in a directory of their own."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -20,6 +21,9 @@ from meshd.state.directory import State
 from tests.conftest import eventually as eventually  # noqa: PLC0414  for the tests beside this file
 
 Wait = Callable[..., None]
+
+# `make test-long`: attacks last longer, and more is drawn at random.
+LONG = os.environ.get("MESHD_LONG") == "1"
 
 # Seconds in which Serf lists a dead member as failed. It suspects one for up to 24 s where few can confirm that, and is
 # slower to begin with when its own machine is busy.

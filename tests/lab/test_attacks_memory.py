@@ -16,14 +16,14 @@ import pytest
 
 from meshd.gossip.serf.process import MEMORY, OOM_SCORE
 from meshd.lab.hosts import Lab, LabHost
-from tests.lab.conftest import assemble, eventually, log, settled
+from tests.lab.conftest import LONG, assemble, eventually, log, settled
 from tests.lab.faults import SERF
 from tests.lab.test_attacks import FORGE, state
 from tests.lab.traffic import traffic, unbroken
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
-SECONDS = 60
+SECONDS = 60 if LONG else 20
 # By TCP 410 kB that are 1 GB, by UDP 62 kB that are 150 MB.
 STREAMS, MESSAGES = [["zeros", {"codes": 280_000}]], [["zeros", {"codes": 42_000}]] * 3
 # What Go had reserved without using it may be used as well.

@@ -14,13 +14,13 @@ import pytest
 
 from meshd.lab import network
 from meshd.lab.hosts import Lab, LabHost
-from tests.lab.conftest import TALK, assemble, eventually, log, overlay
+from tests.lab.conftest import LONG, TALK, assemble, eventually, log, overlay
 from tests.lab.faults import STATE
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
 # `MESHD_DRAWS=50` for more of them, `MESHD_SEED=7` to repeat a run.
-DRAWS = int(os.environ.get("MESHD_DRAWS", "10"))
+DRAWS = int(os.environ.get("MESHD_DRAWS", "10" if LONG else "4"))
 # Seconds from when two hosts have each other as peers to their handshake; the second where the processors have no time
 # to spare.
 LIMIT, LIMIT_WHEN_BUSY = 3.0, 6.0
