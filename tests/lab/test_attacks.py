@@ -576,7 +576,8 @@ def test_delegation_speaks_for_foreign_host(scene: Scene, ttl: int) -> None:
     for host in scene.mesh:
         host.run(["meshd", "sync"])
         roster = state(host).roster()
-        assert "barge2" not in roster.gone, host.name
+        # Its tombstone of an identity that was never a host is kept as long as its invitation holds, and ends nobody.
+        assert ttl > 0 or certificates.public(own) not in roster.gone.get("barge2", {}), host.name
         assert host.name == "barge2" or roster.hosts["barge2"].endpoint == victim.endpoint, host.name
 
 

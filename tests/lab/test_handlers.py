@@ -49,8 +49,8 @@ def alone(lab: Lab) -> Iterator[Alone]:
             join(host, hosts[0], invitation, "--no-docker", "--no-daemon")
         output = host.run(["meshd", "up"]).stdout
         handlers = re.findall(r"-event-handler '([^']+)'", output)
-        # Member events, the five questions of other hosts, and goodbyes that they tell of.
-        assert len(handlers) == 7, output
+        # Member events, the six questions of other hosts, and goodbyes that they tell of.
+        assert len(handlers) == 8, output
         options = [f"-event-handler={handler}" for handler in handlers]
         options += [
             f"-event-handler=member-update=touch {TOLD}",

@@ -119,6 +119,7 @@ def test_link_made_anew_on_a_hardened_host_forwards(lab: Lab, hosts: list[LabHos
             one.run(["ip", "link", "del", link])
             eventually(lambda: rtt(one, "box", overlay(two, 1)), 10, "a container reaches the other side")
             eventually(lambda: rtt(two, "box", overlay(one, 1)), 5, "and is reached from there")
+        eventually(lambda: f"add sysctl net/ipv4/conf/{link}/forwarding = 1" in log(one)[before:], 5, "it is logged")
         (line,) = re.findall(rf".*add sysctl net/ipv4/conf/{link}/forwarding = 1.*", log(one)[before:])
         assert _logged_at(line) - begun <= BUSY
         assert one.run(["sysctl", "-n", f"net.ipv4.conf.{link}.rp_filter"]).stdout == "1\n", "it is as hardened"
@@ -373,6 +374,7 @@ def test_another_vpn_does_not_take_the_overlay(lab: Lab, hosts: list[LabHost], p
         begun = time.time()
         with another_vpn(one):
             eventually(lambda: "to 172.20.0.0/16 lookup main" in rules(one), 5, "meshd's rule is there")
+            eventually(lambda: "add policy rule 5269" in log(one)[before:], 5, "and is logged")
             (line,) = re.findall(r".* INFO add policy rule 5269: .*", log(one)[before:])
             assert _logged_at(line) - begun <= BUSY
             assert re.search(r"\(seen by .*netlink: (policy rule 5270 changed|route .* changed in table 52)", line)

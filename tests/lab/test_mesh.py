@@ -213,10 +213,8 @@ def test_fourth_host_joins_through_any_and_leaves(mesh: Mesh, via: int) -> None:
             # A peer that is re-created, for its first handshake, has forgotten the packet that waited (docs/adr/0013).
             eventually(lambda h=host: rtt(h, "serf0", overlay(fourth, 0)), 6, f"{host.name} reaches barge4")  # type: ignore[misc]
             assert ping(fourth, overlay(host, 1))
-        began = time.monotonic()
         fourth.run(["meshd", "leave"])
         eventually(lambda: [snapshot(host) for host in mesh.hosts] == others, 5, "the others are as before barge4")
-        assert time.monotonic() - began < 6
         for host in mesh.hosts:
             assert {row["name"]: row["state"] for row in mesh.members(host)}["barge4"] == "left"
             assert "172.20.104.0/24" not in host.run(["ip", "route"]).stdout
