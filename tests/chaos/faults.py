@@ -35,7 +35,7 @@ WITH_DOCKER = NAMES[:2]
 BACK, AGREED = 15.0, 40.0
 
 # Warnings that a fault explains. While dockerd is away, its network and its rules cannot be read.
-DOCKER_AWAY = r"WARNING (network|docker|iptables).*: the Docker engine does not answer"
+DOCKER_AWAY = r"WARNING (network|stopped|docker|iptables).*: the Docker engine does not answer"
 # A pass, or a command, meets a Serf that is ending or that hangs; the daemon starts it again.
 SERF_AWAY = r"WARNING (members|tags|set tags|serf).*the Serf agent"
 # Its underlay address is another one.
