@@ -1,7 +1,9 @@
 """Who is at the other end of a connection on loopback, where a NAT rule hides it; test_serf.py has the real agent."""
 
 import os
+import select
 import socket
+import struct
 import subprocess
 import time
 
@@ -39,3 +41,17 @@ def test_nat_rule_on_loopback_is_named_at_once(netns_pair: tuple[Namespace, Name
             with pytest.raises(SerfError, match="a NAT rule changes its addresses"):
                 loopback.check(client, lambda: [os.getpid()], 30)
             assert time.monotonic() - begun < 10
+
+
+def test_connection_that_is_reset_is_said(netns: object) -> None:
+    """An agent that ends resets the connections that wait for it: a failure like any other, and no internal error."""
+    assert netns
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+        accepted, _ = server.accept()
+        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        accepted.close()
+        until = select.poll()
+        until.register(client, 0)
+        assert until.poll(10_000), "the client has seen the reset"
+        with pytest.raises(SerfError, match="ended a connection before it accepted it"):
+            loopback.check(client, lambda: [os.getpid()], 5)

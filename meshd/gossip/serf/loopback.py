@@ -48,7 +48,7 @@ def check(connection: socket.socket, processes: Callable[[], Collection[int]], t
 
     Before it returns nothing may be sent.
     """
-    port = connection.getpeername()[1]
+    port = _ends(connection)[0][1]
     begun, pause = time.monotonic(), FIRST_PAUSE
     while True:
         pids = processes()
@@ -77,11 +77,23 @@ def check(connection: socket.socket, processes: Callable[[], Collection[int]], t
 
 
 def other_end(connection: socket.socket) -> Owner | None:
-    """Return whose the other end of a connection on loopback is, None while the kernel lists no such socket."""
-    local, remote = connection.getpeername(), connection.getsockname()
+    """Return whose the other end of a connection on loopback is, None while the kernel lists no such socket.
+
+    Raises SerfError if the other end has ended the connection.
+    """
+    local, remote = _ends(connection)
     found = _diagnosed(local, remote)
     # A kernel without the module tcp_diag says the same as for a socket that is not there.
     return found if found is not None else _listed(local, remote)
+
+
+def _ends(connection: socket.socket) -> tuple[tuple[str, int], tuple[str, int]]:
+    """Return the addresses of the other end and of this one. Raises SerfError if the connection is reset."""
+    try:
+        return connection.getpeername(), connection.getsockname()
+    except OSError as error:
+        # A process that ends resets what it has not accepted yet.
+        raise SerfError(f"the Serf agent ended a connection before it accepted it: {error.strerror}") from error
 
 
 def _diagnosed(local: tuple[str, int], remote: tuple[str, int]) -> Owner | None:
