@@ -59,7 +59,10 @@ def key(host: LabHost) -> str:
 
 
 def test_new_key_after_restart_reaches_all(lab: Lab, hosts: list[LabHost]) -> None:
-    """Serf raises no event at all for a restart as quick as this one: a leave and a join in one window are nothing."""
+    """A new key is known by the record, not by an event of Serf.
+
+    Mostly it raises none at all for a restart this quick: a leave and a join in one window are nothing.
+    """
     one, two, three = hosts
     before = key(two)
     with nothing_in_clear(lab, *hosts):
@@ -74,7 +77,6 @@ def test_new_key_after_restart_reaches_all(lab: Lab, hosts: list[LabHost]) -> No
         eventually(lambda: ping(one, overlay(two)) and ping(two, overlay(three)), 2, "traffic goes on")
     print(f"a new key is everywhere after {took:.2f} s")  # noqa: T201
     assert took < LEARNED
-    assert "EventMemberFailed: barge2" not in (one.directory / "meshd" / "serf.log").read_text(), "it was that quick"
     eventually(lambda: settled(hosts), 40, "all agree")
 
 
