@@ -6,10 +6,8 @@ nothing, and has to ask: its questions do get through.
 
 import logging
 import random
-import socket
 import time
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from threading import Event, Lock
 
@@ -18,6 +16,7 @@ from meshd.endpoint import Endpoint
 from meshd.errors import MeshdError, WrongMachineError
 from meshd.gossip import calls, serf, serf_agent
 from meshd.gossip.messages import Sighting, TellTwins, Where
+from meshd.gossip.reach import answering
 from meshd.gossip.serf.client import CONFLICT
 from meshd.mesh.model import Host, Record
 from meshd.mesh.records import to_wire
@@ -27,9 +26,9 @@ from meshd.state.directory import Claim, State
 
 log = logging.getLogger("meshd")
 
-# Before a host starts at another address: seconds in which somebody has to be there at an address, how many addresses
-# it tries, and how often it asks. A question or its answer may be lost.
-MEET, MEETINGS, QUESTIONS = 1.5, 8, 2
+# Before a host starts at another address: how many addresses it tries, and how often it asks. A question or its answer
+# may be lost.
+MEETINGS, QUESTIONS = 8, 2
 # Seconds from one question to the next while there is doubt, and when the answer is known.
 AGAIN, KNOWN = 2.0, 5.0
 # The same with many hosts, all of which pass a question on: a second for every so many of them.
@@ -99,22 +98,11 @@ def _asked(state: State, claim: Claim) -> Place | None:
 
 def _meet(state: State, endpoints: Collection[Endpoint]) -> bool:
     """Join those hosts that are there at these addresses; return whether any is. Raises SerfError."""
-    # Serf tries one address after the other, and a dead one for 10 s.
-    with ThreadPoolExecutor(len(endpoints)) as pool:
-        answers = [*pool.map(_is_there, endpoints)]
-    there = [str(endpoint) for endpoint, is_there in zip(endpoints, answers, strict=True) if is_there]
+    there = [*map(str, answering(endpoints))]
     if there:
         with serf_agent.rpc(state) as client:
             client.join(there)
     return bool(there)
-
-
-def _is_there(endpoint: Endpoint) -> bool:
-    try:
-        socket.create_connection((str(endpoint.address), endpoint.port), MEET).close()
-    except OSError:
-        return False
-    return True
 
 
 class TwinWatch:

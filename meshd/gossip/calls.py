@@ -30,6 +30,7 @@ from meshd.gossip.messages import (
     TellTwins,
     Where,
 )
+from meshd.gossip.reach import answering
 from meshd.gossip.responder import signed
 from meshd.gossip.serf_agent import rpc
 from meshd.mesh.certificates import CredentialError
@@ -64,14 +65,12 @@ class Found:
 
 
 def rejoin(state: State, endpoints: Collection[Endpoint], seconds: float = math.inf, *, replay: bool = False) -> int:
-    """Join hosts by their addresses, as long as there is time; return how many answered. Raises SerfError.
+    """Join hosts by their addresses, those first that answer first; return how many did in time. Raises SerfError.
 
     Serf itself remembers too little of whom it knew: after a restart or a long partition only this brings it back.
     """
     joined, until = 0, time.monotonic() + seconds
-    # One address per call, because Serf blocks 10 s on a dead one. Shuffled, so that permanently dead hosts do not
-    # always come first.
-    for endpoint in random.sample([*endpoints], len(endpoints)):
+    for endpoint in answering(endpoints, until):
         left = min(until - time.monotonic(), JOIN)
         if left > 0:
             with rpc(state) as client, suppress(SerfError):

@@ -240,8 +240,9 @@ def contacts(
 ) -> dict[str, Endpoint]:
     """Return gossip addresses by host name: what was known before, and what Serf says of them now.
 
-    Serf's address is taken only if it equals the one the host signed: otherwise someone may be using its name.
-    A host of which Serf has not heard yet is looked for at the address that it signed, and at this host's own `port`.
+    Serf's address is taken only if it equals the one the host signed: otherwise someone may be using its name. A host
+    is looked for at the address that it signed last, also where Serf still has it at an older one. The port is the one
+    that Serf once had for it, or else this host's own `port`.
     """
     kept = {
         name: endpoint
@@ -256,8 +257,11 @@ def contacts(
     if named:
         # The address that was joined through has no name yet; it goes when the first host is known by its name.
         kept.pop("", None)
-    signed = {name: Endpoint(record.endpoint.address, port) for name, record in roster.hosts.items()}
-    return signed | kept | named
+    signed = {
+        name: Endpoint(record.endpoint.address, kept[name].port if name in kept else port)
+        for name, record in roster.hosts.items()
+    }
+    return kept | signed | named
 
 
 def lost(contacts: Mapping[str, Endpoint], members: Iterable[Member]) -> dict[str, Endpoint]:

@@ -743,6 +743,8 @@ def test_host_that_serf_does_not_list_is_looked_for_where_it_signed() -> None:
     assert sorted(membership.lost(found, listed)) == ["barge3"]
     kept = {"barge3": Endpoint(record(3).endpoint.address, 7001)}
     assert contacts(kept, listed, roster, 7946) == found | kept, "what Serf once said of it counts"
+    moved = {"barge3": replace(kept["barge3"], address=ip_address("10.10.10.133"))}
+    assert contacts(moved, listed, roster, 7946) == found | kept, "not where it was before it signed another address"
 
 
 def test_own_membership_ends_by_tombstone() -> None:
